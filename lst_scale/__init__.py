@@ -1,0 +1,25 @@
+"""Ladder Side-Tuning at scale: a frozen encoder-decoder, a small side network, and as little repeated work as possible."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lst_scale.side.config import LadderConfig
+    from lst_scale.side.model import LadderModel
+
+__version__ = "0.1.0"
+__all__ = ["LadderConfig", "LadderModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import lst_scale.recipe` stays free of torch and a wrong recipe is reported in well under a second.
+    if name == "LadderConfig":
+        from lst_scale.side.config import LadderConfig
+
+        return LadderConfig
+    if name == "LadderModel":
+        from lst_scale.side.model import LadderModel
+
+        return LadderModel
+    raise AttributeError(f"module 'lst_scale' has no attribute {name!r}")

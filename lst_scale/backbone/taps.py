@@ -1,0 +1,139 @@
+"""The one boundary: backbone(batch) -> Taps -> side network.
+
+A tap is a hidden state of the frozen backbone, detached, that a ladder reads. Where taps come from (one process, many GPUs, host
+memory, a file written an epoch ago) is nobody's business on the other side of this file.
+
+Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """What a side network must know of a T5-family backbone, under the field names of `transformers.T5Config`."""
+
+    model_type: str
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    d_kv: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    feed_forward_proj: str
+    dropout_rate: float
+    layer_norm_epsilon: float
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    scale_decoder_outputs: bool  # T5 v1.0 scales the head's input by d_model**-0.5; v1.1, Flan-T5 and mT5 do not
+    pad_token_id: int
+    eos_token_id: int
+    decoder_start_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneIdentity:
+    """Which backbone a side network was trained on; stored beside the side network."""
+
+    checkpoint: str  # hub name or path, as the user wrote it
+    revision: str | None
+    precision: str  # fp32, bf16, int8, nf4
+    fingerprint: str  # hex digest of configuration and weights as stored in the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapRequest:
+    """Which states to keep alive: 0-based block indices, ascending, the same for both stacks."""
+
+    layers: tuple[int, ...]
+    decoder_final: bool = False  # also the decoder's final normed state, for a ladder that merges it
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackTaps:
+    """The states of one stack. `hidden[i]` is the output of block `layers[i]`, before the stack's final norm."""
+
+    layers: tuple[int, ...]
+    embedding: Tensor  # (B, S, D) or (B, T, D)
+    hidden: tuple[Tensor, ...]  # each (B, S, D) or (B, T, D)
+
+    def __post_init__(self) -> None:
+        for tap in (self.embedding, *self.hidden):
+            assert not tap.requires_grad, "a tap requires grad: something trainable sits upstream of the frozen backbone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderState:
+    """The result of the encoder: its taps, and the final normed state that the backbone's decoder attends to."""
+
+    taps: StackTaps
+    final_BSD: Tensor
+    attention_mask_BS: Tensor  # 1 = token, 0 = padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderState:
+    """The result of the decoder for the given (with a cache: the new) positions."""
+
+    taps: StackTaps
+    final_BTD: Tensor | None  # None unless the request asks for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taps:
+    """All that a side network reads of one batch."""
+
+    encoder: StackTaps
+    decoder: StackTaps
+    attention_mask_BS: Tensor
+    decoder_final_BTD: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenHead:
+    """The backbone's output head: logits = (hidden * scale) @ weight.T. Needed downstream even when no backbone is in memory."""
+
+    weight_VD: Tensor
+    scale: float
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Return logits (B, T, V) in the promoted dtype of `hidden_BTD` and the head's weight."""
+        dtype = torch.promote_types(hidden_BTD.dtype, self.weight_VD.dtype)
+        return torch.nn.functional.linear(hidden_BTD.to(dtype) * self.scale, self.weight_VD.to(dtype))
+
+
+class Backbone(Protocol):
+    """A frozen encoder-decoder that runs forward only, in eval mode, under `torch.no_grad`."""
+
+    @property
+    def spec(self) -> BackboneSpec: ...
+    @property
+    def identity(self) -> BackboneIdentity: ...
+    @property
+    def head(self) -> FrozenHead: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def weight_source(self) -> Callable[[str], Tensor]:
+        """Read one full-precision weight by its Hugging Face name, e.g. for pruning; never the whole model at once."""
+        ...
+
+    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState: ...
+
+    def decode(
+        self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None
+    ) -> DecoderState:
+        """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `num_decoder_layers` entries it fills."""
+        ...
+
+    def __call__(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest
+    ) -> Taps: ...

@@ -1,0 +1,106 @@
+"""Processes: who am I, where do I run, and the few collectives we use. The only file that touches torch.distributed.
+
+Ranks come from the environment alone (RANK, WORLD_SIZE, LOCAL_RANK), which `deepspeed`, `torchrun` and Slurm set-ups export and
+a plain `python -m lst_scale.train` lacks: then this process is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lst_scale.errors import ArgumentError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all. `device` is where its backbone and side network live."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def connect() -> World:
+    """Join the process group that the launcher describes (gloo on the CPU, nccl on CUDA) and return this process's place in it."""
+    import deepspeed
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    present = [name for name in names if name in os.environ]
+    if present and len(present) < len(names):
+        missing = ", ".join(name for name in names if name not in os.environ)
+        raise ArgumentError(f"the environment sets {', '.join(present)} but not {missing}: start with deepspeed, torchrun or plain python -m")
+    if not present:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    rank, size, local_rank = (int(os.environ[name]) for name in names)
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        # Without oversubscription: the default of all cores in each process makes two processes slower than one.
+        if not use_cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def disconnect() -> None:
+    """Leave the process group, so that the interpreter ends without warnings."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Return the element-wise sum of `values` over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's `value`, by rank. For small picklable records of our own making."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main_rank(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank; its error is raised on every rank, so that none waits for ever."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome = [action(), None]
+        except Exception as error:
+            outcome = [None, error]
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

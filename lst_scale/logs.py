@@ -1,0 +1,100 @@
+"""What a run says: numbers to metrics.jsonl (and TensorBoard), sentences to the console and log.txt. Rank 0 only writes.
+
+On a terminal there is a progress bar; in a file, or when the output is piped, there are plain lines and no control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+METRICS, LOG = "metrics.jsonl", "log.txt"
+
+
+class Logger:
+    """The voice of one run. On ranks other than 0 (`folder=None`) every call does nothing."""
+
+    def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
+        self._folder = folder
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._board: Any = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence and append it, with the time, to log.txt."""
+        if self._folder is None:
+            return
+        (self._bar.console if self._bar is not None else self._console).print(sentence, markup=False, soft_wrap=True)
+        with (self._folder / LOG).open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one line of numbers to metrics.jsonl, flushed to disk so that a kill loses none."""
+        if self._folder is None:
+            return
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values)
+        with (self._folder / METRICS).open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the numbers of steps past `step`: a resumed run will write them again."""
+        if self._folder is None or not (self._folder / METRICS).exists():
+            return
+        path = self._folder / METRICS
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        os.replace(partial, path)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a bar over `total` steps when the console is a terminal."""
+        if self._folder is None or not self._console.is_terminal:
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=self._console)
+        self._task = self._bar.add_task("", total=total, completed=done)
+        self._bar.start()
+
+    def advance(self, step: int, text: str, *, say: bool) -> None:
+        """Move the bar to `step`; without a bar, print `text` as a line when `say`."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif say:
+            self.say(f"step {step}: {text}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return float("inf")  # a line cut short by a kill

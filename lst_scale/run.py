@@ -1,0 +1,261 @@
+"""One run, top to bottom: recipe -> data -> backbone -> side network -> training -> score -> files. The page to read first.
+
+    runs/NAME-TASK-seedN/
+        recipe.yaml        the resolved recipe; `--recipe runs/.../recipe.yaml` repeats the run
+        log.txt            sentences
+        metrics.jsonl      numbers: train, validation, gates
+        checkpoints/       the newest ones, to resume from
+        best/              weights of the best validation score
+        side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it
+        result.json        score, time, memory, counts, versions
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.assets import load_ds_config
+from lst_scale.backbone.check import check_first_batch
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.data.encode import EncodedSplit, encode
+from lst_scale.data.scores import majority_score, score
+from lst_scale.data.tasks import TaskData, load_task
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.distributed import World
+from lst_scale.errors import ArgumentError
+from lst_scale.logs import Logger
+from lst_scale.methods.lst import build_side_network
+from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.side.model import LadderModel, save_side_network
+from lst_scale.side.network import SideNetwork
+from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest, write_directory
+from lst_scale.training.engine import build_engine, restore_moments
+from lst_scale.training.evaluation import predict
+from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
+
+RESULT, RECIPE = "result.json", "recipe.yaml"
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Carry out one recipe on this process and its peers, and return what result.json holds.
+
+    Args:
+        recipe: what to do.
+        resume: continue from the newest whole checkpoint of this recipe's folder, or start when there is none.
+        overwrite: throw away what the folder holds.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    ds_config = load_ds_config(recipe.training.deepspeed)
+    world = distributed.connect()
+    folder = Path(recipe.output_dir) / recipe.run_name
+    distributed.on_main_rank(world, lambda: _prepare_folder(folder, recipe, resume=resume, overwrite=overwrite))
+
+    with Logger(folder if world.is_main else None, tensorboard=recipe.logging.tensorboard) as logger:
+        # Data first: a wrong file is found before any weight is read.
+        task = load_task(recipe)
+        tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+        splits = {name: _encode(rows, tokenizer, recipe) for name, rows in task.splits().items()}
+        plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or task.epochs, world.size)
+        logger.say(
+            f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
+            f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
+        )
+
+        backbone = LocalBackbone.load(
+            recipe.backbone.checkpoint,
+            precision=recipe.backbone.precision,
+            device=world.device,
+            revision=recipe.backbone.revision,
+        )
+        side = build_side_network(recipe.method, backbone, recipe.seed)
+        if backbone.identity.precision in ("int8", "nf4"):
+            report = check_first_batch(backbone, splits["train"], recipe.backbone.max_quantization_error)
+            logger.say(report.sentence)
+
+        identity = _identity(recipe, plan, backbone)
+        checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
+        progress = _restore_weights(side, checkpoint, logger)
+        engine = build_engine(
+            side.to(world.device),
+            recipe.optimizer,
+            ds_config,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+        )
+        if checkpoint is not None:
+            restore_moments(engine, checkpoint.snapshot.moments, progress.step)
+
+        def score_split(weights: dict[str, Tensor], name: str) -> Scores:
+            model = LadderModel.from_parts(backbone, _copy_of(side, weights).to(world.device))
+            texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world)
+            return score(task, texts, [row.target for row in splits[name].rows])
+
+        trainer = Trainer(
+            world=world,
+            recipe=recipe,
+            plan=plan,
+            backbone=backbone,
+            request=side.request,
+            engine=engine,
+            train_split=splits["train"],
+            evaluate=lambda weights: score_split(weights, "validation"),
+            save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
+            logger=logger,
+            folder=folder,
+            identity=identity,
+        )
+        progress = trainer.fit(progress)
+
+        assert progress.best_step is not None, "a run ends with an evaluation"
+        best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
+        test_split = "test" if "test" in splits else "validation"
+        scores = score_split(best, test_split)
+        distributed.on_main_rank(
+            world, lambda: save_side_network(folder / "side_network", best, side.config, backbone.spec, backbone.identity)
+        )
+        result = {
+            "name": recipe.name,
+            "task": task.name,
+            "seed": recipe.seed,
+            "split": test_split,
+            "scores": {name: round(value, 4) for name, value in scores.items()},
+            "majority": {name: round(value, 4) for name, value in majority_score(task, splits[test_split].rows).items()},
+            "validation_score": progress.best_score,
+            "best_step": progress.best_step,
+            **_measurements(progress, world, side, backbone),
+            "versions": _versions(),
+            "command": sys.argv,
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        distributed.on_main_rank(world, lambda: _write_result(folder, result))
+        logger.say(_closing_sentence(result, folder))
+        return result
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ArgumentError("--resume and --overwrite exclude each other: write one of them")
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif not resume and (folder / RECIPE).exists():
+        raise ArgumentError(f"{folder} already holds a run: add --resume to continue it, --overwrite to start again, or change name=")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(to_yaml(recipe))
+
+
+def _encode(rows: Any, tokenizer: Any, recipe: Recipe) -> EncodedSplit:
+    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length)
+
+
+def _identity(recipe: Recipe, plan: Plan, backbone: LocalBackbone) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
+    return {
+        "task": recipe.model_dump(mode="json")["task"],
+        "seed": recipe.seed,
+        "backbone": backbone.identity.fingerprint,
+        "precision": backbone.identity.precision,
+        "method": recipe.method.model_dump(mode="json"),
+        "optimizer": recipe.optimizer.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "global_batch_size": recipe.training.global_batch_size,
+        "total_steps": plan.total_steps,
+    }
+
+
+def _restore_weights(side: SideNetwork, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
+    if checkpoint is None:
+        logger.forget_after(0)
+        return Progress()
+    for broken in checkpoint.skipped:
+        logger.say(f"skipped a broken checkpoint: {broken}")
+    side.load_state_dict(checkpoint.snapshot.weights)
+    logger.forget_after(checkpoint.progress.step)
+    logger.say(f"resuming at step {checkpoint.progress.step} from {checkpoint.path}")
+    return checkpoint.progress
+
+
+def _copy_of(side: SideNetwork, weights: dict[str, Tensor]) -> SideNetwork:
+    """Return a plain side network with `weights`: evaluation needs no engine, so ranks may take unequal numbers of steps."""
+    copy = SideNetwork(side.spec, side.config)
+    copy.load_state_dict(weights)
+    return copy.eval()
+
+
+def _best_path(folder: Path, step: int) -> Path:
+    return folder / "best" / f"step-{step:08d}"
+
+
+def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
+    path = _best_path(folder, step)
+    write_directory(path, lambda partial: save_file(weights, partial / "weights.safetensors"), lambda whole: load_file(whole / "weights.safetensors"))
+
+
+def _measurements(progress: Progress, world: World, side: SideNetwork, backbone: LocalBackbone) -> dict[str, Any]:
+    trainable = sum(parameter.numel() for parameter in _copy_shapes(side).parameters())
+    tokens = progress.source_tokens + progress.target_tokens
+    peaks = distributed.gather(_peak_memory_bytes(world))
+    return {
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else None,
+        "seconds_per_step": round(progress.seconds / progress.step, 4) if progress.step else None,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes_by_rank": peaks,
+        "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
+        "trainable_parameters": trainable,
+        "backbone_parameters": backbone.num_parameters,
+        "trainable_share_percent": round(100 * trainable / backbone.num_parameters, 4),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+    }
+
+
+def _copy_shapes(side: SideNetwork) -> SideNetwork:
+    with torch.device("meta"):  # under ZeRO-3 the live parameters are empty
+        return SideNetwork(side.spec, side.config)
+
+
+def _peak_memory_bytes(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _versions() -> dict[str, str]:
+    names = ("lst_scale", "torch", "transformers", "deepspeed", "bitsandbytes")
+    return {name: version(name) for name in names} | {"python": sys.version.split()[0]}
+
+
+def _write_result(folder: Path, result: dict[str, Any]) -> None:
+    partial = folder / f".{RESULT}.partial"
+    with partial.open("w") as file:
+        json.dump(result | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / RESULT)
+
+
+def _closing_sentence(result: dict[str, Any], folder: Path) -> str:
+    return (
+        f"{result['split']} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "
+        f"{result['train_seconds']:.0f} s of training, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process "
+        f"({result['peak_memory_kind']}), {result['trainable_parameters']:,} trainable parameters "
+        f"({result['trainable_share_percent']} %); side network in {folder / 'side_network'}"
+    )

@@ -1,0 +1,69 @@
+"""The command `deepspeed lst_scale/train.py --recipe t5-3b [key=value ...]`; also `python -m lst_scale.train` and `torchrun`.
+
+`--local_rank=N`, which the deepspeed launcher inserts, is accepted and unused: ranks come from the environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a file, Python puts this folder first on sys.path, where our module names could hide others'. Put its parent there instead.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+
+from lst_scale.errors import LstScaleError, RecipeError
+from lst_scale.recipe import Recipe, load_recipe
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lst_scale/train.py", description="Train, score and save a side network.", allow_abbrev=False)
+    parser.add_argument("--recipe", required=True, help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, or start")
+    parser.add_argument("--overwrite", action="store_true", help="throw away what the run's folder holds")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and the trainable count, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance task=mrpc method.reduction_factor=4")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one recipe and return the exit status: 0, 1 for a mistake that the one printed line explains, 2 for wrong usage."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.print_recipe:
+            print(describe(recipe))
+            return 0
+        from lst_scale import distributed
+        from lst_scale.run import run
+
+        run(recipe, resume=options.resume, overwrite=options.overwrite)
+        distributed.disconnect()
+    except RecipeError as error:
+        # The recipe is the same on all ranks: one voice is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except LstScaleError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def describe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML with the trainable count as a comment; needs no weights and no torch."""
+    from lst_scale.recipe import to_yaml
+    from lst_scale.side.count import describe_count
+
+    return f"{to_yaml(recipe)}# {describe_count(recipe)}"
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,152 @@
+"""DeepSpeed gets the side network, and nothing else.
+
+The frozen backbone never enters the engine: checkpoints weigh megabytes, a quantized weight is never touched, and any ZeRO stage
+is a free choice. Side weights are float32 under every stage (bf16 is a matter of autocast inside the network), so no stage keeps a
+second master copy whose rounding could differ.
+
+What a checkpoint needs is read out whole, under names that no stage or world size knows (`snapshot`), and put back in two moves:
+weights before the engine is made, Adam's moments after (`restore_moments`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lst_scale.recipe import OptimizerRecipe
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Weights and Adam's moments by parameter name, whole, float32, on the CPU. Empty on ranks other than 0."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # "exp_avg/NAME" and "exp_avg_sq/NAME"
+
+
+def build_engine(
+    side: nn.Module,
+    optimizer: OptimizerRecipe,
+    ds_config: dict[str, Any],
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+) -> Any:
+    """Return a DeepSpeed engine over `side` alone. The recipe's values are added to what the file in ds_configs/ says."""
+    import deepspeed
+
+    config = ds_config | {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    adam = torch.optim.AdamW(
+        parameter_groups(side, optimizer.weight_decay),
+        lr=optimizer.learning_rate,
+        betas=optimizer.betas,
+        eps=optimizer.epsilon,
+    )
+    engine, *_ = deepspeed.initialize(model=side, optimizer=adam, config=config, dist_init_required=False)
+    return engine
+
+
+def parameter_groups(side: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Everything with weight decay, except gates, norms and biases: decay would pull a gate to 1/2, whatever it learned."""
+    decayed, kept = [], []
+    for name, parameter in side.named_parameters():
+        (kept if parameter.ndim < 2 or "gate" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the rate of every group; called before each step, so that no scheduler state has to be saved."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """Return the whole weights by name, on every rank; under ZeRO-3 they are gathered one at a time. All ranks must call it."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        partitioned = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
+            weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        # An adapter saved empty under ZeRO-3 (DeepSpeed issue 7900) is the failure to guard against.
+        assert weights[name].numel() == getattr(parameter, "ds_numel", parameter.numel()) > 0, f"{name} was gathered empty"
+    return weights
+
+
+def snapshot(engine: Any, *, keep: bool) -> Snapshot:
+    """Gather weights and moments of all ranks; `keep` is true on the rank that will write them. All ranks must call it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    weights = full_weights(engine)
+    _link_moments(engine)
+    moments = {}
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            if _is_sharded(parameter):
+                value = safe_get_full_optimizer_state(parameter, moment)
+            else:
+                value = engine.optimizer.state[parameter][moment]
+            moments[f"{moment}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).view_as(weights[name])
+    return Snapshot(weights=weights if keep else {}, moments=moments if keep else {})
+
+
+def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
+    """Put Adam's moments and its step count into a fresh engine whose weights were loaded before it was made."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for tensor in _optimizer_tensors(engine):
+        empty = {moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS}
+        adam.state[tensor] = empty | adam.state.get(tensor, {}) | {"step": torch.tensor(float(step))}
+    _link_moments(engine)
+    for name, parameter in engine.module.named_parameters():
+        for moment in MOMENTS:
+            value = moments[f"{moment}/{name}"].to(parameter.device)
+            if hasattr(parameter, "ds_id"):
+                # safe_set_full_optimizer_state fails where the world size does not divide the parameter.
+                safe_set_local_optimizer_state(parameter, _partition(value, parameter), moment)
+            elif _is_sharded(parameter):
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                adam.state[parameter][moment] = value.clone()
+
+
+def _optimizer_tensors(engine: Any) -> list[Tensor]:
+    """Return the tensors that Adam keeps its state under: ZeRO-3's flat partitions, otherwise what stands in its groups."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
+
+
+def _link_moments(engine: Any) -> None:
+    """Tell ZeRO-1 and 2 where Adam's moments are: they link them once, at a first step whose states may not exist yet."""
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _partition(value: Tensor, parameter: Any) -> Tensor:
+    """Return this rank's slice of `value`, padded with zeros as ZeRO-3 pads it."""
+    size = parameter.partition_numel()
+    start = size * torch.distributed.get_rank(parameter.ds_process_group)
+    padded = nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size(parameter.ds_process_group) - value.numel()))
+    return padded.narrow(0, start, size)

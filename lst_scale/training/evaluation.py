@@ -1,0 +1,66 @@
+"""Score a side network: the answer by generation (the paper's way), or the likeliest label (fast, classification only).
+
+Every rank scores its share of the rows, once each; the texts are gathered and the metric is computed over all of them, so it is
+the metric of a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.data.batches import Batch, evaluation_batches, merge_predictions
+from lst_scale.data.encode import EncodedSplit
+from lst_scale.distributed import World
+from lst_scale.errors import ArgumentError
+from lst_scale.recipe import EvaluationRecipe
+from lst_scale.side.loss import shift_right
+from lst_scale.side.model import LadderModel
+
+
+@torch.no_grad()
+def predict(
+    model: LadderModel, split: EncodedSplit, tokenizer: Any, recipe: EvaluationRecipe, labels: Sequence[str] | None, world: World
+) -> list[str]:
+    """Return the predicted text of every row of `split`, in order, on every rank. All ranks must call it."""
+    if recipe.method == "likelihood" and not labels:
+        raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
+    model.eval()
+    mine: list[tuple[int, str]] = []
+    for batch in evaluation_batches(split, batch_size=recipe.batch_size, rank=world.rank, world_size=world.size):
+        if recipe.method == "likelihood":
+            texts = _likeliest(model, batch, tokenizer, labels or ())
+        else:
+            texts = _generate(model, batch, tokenizer, recipe, split)
+        mine.extend(zip(batch.indices, texts, strict=True))
+    return merge_predictions(distributed.gather(mine), len(split.rows))
+
+
+def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, split: EncodedSplit) -> list[str]:
+    longest = max(len(labels) for labels in split.labels)
+    output_BT = model.generate(
+        input_ids=batch.input_ids_BS.to(model.device),
+        attention_mask=batch.attention_mask_BS.to(model.device),
+        num_beams=recipe.num_beams,
+        do_sample=False,
+        max_new_tokens=recipe.max_new_tokens or longest,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
+
+
+def _likeliest(model: LadderModel, batch: Batch, tokenizer: Any, labels: Sequence[str]) -> list[str]:
+    """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
+    device, spec = model.device, model.backbone.spec
+    encoder = model.encode(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
+    scores: list[Tensor] = []
+    for label in labels:
+        target_1T = torch.tensor([tokenizer(label).input_ids], device=device)
+        labels_BT = target_1T.expand(len(batch.indices), -1)
+        logits_BTV = model.decode(shift_right(labels_BT, spec), encoder)
+        token_scores_BT = logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0]
+        scores.append(token_scores_BT.sum(-1))
+    return [labels[int(best)] for best in torch.stack(scores, -1).argmax(-1)]

@@ -1,0 +1,225 @@
+"""The training loop: taps, side network, loss, step; evaluation and checkpoints at step boundaries.
+
+One optimizer step covers one global batch, whatever the number of ranks and micro-batches. Its loss is the mean over all target
+tokens of the global batch (the paper's, on one GPU), so that one process and eight give the same gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.backbone.taps import Backbone, TapRequest
+from lst_scale.data.batches import Batch, Step, training_steps
+from lst_scale.data.encode import EncodedSplit
+from lst_scale.distributed import World
+from lst_scale.errors import TrainingError
+from lst_scale.logs import Logger
+from lst_scale.recipe import Recipe
+from lst_scale.side.loss import cross_entropy_sum, shift_right
+from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint
+from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
+from lst_scale.training.schedule import learning_rate
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many steps there are and where they fall; derived from recipe, data and world."""
+
+    steps_per_epoch: int
+    total_steps: int
+    micro_batch_size: int
+    accumulation: int
+    evaluate_every: int  # steps
+    save_every: int  # steps
+
+
+def make_plan(recipe: Recipe, num_rows: int, epochs: int, world_size: int) -> Plan:
+    """Derive the plan of a run over `num_rows` training rows."""
+    training = recipe.training
+    steps_per_epoch = -(-num_rows // training.global_batch_size)
+    total_steps = steps_per_epoch * epochs
+    if training.max_steps is not None:
+        total_steps = min(total_steps, training.max_steps)
+    rows_a_rank = -(-training.global_batch_size // world_size)
+    micro_batch_size = min(training.micro_batch_size or rows_a_rank, rows_a_rank)
+    evaluate_every = steps_per_epoch if training.evaluate_every == "epoch" else training.evaluate_every
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        micro_batch_size=micro_batch_size,
+        accumulation=-(-rows_a_rank // micro_batch_size),
+        evaluate_every=evaluate_every,
+        save_every=training.save_every_steps or evaluate_every,
+    )
+
+
+class Trainer:
+    """Trains one side network on one backbone. `run.py` builds the parts, `fit` uses them."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        recipe: Recipe,
+        plan: Plan,
+        backbone: Backbone,
+        request: TapRequest,
+        engine: Any,
+        train_split: EncodedSplit,
+        evaluate: Callable[[dict[str, Tensor]], Scores],
+        save_best: Callable[[dict[str, Tensor], int], None],
+        logger: Logger,
+        folder: Path,
+        identity: dict[str, Any],
+    ) -> None:
+        self.world, self.recipe, self.plan, self.logger = world, recipe, plan, logger
+        self.backbone, self.request, self.engine, self.train_split = backbone, request, engine, train_split
+        self.evaluate, self.save_best = evaluate, save_best
+        self.folder, self.identity = folder, identity
+
+    def fit(self, progress: Progress) -> Progress:
+        """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
+        plan, recipe = self.plan, self.recipe
+        self.logger.start_bar(plan.total_steps, progress.step)
+        epoch, steps = -1, []
+        while progress.step < plan.total_steps and not progress.finished:
+            if progress.step // plan.steps_per_epoch != epoch:
+                epoch = progress.step // plan.steps_per_epoch
+                steps = self._steps_of(epoch)
+            progress = self._train_step(steps[progress.step % plan.steps_per_epoch], progress)
+            last = progress.step == plan.total_steps
+            if progress.step % plan.evaluate_every == 0 or last:
+                progress = self._evaluate(progress)
+            if progress.step % plan.save_every == 0 or last or progress.finished:
+                self._save(progress)
+        return replace(progress, finished=True)
+
+    def _steps_of(self, epoch: int) -> Any:
+        return training_steps(
+            self.train_split,
+            epoch=epoch,
+            seed=self.recipe.seed,
+            global_batch_size=self.recipe.training.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def _train_step(self, step: Step, progress: Progress) -> Progress:
+        """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
+        start = time.perf_counter()
+        torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank))
+        rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
+        nll, source_tokens = 0.0, 0
+        last = len(step.micro_batches) - 1
+        for index, batch in enumerate(step.micro_batches):
+            nll += self._forward_backward(batch, step.num_target_tokens)
+            source_tokens += int(batch.attention_mask_BS.sum())
+            if index == last:
+                loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
+                set_learning_rate(self.engine, rate)
+            self.engine.step()
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            seconds=progress.seconds + time.perf_counter() - start,
+            source_tokens=progress.source_tokens + all_source_tokens,
+            target_tokens=progress.target_tokens + step.num_target_tokens,
+        )
+        self._log_step(progress, loss, rate, time.perf_counter() - start)
+        return progress
+
+    def _forward_backward(self, batch: Batch, num_target_tokens: int) -> float:
+        """Return this micro-batch's summed negative log-likelihood, in nats."""
+        device = self.backbone.device
+        labels_BT = batch.labels_BT.to(device)
+        taps = self.backbone(
+            batch.input_ids_BS.to(device),
+            batch.attention_mask_BS.to(device),
+            shift_right(labels_BT, self.backbone.spec),
+            self.request,
+        )
+        hidden_BTD = self.engine(taps)
+        nll, _ = cross_entropy_sum(self.backbone.head, hidden_BTD, labels_BT)
+        # DeepSpeed averages over ranks and micro-batches; undo both, so that every token of the global batch weighs the same.
+        scale = self.world.size * self.plan.accumulation / num_target_tokens
+        self.engine.backward(nll * scale)
+        return float(nll.detach())
+
+    def _agree_on_loss(self, nll: float, source_tokens: int, num_target_tokens: int, step: int) -> tuple[float, int]:
+        """Return the global batch's mean loss and source tokens; raise on every rank when any rank's loss is not finite."""
+        finite = nll - nll == 0.0
+        bad = [0.0] * self.world.size
+        bad[self.world.rank] = 0.0 if finite else 1.0
+        total_nll, total_source, *bad = distributed.sum_over_ranks(
+            [nll if finite else 0.0, float(source_tokens), *bad], self.world.device
+        )
+        ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
+        if ranks:
+            raise TrainingError(
+                f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken: "
+                "lower optimizer.learning_rate or set method.precision=fp32, then --resume"
+            )
+        return total_nll / num_target_tokens, int(total_source)
+
+    def _log_step(self, progress: Progress, loss: float, rate: float, seconds: float) -> None:
+        due = progress.step % self.recipe.logging.log_every_steps == 0 or progress.step == 1
+        self.logger.advance(progress.step, f"loss {loss:.4f}, lr {rate:.2e}, {seconds:.2f} s", say=due)
+        if due:
+            values: dict[str, Any] = {"loss": loss, "learning_rate": rate, "seconds": round(seconds, 4)}
+            norm = self.engine.get_global_grad_norm()
+            if norm is not None:
+                values["gradient_norm"] = float(norm)
+            self.logger.record("train", progress.step, values)
+
+    def _evaluate(self, progress: Progress) -> Progress:
+        """Score the validation split; remember the best weights; count evaluations without progress towards `patience`."""
+        start = time.perf_counter()
+        weights = full_weights(self.engine)
+        scores = self.evaluate(weights)
+        seconds = time.perf_counter() - start
+        self.logger.record("validation", progress.step, scores | {"seconds": round(seconds, 3)})
+        self.logger.record("gates", progress.step, gate_openings(weights))
+        self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+        if progress.best_score is None or scores["score"] > progress.best_score:
+            self.save_best(weights, progress.step)
+            return replace(progress, best_score=scores["score"], best_step=progress.step, evaluations_since_best=0)
+        since = progress.evaluations_since_best + 1
+        patience = self.recipe.training.patience
+        if patience is not None and since >= patience:
+            self.logger.say(f"step {progress.step}: no better score in {since} evaluations, stopping early")
+        return replace(progress, evaluations_since_best=since, finished=patience is not None and since >= patience)
+
+    def _save(self, progress: Progress) -> None:
+        state = snapshot(self.engine, keep=self.world.is_main)
+        folder = self.folder / "checkpoints"
+
+        def write() -> None:
+            save_checkpoint(folder, state, progress, self.identity)
+            remove_old_checkpoints(folder, self.recipe.training.keep_checkpoints)
+
+        distributed.on_main_rank(self.world, write)
+
+
+def gate_openings(weights: dict[str, Tensor], temperature: float = 0.1) -> dict[str, float]:
+    """Return mu = sigmoid(alpha / T) of every scalar gate by name: the share of the side state; 1 - mu is the tap's."""
+    return {
+        name: round(float(torch.sigmoid(weight.double() / temperature)), 5)
+        for name, weight in weights.items()
+        if "gate" in name and weight.numel() == 1
+    }
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Derive the dropout seed of one step on one rank: a resume needs no random state. Odd constants keep neighbours apart."""
+    return (seed * 1_000_003 + step * 8_191 + rank * 131 + 1) % 2**63
