@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -36,13 +35,14 @@ from lst_scale.data.scores import majority_score, score
 from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
+from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
 from lst_scale.methods.lst import build_side_network
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
-from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest, write_directory
+from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
 from lst_scale.training.evaluation import predict
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
@@ -127,7 +127,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         test_split = "test" if "test" in splits else "validation"
         scores = score_split(best, test_split)
         distributed.on_main_rank(
-            world, lambda: save_side_network(folder / "side_network", best, side.config, backbone.spec, backbone.identity)
+            world, lambda: save_side_network(folder / "side_network", best, side.config, backbone)
         )
         result = {
             "name": recipe.name,
@@ -243,13 +243,8 @@ def _versions() -> dict[str, str]:
 
 
 def _write_result(folder: Path, result: dict[str, Any]) -> None:
-    partial = folder / f".{RESULT}.partial"
-    with partial.open("w") as file:
-        json.dump(result | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / RESULT)
+    finished = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_file(folder / RESULT, json.dumps(result | finished, indent=2) + "\n")
 
 
 def _closing_sentence(result: dict[str, Any], folder: Path) -> str:

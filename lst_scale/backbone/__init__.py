@@ -1,0 +1,27 @@
+"""The frozen backbone, forward only. `taps.py` is the boundary; everything else here is one way of standing behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lst_scale.backbone.taps import Backbone
+
+
+def as_backbone(model: Any) -> Backbone:
+    """Return `model` itself when it is a backbone, or a Hugging Face T5 or mT5 model frozen behind the boundary."""
+    if hasattr(model, "encode") and hasattr(model, "identity"):
+        backbone: Backbone = model
+        return backbone
+    from lst_scale.backbone.local import LocalBackbone
+
+    return LocalBackbone.wrap(model)
+
+
+def load_backbone(checkpoint: str, *, revision: str | None, precision: str) -> Backbone:
+    """Load a checkpoint by name on the device of this process: CUDA when there is one."""
+    import torch
+
+    from lst_scale.backbone.local import LocalBackbone
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return LocalBackbone.load(checkpoint, precision=precision, device=device, revision=revision)

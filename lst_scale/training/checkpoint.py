@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lst_scale.durable import write_directory
 from lst_scale.errors import CheckpointError
 from lst_scale.training.engine import Snapshot
 
@@ -52,30 +51,6 @@ class Checkpoint:
     progress: Progress
     snapshot: Snapshot
     skipped: tuple[str, ...] = field(default=())  # broken ones that were newer, each with what is wrong
-
-
-def write_directory(path: Path, fill: Callable[[Path], None], check: Callable[[Path], Any]) -> None:
-    """Make the directory `path` appear at once and whole: filled under a temporary name, flushed, renamed, read back by `check`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        fill(partial)
-        for file in sorted(partial.rglob("*")):
-            _flush(file)
-        _flush(partial)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"could not write {path}: {error.strerror}; free space or choose another output_dir") from error
-    replaced = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        os.replace(path, replaced)  # a kill here leaves the old contents under this name
-    os.replace(partial, path)
-    _flush(path.parent)
-    check(path)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, progress: Progress, identity: dict[str, Any]) -> Path:
@@ -159,11 +134,3 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

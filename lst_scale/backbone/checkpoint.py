@@ -1,0 +1,170 @@
+"""A T5-family checkpoint on disk, read one tensor at a time.
+
+Weights come from safetensors only, by memory map: nothing is unpickled, and nothing but the tensor asked for becomes resident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from lst_scale.assets import resolve
+from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.errors import BackboneError
+
+SUPPORTED = ("t5", "mt5")
+SHARED = "shared.weight"
+# Names under which checkpoints store the one embedding matrix.
+EMBEDDING_NAMES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HEAD = "lm_head.weight"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Checkpoint:
+    """An opened checkpoint: its configuration, and its tensors by Hugging Face name, whole or as slices."""
+
+    def __init__(self, name: str, revision: str | None, folder: Path, config: PretrainedConfig) -> None:
+        self.name, self.revision, self.folder, self.config = name, revision, folder, config
+        self._open_files: dict[str, Any] = {}
+
+    @cached_property
+    def spec(self) -> BackboneSpec:
+        return spec_of(self.config)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Map each tensor's name to the file that holds it."""
+        if (self.folder / INDEX).exists():
+            try:
+                files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise BackboneError(f"{self.folder / INDEX} is damaged ({error}): copy the checkpoint again") from error
+            missing = sorted({file for file in files.values() if not (self.folder / file).exists()})
+            if missing:
+                raise BackboneError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names: copy the checkpoint again")
+            return files
+        return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the output head is a matrix of its own (T5 v1.1, Flan-T5, mT5) and not the embedding."""
+        return HEAD in self.files
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor into memory, in the precision it is stored in. Tied names find the one stored matrix."""
+        stored = self._stored_name(name)
+        try:
+            return self._file(self.files[stored]).get_tensor(stored)
+        except SafetensorError as error:
+            raise BackboneError(f"{self.folder / self.files[stored]}: can't read {stored} ({error}): copy the checkpoint again") from error
+
+    def names(self) -> Iterator[str]:
+        yield from self.files
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the configuration and every byte of the weight files: any changed weight changes it."""
+        digest = hashlib.sha256(json.dumps(vars_of(self.spec), sort_keys=True).encode())
+        for file in sorted(set(self.files.values())):
+            with (self.folder / file).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def _stored_name(self, name: str) -> str:
+        candidates = (name, *EMBEDDING_NAMES) if name in (*EMBEDDING_NAMES, HEAD) else (name,)
+        for candidate in candidates:
+            if candidate in self.files:
+                return candidate
+        raise BackboneError(f"{self.folder} has no tensor {name}: it is not a whole {self.spec.model_type} checkpoint")
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open_files:
+            try:
+                self._open_files[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BackboneError(f"{self.folder / file} is not a whole safetensors file ({error}): copy the checkpoint again") from error
+        return self._open_files[file]
+
+
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint by local path, embedded name ("embedded:tiny-t5") or hub name.
+
+    Raises:
+        BackboneError: it is not there, not T5-like, or holds no safetensors.
+    """
+    path = resolve(name)
+    folder = Path(path) if Path(path).exists() else _download(path, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{folder}/config.json can't be read as a model configuration: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED:
+        raise BackboneError(f"{name} is a {config.model_type!r} model: choose a checkpoint of type {' or '.join(SUPPORTED)}")
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        found = sorted(file.name for file in folder.glob("pytorch_model*"))
+        hint = f" ({found[0]} is a pickle, which can run code and is never loaded)" if found else ""
+        raise BackboneError(f"{name} has no {SINGLE}{hint}: choose a revision with safetensors, or convert it with save_pretrained")
+    return Checkpoint(name, revision, folder, config)
+
+
+def spec_of(config: Any) -> BackboneSpec:
+    """Return what a side network must know of the model that `config` (T5Config or MT5Config) describes."""
+    return BackboneSpec(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        d_kv=config.d_kv,
+        num_heads=config.num_heads,
+        num_layers=config.num_layers,
+        num_decoder_layers=config.num_decoder_layers,
+        feed_forward_proj=config.feed_forward_proj,
+        dropout_rate=float(config.dropout_rate),
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        relative_attention_num_buckets=config.relative_attention_num_buckets,
+        relative_attention_max_distance=config.relative_attention_max_distance,
+        # transformers 5 forces tie_word_embeddings to True and keeps T5's scaling in a flag of its own; mT5 never scales.
+        scale_decoder_outputs=bool(getattr(config, "scale_decoder_outputs", False)),
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0],
+        decoder_start_token_id=config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id,
+    )
+
+
+def vars_of(spec: BackboneSpec) -> dict[str, Any]:
+    """Return a spec's fields as a plain dictionary."""
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+def read_to(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Read one tensor straight into its final precision and place; the stored copy is released at once."""
+    return checkpoint.tensor(name).to(device=device, dtype=dtype)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BackboneError(f"backbone.checkpoint {name!r} is no folder: write an existing path or a hub name such as google-t5/t5-base")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except HFValidationError as error:
+        raise BackboneError(f"backbone.checkpoint {name!r} is neither a folder nor a hub name: {_first_line(error)}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BackboneError(
+            f"backbone.checkpoint {name!r} is not on this machine and the hub can't be reached or lacks it ({type(error).__name__}): "
+            "download it first where there is a network, or write the path of a folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,164 @@
+"""How a side network starts: at random, or carved out of the backbone by structural pruning (Sung et al. 2022, section 3.3).
+
+Pruning is a chain through the whole backbone, embedding to last norm. Each matrix keeps the inputs that the one before it kept, and
+1/r of its outputs, chosen by importance. It walks the checkpoint one tensor at a time, so a quantized or streamed backbone needs no
+full-precision copy. Every block must be visited, because the chain of indices runs through it; kept ones are copied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF, T5LayerNorm
+
+from lst_scale.errors import LadderError
+from lst_scale.side.network import SideNetwork, SideStack
+
+WeightSource = Callable[[str], Tensor]
+LADDER_STD = 0.01  # of downsamples and upsample, the release's
+
+
+@torch.no_grad()
+def initialize_random(side: SideNetwork, *, seed: int) -> None:
+    """Fill every weight from one seeded generator.
+
+    | weight | start |
+    | --- | --- |
+    | downsamples, upsample | N(0, 0.01^2), bias 0 |
+    | gates | alpha 0, mu 1/2 |
+    | norms | 1 |
+    | q | N(0, 1 / (width * d_kv)): T5 attention has no 1/sqrt(d_kv), the start carries it |
+    | k, v, wi, position table | N(0, 1 / width) |
+    | o | N(0, 1 / (heads * d_kv)) |
+    | wo | N(0, 1 / d_ff) |
+
+    The block rows are T5's own start (mesh-tensorflow) at the narrow widths. The release drew side blocks from N(0, 0.01^2), at
+    which attention is uniform and a block passes its input on almost unchanged.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(weight: Tensor, std: float) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    for module in side.modules():
+        if isinstance(module, T5LayerNorm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, T5Attention):
+            inner = module.n_heads * module.key_value_proj_dim
+            normal(module.q.weight, (module.d_model * module.key_value_proj_dim) ** -0.5)
+            normal(module.k.weight, module.d_model**-0.5)
+            normal(module.v.weight, module.d_model**-0.5)
+            normal(module.o.weight, inner**-0.5)
+            if module.has_relative_attention_bias:
+                normal(module.relative_attention_bias.weight, module.d_model**-0.5)
+        elif isinstance(module, T5LayerFF):
+            for name, linear in module.DenseReluDense.named_children():
+                if isinstance(linear, nn.Linear):
+                    normal(linear.weight, linear.in_features**-0.5)
+    for stack in (side.encoder, side.decoder):
+        for linear in (stack.first_downsample, *stack.downsamples.values()):
+            normal(linear.weight, LADDER_STD)
+            linear.bias.zero_()
+        for gate in stack.gates.values():
+            gate.alpha.zero_()
+    normal(side.upsample.weight, LADDER_STD)
+    side.upsample.bias.zero_()
+    if side.merge_gate is not None:
+        side.merge_gate.alpha.zero_()
+
+
+@torch.no_grad()
+def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: WeightSource | None = None) -> None:
+    """Copy pruned backbone weights into the side blocks, final norms and position tables; the rest stays as it is.
+
+    Args:
+        side: a side network whose other weights are already set.
+        weights: reads a backbone weight by its Hugging Face name.
+        importance: reads a weight's importance, of the same shape; None takes the weight itself (its magnitude counts).
+    """
+    spec, r = side.spec, side.config.reduction_factor
+    chain = _Chain(weights, importance or weights, r, gated=spec.feed_forward_proj.startswith("gated"))
+    chain.start("shared.weight")
+    for prefix, stack, num_layers in (("encoder", side.encoder, spec.num_layers), ("decoder", side.decoder, spec.num_decoder_layers)):
+        for layer in range(num_layers):
+            pruned = chain.block(f"{prefix}.block.{layer}", is_decoder=prefix == "decoder")
+            if str(layer) in stack.blocks:
+                _copy(stack.blocks[str(layer)], pruned)
+        stack.final_norm.weight.copy_(chain.norm(f"{prefix}.final_layer_norm.weight"))
+        _copy_position_table(stack, weights(f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"))
+
+
+class _Chain:
+    """Walks the backbone in order; `kept` are the residual coordinates that the last sublayer kept."""
+
+    def __init__(self, weights: WeightSource, importance: WeightSource, r: int, *, gated: bool) -> None:
+        self.weights, self.importance, self.r, self.gated = weights, importance, r, gated
+        self.same = importance is weights
+        self.kept = torch.empty(0, dtype=torch.long)
+
+    def start(self, name: str) -> None:
+        """Keep the embedding columns with the largest L1 norm of importance over the vocabulary."""
+        self.kept = self._largest(self._importance(name, self.weights(name)).abs().sum(0))
+
+    def block(self, prefix: str, *, is_decoder: bool) -> dict[str, Tensor]:
+        """Return one block's pruned weights, named as inside the block."""
+        pruned: dict[str, Tensor] = {}
+        sublayers = ["SelfAttention", "EncDecAttention", "DenseReluDense"] if is_decoder else ["SelfAttention", "DenseReluDense"]
+        for index, kind in enumerate(sublayers):
+            local = f"layer.{index}"
+            pruned[f"{local}.layer_norm.weight"] = self.norm(f"{prefix}.{local}.layer_norm.weight")
+            path = f"{local}.{kind}"
+            if kind == "DenseReluDense":
+                names = ("wi_0", "wi_1") if self.gated else ("wi",)
+                pruned |= self._sublayer(prefix, path, names, "wo")
+            else:
+                pruned |= self._sublayer(prefix, path, ("q", "k", "v"), "o")
+        return pruned
+
+    def norm(self, name: str) -> Tensor:
+        return self.weights(name)[self.kept]
+
+    def _sublayer(self, prefix: str, path: str, names: tuple[str, ...], out: str) -> dict[str, Tensor]:
+        """Prune the input matrices `names` to common rows, then the output matrix `out` to 1/r of its own rows."""
+        inputs, log_products = {}, []
+        for name in names:
+            full = f"{prefix}.{path}.{name}.weight"
+            weight = self.weights(full)
+            importance = self._importance(full, weight)[:, self.kept]
+            inputs[name] = weight[:, self.kept]
+            # Importances are squared gradients: a product of three underflows float32, a sum of float64 logarithms does not.
+            log_products.append(importance.abs().double().log())
+        # One matrix or a product of several: wi_0 and wi_1 of a gated feed-forward multiply unit by unit, as q, k and v do.
+        rows = self._largest(torch.stack(log_products).sum(0).logsumexp(1))
+        full = f"{prefix}.{path}.{out}.weight"
+        weight = self.weights(full)
+        importance = self._importance(full, weight)[:, rows]
+        self.kept = self._largest(importance.abs().double().sum(1))
+        pruned = {f"{path}.{name}.weight": matrix[rows] for name, matrix in inputs.items()}
+        return pruned | {f"{path}.{out}.weight": weight[:, rows][self.kept]}
+
+    def _importance(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.same else self.importance(name)
+
+    def _largest(self, scores: Tensor) -> Tensor:
+        """Return the indices of the largest 1/r of `scores`, ascending."""
+        size = len(scores) // self.r
+        return scores.topk(size).indices.sort().values
+
+
+def _copy(block: nn.Module, pruned: dict[str, Tensor]) -> None:
+    parameters = {name: p for name, p in block.named_parameters() if "relative_attention_bias" not in name}
+    assert parameters.keys() == pruned.keys(), sorted(parameters.keys() ^ pruned.keys())
+    for name, parameter in parameters.items():
+        parameter.copy_(pruned[name])
+
+
+def _copy_position_table(stack: SideStack, table: Tensor) -> None:
+    """The first side block starts with the backbone's whole table: heads are not reduced."""
+    first = next(iter(stack.blocks.values()))
+    parameter = first.layer[0].SelfAttention.relative_attention_bias.weight
+    if parameter.shape != table.shape:
+        raise LadderError(f"the backbone's position table is {tuple(table.shape)}, the side network's {tuple(parameter.shape)}")
+    parameter.copy_(table)

@@ -1,0 +1,238 @@
+"""LadderModel: a frozen backbone and a side network as one model that trains, generates, saves and loads.
+
+The backbone is no submodule: `parameters()`, `state_dict()`, `train()` and an optimizer see the side network alone.
+Generation is transformers' own (greedy, beams, sampling); backbone and side blocks share one EncoderDecoderCache, because beam search
+reorders only the first cache it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, T5Config
+from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+
+from lst_scale.backbone import as_backbone
+from lst_scale.backbone.taps import Backbone, EncoderState, StackTaps
+from lst_scale.errors import LadderError
+from lst_scale.side import files, release
+from lst_scale.side.config import LadderConfig
+from lst_scale.side.initialize import initialize_random
+from lst_scale.side.loss import IGNORED, cross_entropy_sum, shift_right
+from lst_scale.side.network import SideEncoderState, SideNetwork
+
+
+@dataclass
+class LadderEncoderOutput(ModelOutput):  # type: ignore[misc]
+    """What generation carries from the encoders to the decoders, as plain tensors that beam search can repeat row by row."""
+
+    last_hidden_state: Tensor | None = None  # the backbone's final state (B, S, D)
+    side_state: Tensor | None = None  # the side encoder's (B, S, R)
+
+
+class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
+    """A side network on a frozen backbone.
+
+    Args:
+        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
+        config: the side network's design. Its weights start at random (seed 0); see `lst_scale.side.initialize` for pruning.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    _supports_cache_class = True
+    input_modalities = ("text",)
+    output_modalities = ("text",)
+
+    def __init__(self, backbone: Any, config: LadderConfig) -> None:
+        super().__init__()
+        frozen = as_backbone(backbone)
+        side = SideNetwork(frozen.spec, config)
+        initialize_random(side, seed=0)
+        self._assemble(frozen, side.to(frozen.device))
+
+    @classmethod
+    def from_parts(cls, backbone: Backbone, side: SideNetwork) -> LadderModel:
+        """Join a backbone with a side network that already has its weights."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._assemble(backbone, side)
+        return model
+
+    def _assemble(self, backbone: Backbone, side: SideNetwork) -> None:
+        object.__setattr__(self, "backbone", backbone)  # not a submodule, even if it were an nn.Module
+        self.side = side
+        spec = backbone.spec
+        # What GenerationMixin reads; the backbone's blocks come first in the cache, the side blocks after them.
+        self.config = T5Config(
+            vocab_size=spec.vocab_size,
+            d_model=spec.d_model,
+            d_kv=spec.d_kv,
+            num_heads=spec.num_heads,
+            num_layers=spec.num_decoder_layers + len(side.config.side_layers),
+            pad_token_id=spec.pad_token_id,
+            eos_token_id=spec.eos_token_id,
+            decoder_start_token_id=spec.decoder_start_token_id,
+        )
+        self.generation_config = GenerationConfig(
+            pad_token_id=spec.pad_token_id, eos_token_id=spec.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
+        )
+
+    backbone: Backbone
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: LadderEncoderOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        **_unused: Any,
+    ) -> Seq2SeqLMOutput:
+        """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy over the labels that are not -100.
+
+        Args:
+            input_ids: (B, S) token ids; the mask is taken from the padding id when none is given.
+            attention_mask: (B, S), 1 = token, 0 = padding.
+            labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise LadderError("a forward pass needs labels or decoder_input_ids")
+            decoder_input_ids = shift_right(labels, self.backbone.spec)
+        if encoder_outputs is None:
+            if input_ids is None:
+                raise LadderError("a forward pass needs input_ids or encoder_outputs")
+            if attention_mask is None:
+                attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
+            state = self.encode(input_ids, attention_mask)
+        else:
+            assert attention_mask is not None
+            state = self._state_of(encoder_outputs, attention_mask)
+        cache = past_key_values if use_cache else None
+        hidden_BTD = self._hidden(decoder_input_ids, state, cache)
+        loss = None
+        if labels is not None:
+            nll, count = cross_entropy_sum(self.backbone.head, hidden_BTD, labels)
+            loss = nll / max(count, 1)
+        return Seq2SeqLMOutput(loss=loss, logits=self.backbone.head(hidden_BTD), past_key_values=cache)
+
+    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
+        """Run both encoders."""
+        encoder = self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
+        return encoder, self.side.encode(encoder.taps, attention_mask_BS)
+
+    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
+        """Return logits (B, T, V); with a cache, of the new positions."""
+        return self.backbone.head(self._hidden(decoder_input_ids_BT, state, cache))
+
+    def _hidden(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None) -> Tensor:
+        decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
+        return self.side.decode(decoder, state[1], cache)
+
+    # What GenerationMixin asks for.
+
+    def can_generate(self) -> bool:
+        return True
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        return self._encoder_output
+
+    def _encoder_output(self, input_ids: Tensor, attention_mask: Tensor, **_unused: Any) -> LadderEncoderOutput:
+        encoder, side = self.encode(input_ids, attention_mask)
+        return LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR)
+
+    def _prepare_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
+    ) -> dict[str, Any]:
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            mask = (inputs_tensor != self.backbone.spec.pad_token_id).long()
+        return model_kwargs | {"attention_mask": mask, "encoder_outputs": self._encoder_output(inputs_tensor, mask)}
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_unused: Any, **__unused: Any) -> None:
+        # Empty caches that grow: one sized from the configuration would know the backbone's layers only.
+        if generation_config.use_cache:
+            model_kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return {
+            "decoder_input_ids": input_ids[:, past:],
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None and bool(use_cache),
+            "attention_mask": kwargs["attention_mask"],
+            "encoder_outputs": kwargs["encoder_outputs"],
+        }
+
+    def _state_of(self, output: LadderEncoderOutput, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
+        assert output.last_hidden_state is not None and output.side_state is not None
+        nothing = StackTaps(layers=(), embedding=output.last_hidden_state[:, :0], hidden=())  # the side encoder has read its taps
+        encoder = EncoderState(taps=nothing, final_BSD=output.last_hidden_state, attention_mask_BS=attention_mask_BS)
+        return encoder, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
+
+    # Weights under the release's names, and files.
+
+    def load_release_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Load side weights under the original release's names.
+
+        Raises:
+            LadderError: a weight is missing, unknown or of another shape; nothing is loaded then.
+        """
+        self.side.load_state_dict(release.from_release(weights, self.side.state_dict()))
+
+    def release_state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Return the side weights under the original release's names; with `keep_vars` the live parameters."""
+        return {release.release_name(name): tensor for name, tensor in self.side.state_dict(keep_vars=keep_vars).items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the side network alone: weights (safetensors), configuration with the backbone's identity, model card."""
+        save_side_network(Path(folder), self.side.state_dict(), self.side.config, self.backbone)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: Any = None, *, allow_other_backbone: bool = False) -> LadderModel:
+        """Read a saved side network and join it with its backbone, loaded by its recorded name unless given.
+
+        Raises:
+            LadderError: the folder is not whole, or the backbone is not the one that the side network was trained on.
+        """
+        saved = files.read(Path(folder))
+        frozen = as_backbone(backbone) if backbone is not None else _load(saved)
+        if frozen.identity.fingerprint != saved.identity.fingerprint and not allow_other_backbone:
+            raise LadderError(
+                f"{folder} was trained on {saved.identity.checkpoint} with fingerprint {saved.identity.fingerprint[:12]}, this backbone "
+                f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights, or allow_other_backbone=True"
+            )
+        side = SideNetwork(frozen.spec, saved.config)
+        files.load_weights(side, saved)
+        return cls.from_parts(frozen, side.to(frozen.device).eval())
+
+
+def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, backbone: Backbone) -> None:
+    """Write side weights by our names with all that `LadderModel.from_pretrained` needs."""
+    files.write(folder, weights, config, backbone.identity, backbone.spec)
+
+
+def _load(saved: files.Saved) -> Backbone:
+    from lst_scale.backbone import load_backbone
+
+    return load_backbone(saved.identity.checkpoint, revision=saved.identity.revision, precision=saved.identity.precision)
+
+
+__all__ = ["IGNORED", "LadderModel", "save_side_network"]

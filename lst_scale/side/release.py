@@ -1,0 +1,67 @@
+"""The original release's names for our weights, so that its checkpoints load here and ours there.
+
+    encoder.side_first_downsample.weight      <- encoder.first_downsample.weight
+    encoder.side_block.I.layer...             <- encoder.blocks.I.layer...
+    encoder.side_gate_params.I                <- encoder.gates.I.alpha
+    encoder.final_side_layer_norm.weight      <- encoder.final_norm.weight
+    side_final_upsample.weight                <- upsample.weight
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from lst_scale.errors import LadderError
+
+_RULES = (
+    (r"^(encoder|decoder)\.first_downsample\.", r"\1.side_first_downsample."),
+    (r"^(encoder|decoder)\.downsamples\.", r"\1.side_downsamples."),
+    (r"^(encoder|decoder)\.blocks\.", r"\1.side_block."),
+    (r"^(encoder|decoder)\.gates\.(\d+)\.alpha$", r"\1.side_gate_params.\2"),
+    (r"^(encoder|decoder)\.final_norm\.", r"\1.final_side_layer_norm."),
+    (r"^upsample\.", "side_final_upsample."),
+    (r"^merge_gate\.alpha$", "side_gate_params_merge_last"),
+)
+_GATE = re.compile(r"^(encoder|decoder)\.side_gate_params\.\d+$")
+
+
+def release_name(name: str) -> str:
+    """Return the release's name of one of our parameters."""
+    for pattern, replacement in _RULES:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise AssertionError(f"no release name for {name}")
+
+
+def from_release(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `weights` under our names after checking them against `ours` (name -> tensor of the right shape).
+
+    The release has a gate for every backbone block, also for those without a side block: such unused gates are passed over.
+
+    Raises:
+        LadderError: something is missing, is extra, or has another shape.
+    """
+    names = {release_name(name): name for name in ours}
+    extra = [name for name in weights if name not in names and not _GATE.match(name)]
+    missing = [name for name in names if name not in weights]
+    shapes = [
+        f"{theirs} is {tuple(weights[theirs].shape)}, not {tuple(ours[name].shape)}"
+        for theirs, name in names.items()
+        if theirs in weights and weights[theirs].shape != ours[name].shape
+    ]
+    problems = [text for text in (_listed("missing", missing), _listed("unknown", extra), _listed("mis-shaped", shapes)) if text]
+    if problems:
+        raise LadderError(f"these weights are not of this side network: {'; '.join(problems)}")
+    return {name: weights[theirs] for theirs, name in names.items()}
+
+
+def _listed(kind: str, names: Iterable[str]) -> str:
+    found = sorted(names)
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{kind}: {', '.join(found[:3])}{more}"

@@ -1,0 +1,112 @@
+"""Inputs and outputs of the original release, computed in float32 with dropout 0. Tolerance 1e-5 relative: float32 sums in another order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lst_scale import LadderConfig, LadderModel
+from lst_scale.side.initialize import initialize_by_pruning
+
+PARITY = Path(__file__).parent / "parity"
+TRANSFORMER = sorted(PARITY.glob("transformer_*.safetensors"))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["config"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def backbone_of(config: dict[str, Any], weights: dict[str, Tensor]) -> T5ForConditionalGeneration:
+    names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
+    model = T5ForConditionalGeneration(
+        T5Config(
+            **{name: config[name] for name in names},
+            feed_forward_proj=config.get("feed_forward_proj", "relu"),
+            tie_word_embeddings=config.get("tie_word_embeddings", True),
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+    if "lm_head.weight" in weights:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(weights["lm_head.weight"]))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all("embed_tokens" in name or name == "lm_head.weight" for name in missing), missing
+    return model
+
+
+def ladder(config: dict[str, Any], tensors: dict[str, Tensor]) -> LadderModel:
+    model = LadderModel(
+        backbone_of(config, below("backbone.", tensors)),
+        LadderConfig(
+            design=config["design"],
+            reduction_factor=config["reduction_factor"],
+            side_layers=config["side_layers"],
+            merge_last=config["merge_last"],
+        ),
+    )
+    model.load_release_state_dict(below("side.", tensors))
+    return model
+
+
+@pytest.mark.parametrize("path", TRANSFORMER, ids=lambda path: path.stem)
+def test_loss_logits_and_every_gradient_equal_the_release(path: Path) -> None:
+    config, tensors = read(path)
+    model = ladder(config, tensors)
+    output = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"], labels=tensors["labels"])
+    torch.testing.assert_close(output.loss.reshape(1), tensors["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=1e-5, atol=1e-5 * float(tensors["logits"].abs().max()))
+    output.loss.backward()
+    ours = model.release_state_dict(keep_vars=True)
+    expected = below("grad.side.", tensors)
+    # The release also makes gates for blocks without a side block; they get no gradient and have no counterpart here.
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # A gate's gradient is one sum over B x S x R terms of both signs, so its rounding error goes with the size of the terms, not of
+        # their sum: the largest gate gradient stands for it. Every other tensor is measured against its own largest element.
+        peers = [g for n, g in expected.items() if "gate" in n] if "gate" in name else [gradient]
+        scale = max(float(peer.abs().max()) for peer in peers)
+        torch.testing.assert_close(ours[name].grad.view_as(gradient), gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_transformer_vectors_cover_gated_untied_and_merge_last() -> None:
+    names = {path.stem for path in TRANSFORMER}
+    assert {"transformer_gated_untied", "transformer_merge_last", "transformer_kept_last", "transformer_kept_1_3"} <= names
+
+
+def test_release_weights_survive_a_round_trip_through_our_names() -> None:
+    config, tensors = read(PARITY / "transformer_kept_1_3.safetensors")
+    model = ladder(config, tensors)
+    for name, tensor in model.release_state_dict().items():
+        assert torch.equal(tensor.view_as(tensors[f"side.{name}"]), tensors[f"side.{name}"])
+
+
+def test_pruning_equals_the_release_given_the_same_importance() -> None:
+    config, tensors = read(PARITY / "pruning.safetensors")
+    weights, importance, pruned = (below(prefix, tensors) for prefix in ("backbone.", "importance.", "pruned."))
+    model = LadderModel(
+        backbone_of(config, weights), LadderConfig(reduction_factor=config["reduction_factor"], side_layers=range(config["num_layers"]))
+    )
+    initialize_by_pruning(model.side, weights.__getitem__, importance.__getitem__)
+    ours = dict(model.side.named_parameters())
+    compared = 0
+    for name, expected in pruned.items():
+        if "relative_attention_bias" in name or name.startswith("shared"):
+            continue
+        renamed = name.replace("encoder.block.", "encoder.blocks.").replace("decoder.block.", "decoder.blocks.")
+        renamed = renamed.replace("final_layer_norm", "final_norm")
+        assert torch.equal(ours[renamed], expected), name
+        compared += 1
+    assert compared == config["num_layers"] * (8 + 13) + 2
