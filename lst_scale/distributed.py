@@ -53,6 +53,8 @@ def connect() -> World:
         # Without oversubscription: the default of all cores in each process makes two processes slower than one.
         if not use_cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        # DeepSpeed's shared-memory all-reduce for the CPU ignores its group (it sums over all local ranks) and is compiled at first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return World(rank=rank, size=size, local_rank=local_rank, device=device)

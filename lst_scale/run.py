@@ -28,8 +28,9 @@ from torch import Tensor
 
 from lst_scale import distributed
 from lst_scale.assets import load_ds_config
-from lst_scale.backbone.check import check_first_batch
+from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.local import LocalBackbone
+from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
 from lst_scale.data.tasks import TaskData, load_task
@@ -40,6 +41,7 @@ from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
 from lst_scale.methods.lst import build_side_network
 from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.side.loss import shift_right
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
@@ -48,6 +50,7 @@ from lst_scale.training.evaluation import predict
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
+CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -85,8 +88,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         )
         side = build_side_network(recipe.method, backbone, recipe.seed)
         if backbone.identity.precision in ("int8", "nf4"):
-            report = check_first_batch(backbone, splits["train"], recipe.backbone.max_quantization_error)
-            logger.say(report.sentence)
+            logger.say(_check_quantization(backbone, splits["train"], recipe))
 
         identity = _identity(recipe, plan, backbone)
         checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
@@ -161,6 +163,16 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bo
 
 def _encode(rows: Any, tokenizer: Any, recipe: Recipe) -> EncodedSplit:
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length)
+
+
+def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe) -> str:
+    """Compare the quantized backbone with its checkpoint on the first rows and return what was found."""
+    batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
+    decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec)
+    report = check_quantization(
+        backbone, batch.input_ids_BS, batch.attention_mask_BS, decoder_input_ids_BT, recipe.backbone.max_quantization_error
+    )
+    return report.sentence
 
 
 def _identity(recipe: Recipe, plan: Plan, backbone: LocalBackbone) -> dict[str, Any]:

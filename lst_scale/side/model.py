@@ -146,30 +146,32 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
         return self.side.decode(decoder, state[1], cache)
 
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, use_cache: bool = True, **options: Any) -> Any:
+        """Return generated ids (B, T), start token first; `options` are those of transformers' `generate`.
+
+        Encoders run once here, and the caches start empty and grow: one that transformers sized would know the backbone's layers only.
+        """
+        if attention_mask is None:
+            attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
+        encoder, side = self.encode(input_ids, attention_mask)
+        cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if use_cache else {}
+        return super().generate(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR),
+            use_cache=use_cache,
+            **cache,
+            **options,
+        )
+
     # What GenerationMixin asks for.
 
     def can_generate(self) -> bool:
         return True
 
-    def get_encoder(self, modality: str | None = None) -> Any:
-        return self._encoder_output
-
-    def _encoder_output(self, input_ids: Tensor, attention_mask: Tensor, **_unused: Any) -> LadderEncoderOutput:
-        encoder, side = self.encode(input_ids, attention_mask)
-        return LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR)
-
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
-    ) -> dict[str, Any]:
-        mask = model_kwargs.get("attention_mask")
-        if mask is None:
-            mask = (inputs_tensor != self.backbone.spec.pad_token_id).long()
-        return model_kwargs | {"attention_mask": mask, "encoder_outputs": self._encoder_output(inputs_tensor, mask)}
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_unused: Any, **__unused: Any) -> None:
-        # Empty caches that grow: one sized from the configuration would know the backbone's layers only.
-        if generation_config.use_cache:
-            model_kwargs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}  # no mixture of experts to choose a kernel for
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any) -> dict[str, Any]:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -156,7 +156,7 @@ def narrowed(spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> T
     """Return the configuration of a side block: widths divided by r, heads unchanged."""
     r = config.reduction_factor
     narrow = T5Config(
-        vocab_size=1,
+        vocab_size=2,  # no embedding is made from it; it must only exceed the token ids that a configuration names
         d_model=spec.d_model // r,
         d_ff=spec.d_ff // r,
         d_kv=spec.d_kv // r,

@@ -1,0 +1,217 @@
+"""Tasks: where rows come from, how they become text, which splits they have and how answers are scored.
+
+GLUE follows the paper's protocol, which is that of the original release: text with field names, digit labels, and test sets made
+from what is labelled. One's own files are described in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lst_scale.data import files
+from lst_scale.errors import DataError
+from lst_scale.recipe import FileTask, Recipe
+
+SPLIT_SEED = 42
+HELD_OUT_ROWS = 1000
+FILE_TASK_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as text."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """A task with its rows. `labels` is None unless it is a classification."""
+
+    name: str
+    kind: str  # classification, regression, text
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    epochs: int
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row] | None
+
+    def splits(self) -> dict[str, Sequence[Row]]:
+        """Return the splits there are, by name."""
+        found = {"train": self.train, "validation": self.validation}
+        return found | ({"test": self.test} if self.test is not None else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask:
+    """One line of GLUE. `fields` maps the text's field name to the data set's column."""
+
+    fields: tuple[tuple[str, str], ...]
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    epochs: int
+    splitting: str  # "halve" the validation set, "hold out" of training, or "mnli"
+
+
+# The release writes MNLI's second field without a colon; its numbers, and checkpoints trained with it, depend on that.
+GLUE = {
+    "cola": GlueTask(fields=(("sentence:", "sentence"),), labels=("0", "1"), metrics=("matthews",), epochs=20, splitting="halve"),
+    "sst2": GlueTask(fields=(("sentence:", "sentence"),), labels=("0", "1"), metrics=("accuracy",), epochs=10, splitting="hold out"),
+    "mrpc": GlueTask(
+        fields=(("sentence1:", "sentence1"), ("sentence2:", "sentence2")),
+        labels=("0", "1"),
+        metrics=("accuracy", "f1"),
+        epochs=20,
+        splitting="halve",
+    ),
+    "qqp": GlueTask(
+        fields=(("question1:", "question1"), ("question2:", "question2")),
+        labels=("0", "1"),
+        metrics=("accuracy", "f1"),
+        epochs=10,
+        splitting="hold out",
+    ),
+    "stsb": GlueTask(
+        fields=(("sentence1:", "sentence1"), ("sentence2:", "sentence2")),
+        labels=None,
+        metrics=("pearson", "spearman"),
+        epochs=20,
+        splitting="halve",
+    ),
+    "mnli": GlueTask(
+        fields=(("premise:", "premise"), ("hypothesis", "hypothesis")),
+        labels=("0", "1", "2"),
+        metrics=("accuracy",),
+        epochs=10,
+        splitting="mnli",
+    ),
+    "qnli": GlueTask(
+        fields=(("question:", "question"), ("sentence:", "sentence")),
+        labels=("0", "1"),
+        metrics=("accuracy",),
+        epochs=10,
+        splitting="hold out",
+    ),
+    "rte": GlueTask(
+        fields=(("sentence1:", "sentence1"), ("sentence2:", "sentence2")),
+        labels=("0", "1"),
+        metrics=("accuracy",),
+        epochs=20,
+        splitting="halve",
+    ),
+}
+DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "text": ("exact_match", "rouge_l")}
+
+
+def load_task(recipe: Recipe) -> TaskData:
+    """Return the recipe's task with all its rows, cut to `data.max_train_rows` and `data.max_eval_rows`.
+
+    Raises:
+        DataError: a file, a field or a row is wrong; the message names it.
+    """
+    task = _load_glue(recipe.task) if isinstance(recipe.task, str) else _load_files(recipe.task)
+    data = recipe.data
+    return TaskData(
+        **{name: getattr(task, name) for name in ("name", "kind", "labels", "metrics", "epochs")},
+        train=task.train[: data.max_train_rows],
+        validation=task.validation[: data.max_eval_rows],
+        test=None if task.test is None else task.test[: data.max_eval_rows],
+    )
+
+
+def glue_row(name: str, record: Mapping[str, Any]) -> Row:
+    """Return one GLUE example as the paper writes it: "rte sentence1: ... sentence2: ..." -> "0"."""
+    task = GLUE[name]
+    parts = [name, *(f"{field} {record[column]}" for field, column in task.fields)]
+    # STS-B's target is the score with one decimal; the release means a grid of 0.2 but computes this.
+    target = f"{round(float(record['label']), 1)}" if task.labels is None else str(record["label"])
+    return Row(" ".join(parts), target)
+
+
+def split_glue(name: str, sets: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Return train, validation and test by the paper's protocol, given GLUE's own labelled sets."""
+    rule = GLUE[name].splitting
+    if rule == "mnli":
+        return {
+            "train": list(sets["train"]),
+            "validation": list(sets["validation_mismatched"]),
+            "test": list(sets["validation_matched"]),
+        }
+    if rule == "halve":
+        rows, half = sets["validation"], len(sets["validation"]) // 2
+        order = _permutation(len(rows))
+        return {"train": list(sets["train"]), "validation": [rows[i] for i in order[:half]], "test": [rows[i] for i in order[half:]]}
+    rows = sets["train"]
+    order = _permutation(len(rows))
+    return {
+        "train": [rows[i] for i in order[HELD_OUT_ROWS:]],
+        "validation": [rows[i] for i in order[:HELD_OUT_ROWS]],
+        "test": list(sets["validation"]),
+    }
+
+
+def _permutation(count: int) -> list[int]:
+    import torch
+
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+    return order
+
+
+def _load_glue(name: str) -> TaskData:
+    task = GLUE[name]
+    wanted = ("train", "validation_matched", "validation_mismatched") if name == "mnli" else ("train", "validation")
+    records = files.load_hub_splits("nyu-mll/glue", name, wanted)
+    splits = split_glue(name, {split: [glue_row(name, record) for record in rows] for split, rows in records.items()})
+    kind = "regression" if task.labels is None else "classification"
+    return TaskData(name=name, kind=kind, labels=task.labels, metrics=task.metrics, epochs=task.epochs, **splits)
+
+
+def _load_files(task: FileTask) -> TaskData:
+    splits = {
+        name: [_file_row(task, record, path, number) for number, record in enumerate(files.load_records(path, name), start=1)]
+        for name, path in (("train", task.train), ("validation", task.validation), ("test", task.test))
+        if path is not None
+    }
+    labels = None
+    if task.kind == "classification":
+        labels = task.labels or tuple(sorted({row.target for row in splits["train"]}))
+        for name, rows in splits.items():
+            _refuse_unknown_labels(name, rows, labels)
+    return TaskData(
+        name=task.name,
+        kind=task.kind,
+        labels=labels,
+        metrics=tuple(task.metrics or DEFAULT_METRICS[task.kind]),
+        epochs=FILE_TASK_EPOCHS,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits.get("test"),
+    )
+
+
+def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
+    for field in (*task.source, task.target):
+        if field not in record:
+            raise DataError(files.missing_field(path, number, field, record))
+        if record[field] is None or record[field] != record[field]:
+            raise DataError(f"{path}: row {number} has no {field}; fill it in or remove the row")
+    parts = [*([task.prefix] if task.prefix else []), *(f"{field}: {record[field]}" for field in task.source)]
+    target = str(record[task.target])
+    if task.kind == "regression":
+        try:
+            float(target)
+        except ValueError as error:
+            raise DataError(f"{path}: row {number}: {task.target} is {target!r}, not a number; kind regression needs numbers") from error
+    return Row(" ".join(parts), target)
+
+
+def _refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    for number, row in enumerate(rows, start=1):
+        if row.target not in labels:
+            raise DataError(
+                f"{split}: row {number} has the label {row.target!r}; known: {', '.join(labels[:8])}. Add it to task.labels, or mend the row"
+            )

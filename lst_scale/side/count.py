@@ -1,0 +1,90 @@
+"""Count what trains, in closed form: no torch, no weights, no network. Shapes of well-known checkpoints are in shapes.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lst_scale.assets import resolve
+from lst_scale.errors import LadderError
+from lst_scale.recipe import LstRecipe, Recipe
+
+SHAPES = Path(__file__).with_name("shapes.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The numbers of a T5-family checkpoint that counting needs, under T5Config's names."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    d_kv: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    gated: bool
+    own_head: bool
+    num_buckets: int = 32
+
+
+def trainable_parameters(shape: Shape, method: LstRecipe) -> int:
+    """Return the weights of a "transformer" side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
+    r = method.reduction_factor
+    bad = [f"{name} {value}" for name, value in (("d_model", shape.d_model), ("d_ff", shape.d_ff), ("d_kv", shape.d_kv)) if value % r]
+    if bad:
+        raise LadderError(f"reduction_factor {r} does not divide {', '.join(bad)}")
+    depth = min(shape.num_layers, shape.num_decoder_layers)
+    kept = depth if method.side_layers == "all" else len(method.side_layers)
+    if method.side_layers != "all" and method.side_layers[-1] >= depth:
+        raise LadderError(f"side_layers names block {method.side_layers[-1]}, but this backbone has blocks 0 to {depth - 1}")
+    width, inner, hidden = shape.d_model // r, shape.num_heads * (shape.d_kv // r), shape.d_ff // r
+    feed_forward = (3 if shape.gated else 2) * width * hidden + width
+    attention = 4 * width * inner + width
+    downsample = shape.d_model * width + width
+    per_stack = kept * (downsample + 1) + downsample + width + shape.num_buckets * shape.num_heads
+    blocks = kept * ((attention + feed_forward) + (2 * attention + feed_forward))
+    upsample = width * shape.d_model + shape.d_model
+    return 2 * per_stack + blocks + upsample + int(method.merge_last)
+
+
+def backbone_parameters(shape: Shape) -> int:
+    """Return the weights of the backbone; a tied head counts once."""
+    inner = shape.num_heads * shape.d_kv
+    feed_forward = (3 if shape.gated else 2) * shape.d_model * shape.d_ff + shape.d_model
+    attention = 4 * shape.d_model * inner + shape.d_model
+    table = shape.num_buckets * shape.num_heads
+    encoder = shape.num_layers * (attention + feed_forward)
+    decoder = shape.num_decoder_layers * (2 * attention + feed_forward)
+    embeddings = shape.vocab_size * shape.d_model * (2 if shape.own_head else 1)
+    return encoder + decoder + embeddings + 2 * (shape.d_model + table)
+
+
+def shape_of(checkpoint: str) -> Shape | None:
+    """Return a checkpoint's shape from the table or its local config.json; None when neither knows it."""
+    table: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
+    if checkpoint in table:
+        return Shape(**table[checkpoint])
+    config_file = Path(resolve(checkpoint)) / "config.json"
+    if not config_file.is_file():
+        return None
+    config = json.loads(config_file.read_text())
+    names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
+    return Shape(
+        **{name: config[name] for name in names},
+        num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+        gated=str(config.get("feed_forward_proj", "relu")).startswith("gated"),
+        own_head=config.get("tie_word_embeddings", True) is False,
+        num_buckets=config.get("relative_attention_num_buckets", 32),
+    )
+
+
+def describe_count(recipe: Recipe) -> str:
+    """Return one sentence: trainable weights, backbone weights, share."""
+    shape = shape_of(recipe.backbone.checkpoint)
+    if shape is None:
+        return f"trainable parameters: unknown before {recipe.backbone.checkpoint} is downloaded"
+    trainable, backbone = trainable_parameters(shape, recipe.method), backbone_parameters(shape)
+    return f"trainable parameters: {trainable:,} of the backbone's {backbone:,} ({100 * trainable / backbone:.3f} %)"
