@@ -27,3 +27,9 @@ def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -
     logits_NV = head(hidden_BTD[keep_BT])
     loss = torch.nn.functional.cross_entropy(logits_NV.float(), labels_BT[keep_BT], reduction="sum")
     return loss + 0.0 * hidden_BTD.float().sum(), int(keep_BT.sum())
+
+
+def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood in nats (float32 scalar) over the labels that are not -100; 0 when all are."""
+    nll = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nll / (labels_BT != IGNORED).sum().clamp(min=1)

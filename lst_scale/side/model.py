@@ -23,7 +23,7 @@ from lst_scale.errors import LadderError
 from lst_scale.side import files, release
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_random
-from lst_scale.side.loss import IGNORED, cross_entropy_sum, shift_right
+from lst_scale.side.loss import IGNORED, mean_cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
 
 
@@ -103,15 +103,20 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         encoder_outputs: LadderEncoderOutput | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
-        **_unused: Any,
+        return_dict: bool = True,
     ) -> Seq2SeqLMOutput:
-        """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy over the labels that are not -100.
+        """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
         Args:
-            input_ids: (B, S) token ids; the mask is taken from the padding id when none is given.
+            input_ids: (B, S) token ids; the mask is taken from the padding id when none is given (transformers' T5 takes all ones).
             attention_mask: (B, S), 1 = token, 0 = padding.
             labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
+            encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
+            past_key_values: one cache for backbone and side network, read and filled when `use_cache`.
+            return_dict: always True; generation passes it.
         """
+        if not return_dict:
+            raise LadderError("a forward pass returns an object with .loss and .logits: leave return_dict out, or write True")
         if decoder_input_ids is None:
             if labels is None:
                 raise LadderError("a forward pass needs labels or decoder_input_ids")
@@ -123,15 +128,13 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
                 attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
             state = self.encode(input_ids, attention_mask)
         else:
-            assert attention_mask is not None
+            if attention_mask is None:
+                raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
             state = self._state_of(encoder_outputs, attention_mask)
         cache = past_key_values if use_cache else None
-        hidden_BTD = self._hidden(decoder_input_ids, state, cache)
-        loss = None
-        if labels is not None:
-            nll, count = cross_entropy_sum(self.backbone.head, hidden_BTD, labels)
-            loss = nll / max(count, 1)
-        return Seq2SeqLMOutput(loss=loss, logits=self.backbone.head(hidden_BTD), past_key_values=cache)
+        logits_BTV = self.decode(decoder_input_ids, state, cache)
+        loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
+        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=cache)
 
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
         """Run both encoders."""
@@ -140,11 +143,8 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
-        return self.backbone.head(self._hidden(decoder_input_ids_BT, state, cache))
-
-    def _hidden(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None) -> Tensor:
         decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
-        return self.side.decode(decoder, state[1], cache)
+        return self.backbone.head(self.side.decode(decoder, state[1], cache))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, use_cache: bool = True, **options: Any) -> Any:
