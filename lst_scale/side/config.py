@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from operator import index
 
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import LadderError, did_you_mean
@@ -37,7 +38,12 @@ class LadderConfig:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "side_layers", tuple(self.side_layers))
+        try:
+            object.__setattr__(self, "side_layers", tuple(index(layer) for layer in self.side_layers))
+        except TypeError:
+            raise LadderError(f"side_layers {self.side_layers!r} must be a list of block numbers, such as [1, 3, 5]") from None
+        if type(self.reduction_factor) is not int:
+            raise LadderError(f"reduction_factor {self.reduction_factor!r} must be a whole number, such as 8")
         if self.design not in DESIGNS:
             raise LadderError(f"design {self.design!r} is unknown.{did_you_mean(self.design, DESIGNS)}")
         if self.precision not in PRECISIONS:

@@ -75,6 +75,8 @@ def read(folder: Path) -> Saved:
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LadderError(f"{folder} holds no saved side network: it lacks {CONFIG} or {WEIGHTS}; give the side_network folder of a run") from error
+    except OSError as error:
+        raise LadderError(f"can't read the saved side network in {folder}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise LadderError(f"{folder / CONFIG} is damaged ({error}): save the side network again") from error
     except SafetensorError as error:

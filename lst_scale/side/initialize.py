@@ -21,8 +21,8 @@ LADDER_STD = 0.01  # of downsamples and upsample, the release's
 
 
 @torch.no_grad()
-def initialize_random(side: SideNetwork, *, seed: int) -> None:
-    """Fill every weight from one seeded generator.
+def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | None = None) -> None:
+    """Fill every weight from one seeded generator; with a weight source the position tables come from the backbone's block 0.
 
     | weight | start |
     | --- | --- |
@@ -67,6 +67,9 @@ def initialize_random(side: SideNetwork, *, seed: int) -> None:
     side.upsample.bias.zero_()
     if side.merge_gate is not None:
         side.merge_gate.alpha.zero_()
+    if weights is not None:
+        for prefix, stack in (("encoder", side.encoder), ("decoder", side.decoder)):
+            _copy_position_table(prefix, stack, weights)
 
 
 @torch.no_grad()
@@ -87,7 +90,7 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
             if str(layer) in stack.blocks:
                 _copy(stack.blocks[str(layer)], pruned)
         stack.final_norm.weight.copy_(chain.norm(f"{prefix}.final_layer_norm.weight"))
-        _copy_position_table(stack, weights(f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"))
+        _copy_position_table(prefix, stack, weights)
 
 
 class _Chain:
@@ -100,7 +103,9 @@ class _Chain:
 
     def start(self, name: str) -> None:
         """Keep the embedding columns with the largest L1 norm of importance over the vocabulary."""
-        self.kept = self._largest(self._importance(name, self.weights(name)).abs().sum(0))
+        importance = self.importance(name)
+        # Row by row of a few thousand and summed in float64: in bf16 a sum over the vocabulary has too few digits to rank columns by.
+        self.kept = self._largest(torch.stack([rows.abs().sum(0, dtype=torch.float64) for rows in importance.split(8192)]).sum(0))
 
     def block(self, prefix: str, *, is_decoder: bool) -> dict[str, Tensor]:
         """Return one block's pruned weights, named as inside the block."""
@@ -155,8 +160,9 @@ def _copy(block: nn.Module, pruned: dict[str, Tensor]) -> None:
         parameter.copy_(pruned[name])
 
 
-def _copy_position_table(stack: SideStack, table: Tensor) -> None:
+def _copy_position_table(prefix: str, stack: SideStack, weights: WeightSource) -> None:
     """The first side block starts with the backbone's whole table: heads are not reduced."""
+    table = weights(f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     first = next(iter(stack.blocks.values()))
     parameter = first.layer[0].SelfAttention.relative_attention_bias.weight
     if parameter.shape != table.shape:

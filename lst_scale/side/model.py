@@ -18,12 +18,12 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Ge
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.taps import Backbone, EncoderState, StackTaps
+from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, StackTaps
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_random
-from lst_scale.side.loss import IGNORED, mean_cross_entropy, shift_right
+from lst_scale.side.loss import mean_cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
 
 
@@ -40,7 +40,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     Args:
         backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
-        config: the side network's design. Its weights start at random (seed 0); see `lst_scale.side.initialize` for pruning.
+        config: the side network's design. Its weights start at random (seed 0), the position tables from the backbone's; see `lst_scale.side.initialize` for pruning.
     """
 
     main_input_name = "input_ids"
@@ -54,7 +54,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         super().__init__()
         frozen = as_backbone(backbone)
         side = SideNetwork(frozen.spec, config)
-        initialize_random(side, seed=0)
+        initialize_random(side, seed=0, weights=frozen.weight_source)
         self._assemble(frozen, side.to(frozen.device))
 
     @classmethod
@@ -94,6 +94,18 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LadderModel:
+        """Stand behind `.to()`, `.cuda()`, `.half()` and their kin: the side network follows the backbone, and stays float32."""
+        probe = fn(torch.empty(1, dtype=torch.float32, device=self.backbone.device))
+        if probe.dtype != torch.float32:
+            raise LadderError(f"side weights are float32, not {probe.dtype}: write LadderConfig(precision='bf16') for bf16 computation")
+        if probe.device != self.backbone.device:
+            raise LadderError(
+                f"the backbone is on {self.backbone.device}, not {probe.device}: load or move it there first; a side network lives beside it"
+            )
+        moved: LadderModel = super()._apply(fn, recurse)
+        return moved
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -112,7 +124,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask: (B, S), 1 = token, 0 = padding.
             labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
             encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
-            past_key_values: one cache for backbone and side network, read and filled when `use_cache`.
+            past_key_values: one cache for backbone and side network, read and filled; with `use_cache` a new one is made when none is given.
             return_dict: always True; generation passes it.
         """
         if not return_dict:
@@ -131,10 +143,11 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             if attention_mask is None:
                 raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
             state = self._state_of(encoder_outputs, attention_mask)
-        cache = past_key_values if use_cache else None
-        logits_BTV = self.decode(decoder_input_ids, state, cache)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits_BTV = self.decode(decoder_input_ids, state, past_key_values)
         loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
-        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=cache)
+        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
 
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
         """Run both encoders."""
@@ -197,7 +210,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         Raises:
             LadderError: a weight is missing, unknown or of another shape; nothing is loaded then.
         """
-        self.side.load_state_dict(release.from_release(weights, self.side.state_dict()))
+        self.side.load_state_dict(release.from_release(weights, self.side.state_dict(), self.side.spec))
 
     def release_state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
         """Return the side weights under the original release's names; with `keep_vars` the live parameters."""
@@ -221,7 +234,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
                 f"{folder} was trained on {saved.identity.checkpoint} with fingerprint {saved.identity.fingerprint[:12]}, this backbone "
                 f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights, or allow_other_backbone=True"
             )
-        side = SideNetwork(frozen.spec, saved.config)
+        side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
         files.load_weights(side, saved)
         return cls.from_parts(frozen, side.to(frozen.device).eval())
 
@@ -231,10 +244,19 @@ def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: Ladde
     files.write(folder, weights, config, backbone.identity, backbone.spec)
 
 
+def _same_shape(spec: BackboneSpec, saved: files.Saved) -> BackboneSpec:
+    """Return `spec`, or name the numbers in which it differs from the backbone that the side network stood beside."""
+    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "feed_forward_proj", "scale_decoder_outputs")
+    differ = [f"{n} {getattr(spec, n)} instead of {getattr(saved.spec, n)}" for n in names if getattr(spec, n) != getattr(saved.spec, n)]
+    if differ:
+        raise LadderError(f"{saved.folder} does not fit this backbone, which has {', '.join(differ)}: give one of its own architecture")
+    return spec
+
+
 def _load(saved: files.Saved) -> Backbone:
     from lst_scale.backbone import load_backbone
 
     return load_backbone(saved.identity.checkpoint, revision=saved.identity.revision, precision=saved.identity.precision)
 
 
-__all__ = ["IGNORED", "LadderModel", "save_side_network"]
+__all__ = ["LadderModel", "save_side_network"]

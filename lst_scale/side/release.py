@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import LadderError
 
 _RULES = (
@@ -25,7 +26,6 @@ _RULES = (
     (r"^upsample\.", "side_final_upsample."),
     (r"^merge_gate\.alpha$", "side_gate_params_merge_last"),
 )
-_GATE = re.compile(r"^(encoder|decoder)\.side_gate_params\.\d+$")
 
 
 def release_name(name: str) -> str:
@@ -37,16 +37,23 @@ def release_name(name: str) -> str:
     raise AssertionError(f"no release name for {name}")
 
 
-def from_release(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unused_gates(spec: BackboneSpec, ours: Iterable[str]) -> set[str]:
+    """Return the release's gates that have no counterpart here: it makes one for every backbone block, with a side block or without."""
+    stacks = (("encoder", spec.num_layers), ("decoder", spec.num_decoder_layers))
+    every = {f"{stack}.side_gate_params.{layer}" for stack, num_layers in stacks for layer in range(num_layers)}
+    return every - {release_name(name) for name in ours}
+
+
+def from_release(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
     """Return `weights` under our names after checking them against `ours` (name -> tensor of the right shape).
 
-    The release has a gate for every backbone block, also for those without a side block: such unused gates are passed over.
+    The release's unused gates are passed over.
 
     Raises:
         LadderError: something is missing, is extra, or has another shape.
     """
     names = {release_name(name): name for name in ours}
-    extra = [name for name in weights if name not in names and not _GATE.match(name)]
+    extra = weights.keys() - names.keys() - unused_gates(spec, ours)
     missing = [name for name in names if name not in weights]
     shapes = [
         f"{theirs} is {tuple(weights[theirs].shape)}, not {tuple(ours[name].shape)}"
@@ -55,7 +62,8 @@ def from_release(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> d
     ]
     problems = [text for text in (_listed("missing", missing), _listed("unknown", extra), _listed("mis-shaped", shapes)) if text]
     if problems:
-        raise LadderError(f"these weights are not of this side network: {'; '.join(problems)}")
+        hint = "" if all("side" in name for name in extra) else " (pass only the weights whose names contain 'side')"
+        raise LadderError(f"these weights are not of this side network: {'; '.join(problems)}{hint}")
     return {name: weights[theirs] for theirs, name in names.items()}
 
 

@@ -1,0 +1,173 @@
+"""The side network's forward pass: what reaches what, and what trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import batch, tiny_ladder, tiny_t5
+from torch import nn
+from transformers.models.t5.modeling_t5 import T5Block
+
+from lst_scale import LadderModel
+from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy, shift_right
+from lst_scale.side.network import Gate, SideNetwork
+
+
+def test_only_kept_layers_have_a_block_a_downsample_and_a_gate() -> None:
+    side = tiny_ladder(side_layers=(0, 2)).side
+    for stack in (side.encoder, side.decoder):
+        for part in (stack.blocks, stack.downsamples, stack.gates):
+            assert list(part) == ["0", "2"]
+
+
+def test_side_blocks_are_the_backbone_s_block_class_at_narrow_widths_with_all_heads() -> None:
+    block = tiny_ladder(reduction_factor=4).side.decoder.blocks["2"]
+    assert type(block) is T5Block
+    attention = block.layer[0].SelfAttention
+    assert (attention.d_model, attention.key_value_proj_dim, attention.n_heads) == (32 // 4, 8 // 4, 4)
+    assert attention.config._attn_implementation == "sdpa"
+
+
+def test_the_first_kept_block_of_each_stack_owns_the_only_position_table() -> None:
+    side = tiny_ladder(side_layers=(1, 2)).side
+    tables = [name for name, _ in side.named_parameters() if "relative_attention_bias" in name]
+    assert tables == [f"{stack}.blocks.1.layer.0.SelfAttention.relative_attention_bias.weight" for stack in ("encoder", "decoder")]
+
+
+@pytest.mark.parametrize("merge_last", [False, True])
+def test_every_weight_is_float32_trains_and_gets_a_gradient(merge_last: bool) -> None:
+    model = tiny_ladder(merge_last=merge_last).train()
+    model(**batch()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.requires_grad, name
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_nothing_flows_back_into_the_backbone() -> None:
+    backbone = tiny_t5()
+    tiny_ladder(backbone)(**batch()).loss.backward()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_no_module_uses_another_module_s_parameter() -> None:
+    """ZeRO-3 gathers a weight around its own module's forward: read elsewhere, it is empty. Poison each outside that time."""
+    model, inputs = tiny_ladder(merge_last=True), batch()
+    expected = model(**inputs).logits
+    for module in model.side.modules():
+        own = list(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        values = {name: parameter.data.clone() for name, parameter in own}
+
+        def gather(module: nn.Module, _inputs: object, values: dict[str, torch.Tensor] = values) -> None:
+            for name, value in values.items():
+                getattr(module, name).data = value
+
+        def release(module: nn.Module, _inputs: object, _output: object, values: dict[str, torch.Tensor] = values) -> None:
+            for name in values:
+                getattr(module, name).data = torch.empty(0)
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        release(module, None, None)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+
+
+def test_a_gate_is_half_side_half_tap_at_the_start_and_leans_to_the_side_with_alpha() -> None:
+    gate = Gate(temperature=0.1)
+    side, tap = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    assert torch.equal(gate(side, tap), torch.full((1, 2, 3), 0.5))
+    nn.init.constant_(gate.alpha, 0.1)
+    torch.testing.assert_close(gate(side, tap), torch.full((1, 2, 3), torch.sigmoid(torch.tensor(1.0)).item()))
+
+
+def test_padding_and_later_tokens_do_not_reach_a_position() -> None:
+    model, inputs = tiny_ladder(), batch()
+    before = model(**inputs).logits
+    padded = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 7)}
+    assert torch.equal(model(**padded).logits, before)
+    decoder_input_ids = shift_right(inputs["labels"], model.backbone.spec)
+    changed = decoder_input_ids.clone()
+    changed[:, 3:] = 9
+    arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    after = model(**arguments, decoder_input_ids=changed).logits
+    assert torch.equal(after[:, :3], before[:, :3]) and not torch.equal(after[:, 3:], before[:, 3:])
+
+
+def test_a_row_of_padding_alone_gives_finite_numbers() -> None:
+    model, inputs = tiny_ladder(), batch()
+    inputs["attention_mask"][3], inputs["labels"][3] = 0, -100
+    output = model(**inputs)
+    output.loss.backward()
+    assert output.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_bf16_computes_in_bf16_keeps_float32_weights_and_stays_near_float32() -> None:
+    exact, rough = tiny_ladder(tiny_t5()), tiny_ladder(tiny_t5(), precision="bf16")
+    seen: set[torch.dtype] = set()
+    rough.side.upsample.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    ours, theirs = rough(**batch()), exact(**batch())
+    assert seen == {torch.bfloat16}
+    ours.loss.backward(), theirs.loss.backward()
+    # bf16 has 8 bits: 0.4 % a rounding, a few dozen roundings deep
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=2e-2, atol=0)
+    for (name, rounded), parameter in zip(rough.named_parameters(), exact.parameters(), strict=True):
+        assert rounded.grad.dtype == torch.float32, name
+        if parameter.numel() > 1:
+            cosine = torch.cosine_similarity(rounded.grad.flatten(), parameter.grad.flatten(), dim=0)
+            assert cosine > 0.98, f"{name}: {cosine}"
+
+
+def test_taps_of_a_bf16_backbone_are_cast_where_they_enter_a_float32_side_network() -> None:
+    model = tiny_ladder(tiny_t5().to(torch.bfloat16))
+    hidden: list[torch.dtype] = []
+    model.side.upsample.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.dtype))
+    output = model(**batch())
+    assert hidden == [torch.float32] and output.loss.dtype == torch.float32
+
+
+def test_dropout_acts_in_training_alone_and_only_in_the_side_network() -> None:
+    model, inputs = tiny_ladder(dropout=0.3), batch()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    model.train()
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    arguments = (inputs["input_ids"], inputs["attention_mask"], shift_right(inputs["labels"], model.backbone.spec), model.side.request)
+    first, second = model.backbone(*arguments), model.backbone(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first.decoder.hidden, second.decoder.hidden, strict=True))
+
+
+def test_the_side_network_builds_on_the_meta_device() -> None:
+    model = tiny_ladder()
+    with torch.device("meta"):
+        empty = SideNetwork(model.backbone.spec, model.side.config)
+    shapes = {name: p.shape for name, p in model.side.named_parameters()}
+    assert {name: p.shape for name, p in empty.named_parameters()} == shapes
+
+
+def summed(model: LadderModel, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    inputs = batch()
+    spec = model.backbone.spec
+    taps = model.backbone(inputs["input_ids"], inputs["attention_mask"], shift_right(labels, spec), model.side.request)
+    return cross_entropy_sum(model.backbone.head, model.side(taps), labels)
+
+
+def test_the_summed_loss_over_its_tokens_is_the_mean_loss() -> None:
+    model, labels = tiny_ladder(), batch()["labels"]
+    loss, count = summed(model, labels)
+    assert count == int((labels != -100).sum())
+    torch.testing.assert_close(loss / count, model(**batch()).loss)
+
+
+def test_without_a_single_label_the_loss_is_zero_and_still_has_a_gradient() -> None:
+    model = tiny_ladder()
+    loss, count = summed(model, torch.full_like(batch()["labels"], -100))
+    loss.backward()
+    assert loss.item() == 0 and count == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+    assert float(mean_cross_entropy(torch.randn(1, 2, 5), torch.full((1, 2), -100))) == 0
+
+
+def test_labels_shift_right_behind_the_start_token() -> None:
+    spec = tiny_ladder(tiny_t5(decoder_start_token_id=3)).backbone.spec
+    assert shift_right(torch.tensor([[5, 6, 1], [7, -100, -100]]), spec).tolist() == [[3, 5, 6], [3, 7, 0]]
