@@ -1,4 +1,4 @@
-"""LadderModel from outside: what it accepts, what it shows, what it saves."""
+"""The public model: what trains, what is frozen, what is stored."""
 
 from __future__ import annotations
 
@@ -8,208 +8,198 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import batch, tiny_ladder, tiny_t5
+from transformers import T5ForConditionalGeneration
 
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError
-from lst_scale.side import files
-from lst_scale.side.model import save_side_network
-
-CONFIG = LadderConfig(reduction_factor=2, side_layers=[1])
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tiny_t5().save_pretrained(tmp_path / "backbone")
-    return tmp_path / "backbone"
+from lst_scale.recipe import LstRecipe, load_recipe
+from lst_scale.side.count import backbone_parameters, shape_of, trainable_parameters
+from lst_scale.side.initialize import initialize_by_pruning
+from lst_scale.side.network import SideNetwork
 
 
 @pytest.fixture
-def saved(tmp_path: Path, checkpoint: Path) -> Path:
-    """A saved ladder on a backbone on disk."""
-    tiny_ladder(LocalBackbone.load(str(checkpoint), precision="fp32")).save_pretrained(tmp_path / "side")
-    return tmp_path / "side"
+def model(tiny_t5_dir: Path) -> LadderModel:
+    return LadderModel(LocalBackbone.load(str(tiny_t5_dir), precision="fp32"), LadderConfig(reduction_factor=4, side_layers=[0, 2]))
 
 
-def test_a_hugging_face_model_and_its_backbone_give_the_same_ladder() -> None:
-    model = tiny_t5()
-    ours, theirs = tiny_ladder(model), tiny_ladder(LocalBackbone.wrap(model))
-    assert torch.equal(ours(**batch()).logits, theirs(**batch()).logits)
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": torch.randint(3, 4000, (3, 8), generator=generator),
+        "attention_mask": torch.ones(3, 8, dtype=torch.long),
+        "labels": torch.randint(3, 4000, (3, 4), generator=generator),
+    }
 
 
-@pytest.mark.parametrize("kind", ["gated", "multilingual"])
-def test_gated_and_multilingual_models_are_accepted(kind: str) -> None:
-    output = tiny_ladder(tiny_t5(**{kind: True}))(**batch())
-    assert output.logits.shape == (4, 5, 64) and output.loss.ndim == 0
-
-
-def test_anything_else_is_refused_by_name() -> None:
-    with pytest.raises(LstScaleError, match="Linear can't be a backbone"):
-        LadderModel(torch.nn.Linear(2, 2), CONFIG)
-
-
-def test_parameters_modes_and_state_see_the_side_network_alone() -> None:
-    backbone = tiny_t5()
-    model = LadderModel(backbone, CONFIG)
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"side"}
-    assert {name.split(".")[0] for name in model.state_dict()} == {"side"}
+def test_only_the_side_network_is_a_parameter_and_taps_never_require_grad(model: LadderModel) -> None:
+    assert all(name.startswith("side.") for name, _ in model.named_parameters())
     model.train()
-    assert model.side.training and not backbone.training
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    taps = model.backbone(batch()["input_ids"], batch()["attention_mask"], batch()["labels"], model.side.request)
+    assert not any(tap.requires_grad for tap in (taps.encoder.embedding, *taps.encoder.hidden, *taps.decoder.hidden))
 
 
-def test_a_fresh_ladder_is_the_same_every_time() -> None:
-    first, second = (LadderModel(tiny_t5(), CONFIG).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_train_mode_never_reaches_the_backbone(tiny_t5_dir: Path) -> None:
+    live = T5ForConditionalGeneration.from_pretrained(tiny_t5_dir)
+    model = LadderModel(live, LadderConfig(reduction_factor=4, side_layers=[1]))
+    model.train()
+    assert not live.training and model.side.training
+    assert not any(parameter.requires_grad for parameter in live.parameters())
 
 
-def test_moving_a_ladder_goes_where_the_backbone_is_or_says_why_not() -> None:
-    model = tiny_ladder()
-    assert model.to("cpu") is model and model.float() is model
-    with pytest.raises(LadderError, match=r"^the backbone is on cpu, not meta: load or move it there first"):
-        model.to("meta")
-    with pytest.raises(LadderError, match=r"^side weights are float32, not torch\.bfloat16: write LadderConfig\(precision='bf16'\)"):
-        model.bfloat16()
+def test_only_the_kept_taps_are_returned(model: LadderModel) -> None:
+    taps = model.backbone(batch()["input_ids"], batch()["attention_mask"], batch()["labels"], model.side.request)
+    assert taps.encoder.layers == (0, 2) and len(taps.encoder.hidden) == len(taps.decoder.hidden) == 2
+    assert taps.decoder_final_BTD is None
+
+
+def test_the_last_tap_is_the_block_before_the_final_norm(tiny_t5_dir: Path) -> None:
+    live = T5ForConditionalGeneration.from_pretrained(tiny_t5_dir).eval()
+    backbone = LocalBackbone.load(str(tiny_t5_dir), precision="fp32")
+    from lst_scale.backbone.taps import TapRequest
+
+    encoder = backbone.encode(batch()["input_ids"], batch()["attention_mask"], TapRequest(layers=(0, 1, 2)))
+    with torch.no_grad():
+        reference = live.encoder(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"], output_hidden_states=True)
+    torch.testing.assert_close(encoder.taps.hidden[0], reference.hidden_states[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.final_BSD, reference.last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(encoder.taps.hidden[2], reference.hidden_states[3], atol=1e-2)  # transformers' last entry is post-norm
+    torch.testing.assert_close(live.encoder.final_layer_norm(encoder.taps.hidden[2]), encoder.final_BSD, rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_side_network_reads_back_equal_and_finds_its_backbone(model: LadderModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "side")
+    again = LadderModel.from_pretrained(tmp_path / "side")
+    assert torch.equal(again(**batch()).logits, model.eval()(**batch()).logits)
+    assert {path.name for path in (tmp_path / "side").iterdir()} == {"side_network.safetensors", "ladder_config.json", "README.md"}
+    size = (tmp_path / "side" / "side_network.safetensors").stat().st_size
+    assert size < 4 * sum(p.numel() for p in model.parameters()) + 20_000  # the backbone is not in it
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "side_network.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _edit(key: str, value: Any) -> Any:
+    def change(folder: Path) -> None:
+        record = json.loads((folder / "ladder_config.json").read_text())
+        record[key] = value(record[key]) if callable(value) else value
+        (folder / "ladder_config.json").write_text(json.dumps(record))
+
+    return change
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("damage", "message"),
     [
-        ({}, "a forward pass needs labels or decoder_input_ids"),
-        ({"labels": torch.ones(1, 2, dtype=torch.long)}, "a forward pass needs input_ids or encoder_outputs"),
-        ({"labels": torch.ones(1, 2, dtype=torch.long), "return_dict": False}, "leave return_dict out"),
+        (lambda f: (f / "side_network.safetensors").unlink(), "holds no saved side network"),
+        (_truncate, "side_network.safetensors is damaged"),
+        (lambda f: (f / "ladder_config.json").write_text("{"), "ladder_config.json is damaged"),
+        (_edit("format", 99), "has format 99"),
+        (_edit("config", lambda c: c | {"reduction_factor": 8}), "does not fit its ladder_config.json"),
+        (_edit("config", lambda c: c | {"side_layers": [0, 7]}), "this backbone has blocks 0 to 2"),
+        (_edit("backbone", lambda b: b | {"fingerprint": "0" * 64}), "was trained on"),
+        (_edit("backbone", lambda b: b | {"checkpoint": "/nowhere"}), "is no folder"),
     ],
-    ids=["no target", "no source", "a tuple"],
 )
-def test_a_forward_pass_names_what_it_lacks(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(LadderError, match=message):
-        tiny_ladder()(**arguments)
-
-
-def test_decoder_inputs_are_the_labels_shifted_right() -> None:
-    model, inputs = tiny_ladder(), batch()
-    shifted = torch.nn.functional.pad(inputs["labels"].clamp(min=0), (1, -1))
-    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    assert torch.equal(model(**inputs).logits, model(**source, decoder_input_ids=shifted).logits)
-
-
-def test_a_ladder_learns() -> None:
-    model, inputs = LadderModel(tiny_t5(), CONFIG), batch()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
-        loss = model(**inputs).loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_a_saved_ladder_finds_its_backbone_and_computes_the_same(saved: Path, checkpoint: Path) -> None:
-    expected = tiny_ladder(LocalBackbone.load(str(checkpoint), precision="fp32"))(**batch()).logits
-    again = LadderModel.from_pretrained(saved)
-    assert not again.training
-    assert torch.equal(again(**batch()).logits, expected)
-    given = LadderModel.from_pretrained(saved, LocalBackbone.load(str(checkpoint), precision="fp32"))
-    assert torch.equal(given(**batch()).logits, expected)
-
-
-def test_a_ladder_on_a_live_model_is_read_back_onto_that_model(tmp_path: Path) -> None:
-    backbone = tiny_t5()
-    model = tiny_ladder(backbone)
+def test_a_damaged_side_network_is_refused_in_one_line(damage: Any, message: str, model: LadderModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "side")
-    assert torch.equal(LadderModel.from_pretrained(tmp_path / "side", backbone)(**batch()).logits, model(**batch()).logits)
-
-
-def test_the_folder_holds_the_side_network_alone(saved: Path) -> None:
-    assert sorted(file.name for file in saved.iterdir()) == ["README.md", "ladder_config.json", "side_network.safetensors"]
-    weights = load_file(saved / "side_network.safetensors")
-    assert sum(tensor.numel() for tensor in weights.values()) == sum(p.numel() for p in tiny_ladder().parameters())
-    record = json.loads((saved / "ladder_config.json").read_text())
-    assert record["format"] == 1 and record["config"]["side_layers"] == [0, 2] and len(record["backbone"]["fingerprint"]) == 64
-    assert "base_model: " in (saved / "README.md").read_text()
-
-
-def test_saving_again_replaces_the_folder_and_leaves_nothing_else(saved: Path, checkpoint: Path) -> None:
-    other = tiny_ladder(LocalBackbone.load(str(checkpoint), precision="fp32"), seed=9)
-    other.save_pretrained(saved)
-    assert torch.equal(LadderModel.from_pretrained(saved)(**batch()).logits, other(**batch()).logits)
-    assert {path.name for path in saved.parent.iterdir()} == {"backbone", "side"}
-
-
-def test_a_gathered_state_dict_is_saved_without_a_network(tmp_path: Path) -> None:
-    model = tiny_ladder()
-    weights = {name: tensor.t() if tensor.ndim == 2 else tensor for name, tensor in model.side.state_dict().items()}
-    views = {name: tensor.contiguous().t() if tensor.ndim == 2 else tensor for name, tensor in weights.items()}  # not contiguous
-    save_side_network(tmp_path / "side", views, model.side.config, model.backbone)
-    again = LadderModel.from_pretrained(tmp_path / "side", model.backbone)
-    assert all(torch.equal(tensor, again.side.state_dict()[name]) for name, tensor in model.side.state_dict().items())
-
-
-def test_another_backbone_is_refused_unless_allowed(saved: Path) -> None:
-    other = tiny_t5(seed=7)
-    with pytest.raises(LadderError, match=r"was trained on .* with fingerprint [0-9a-f]{12}, .* allow_other_backbone=True$"):
-        LadderModel.from_pretrained(saved, other)
-    LadderModel.from_pretrained(saved, other, allow_other_backbone=True)
-
-
-def test_a_backbone_of_another_architecture_is_refused_even_then(saved: Path) -> None:
-    with pytest.raises(LadderError, match=r"which has d_ff 64 instead of 48: give one of its own architecture$"):
-        LadderModel.from_pretrained(saved, tiny_t5(d_ff=64), allow_other_backbone=True)
-
-
-def cut(folder: Path) -> None:
-    data = (folder / files.WEIGHTS).read_bytes()
-    (folder / files.WEIGHTS).write_bytes(data[: len(data) // 2])
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    record = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(record | changes))
-
-
-def drop_weight(folder: Path) -> None:
-    weights = load_file(folder / files.WEIGHTS)
-    del weights["upsample.bias"]
-    save_file(weights, folder / files.WEIGHTS)
-
-
-def reshape_weight(folder: Path) -> None:
-    weights = load_file(folder / files.WEIGHTS)
-    save_file(weights | {"upsample.bias": torch.zeros(3)}, folder / files.WEIGHTS)
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / files.WEIGHTS), folder / "pytorch_model.bin")
-    (folder / files.WEIGHTS).unlink()
-
-
-DAMAGE: dict[str, tuple[Any, str]] = {
-    "no configuration": (lambda folder: (folder / files.CONFIG).unlink(), "holds no saved side network: it lacks"),
-    "no weights": (lambda folder: (folder / files.WEIGHTS).unlink(), "holds no saved side network: it lacks"),
-    "a pickle in place of the weights": (pickle_weights, "holds no saved side network: it lacks"),
-    "a cut file": (cut, "side_network.safetensors is damaged"),
-    "not JSON": (lambda folder: (folder / files.CONFIG).write_text("{"), "ladder_config.json is damaged"),
-    "a list": (lambda folder: (folder / files.CONFIG).write_text("[]"), "ladder_config.json is damaged"),
-    "another format": (lambda folder: edit(folder, format=2), "has format 2, this version reads 1"),
-    "an unknown knob": (lambda folder: edit(folder, config={"side_layers": [1], "knob": 1}), "ladder_config.json is damaged"),
-    "a weight less": (drop_weight, "does not fit its ladder_config.json: upsample.bias (1 in all)"),
-    "a weight of another shape": (reshape_weight, "does not fit its ladder_config.json: upsample.bias (1 in all)"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE, ids=lambda name: name.replace(" ", "_"))
-def test_a_damaged_folder_is_refused_in_one_line(saved: Path, checkpoint: Path, name: str) -> None:
-    damage, message = DAMAGE[name]
-    damage(saved)
-    with pytest.raises(LadderError) as caught:
-        LadderModel.from_pretrained(saved)
+    damage(tmp_path / "side")
+    with pytest.raises(LstScaleError) as caught:
+        LadderModel.from_pretrained(tmp_path / "side")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LadderError, match="nowhere holds no saved side network"):
-        LadderModel.from_pretrained(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("side_final_upsample.bias"), "missing: side_final_upsample.bias"),
+        (lambda d: d.update(extra=torch.zeros(1)), "unknown: extra"),
+        (lambda d: d.update({"side_final_upsample.bias": torch.zeros(5)}), "mis-shaped: side_final_upsample.bias is (5,), not (32,)"),
+    ],
+)
+def test_release_weights_that_do_not_fit_are_refused(change: Any, message: str, model: LadderModel) -> None:
+    weights = {name: tensor.clone() for name, tensor in model.release_state_dict().items()}
+    change(weights)
+    with pytest.raises(LadderError, match="these weights are not of this side network") as caught:
+        model.load_release_state_dict(weights)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"reduction_factor": 3, "side_layers": [0]}, "write one of 1, 2, 4, 8"),
+        ({"side_layers": [3]}, "this backbone has blocks 0 to 2"),
+        ({"side_layers": [2, 0]}, "ascending"),
+        ({"side_layers": []}, "at least one"),
+        ({"side_layers": [0], "design": "transfromer"}, "Did you mean 'transformer'?"),
+        ({"side_layers": [0], "dropout": 1.0}, "below 1"),
+    ],
+)
+def test_a_ladder_that_does_not_fit_names_what_would(config: dict[str, Any], message: str, tiny_t5_dir: Path) -> None:
+    with pytest.raises(LadderError) as caught:
+        LadderModel(LocalBackbone.load(str(tiny_t5_dir), precision="fp32"), LadderConfig(**config))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count", "unused_gates", "share"), [("t5-base", 3_878_712, 6, 1.740), ("t5-large", 9_057_328, 24, 1.228), ("t5-3b", 2_494_896, 46, 0.087)]
+)
+def test_recipes_train_the_papers_counts_less_its_unused_gates(recipe: str, count: int, unused_gates: int, share: float) -> None:
+    loaded = load_recipe(recipe)
+    shape = shape_of(loaded.backbone.checkpoint)
+    assert shape is not None
+    trainable = trainable_parameters(shape, loaded.method)
+    assert trainable == count - unused_gates
+    assert round(100 * trainable / backbone_parameters(shape), 3) == share
+
+
+@pytest.mark.parametrize("recipe", ["t5-base", "t5-large", "t5-3b", "t5-3b-8bit", "flan-t5-xl", "quickstart"])
+def test_every_recipe_builds_on_the_meta_device_with_the_counted_parameters(recipe: str) -> None:
+    from transformers import T5Config
+
+    from lst_scale.backbone.checkpoint import spec_of
+    from lst_scale.methods.lst import ladder_config
+
+    loaded = load_recipe(recipe)
+    shape = shape_of(loaded.backbone.checkpoint)
+    assert shape is not None
+    names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
+    config = T5Config(
+        **{name: getattr(shape, name) for name in names},
+        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        tie_word_embeddings=not shape.own_head,
+        decoder_start_token_id=0,
+    )
+    with torch.device("meta"):
+        side = SideNetwork(spec_of(config), ladder_config(loaded.method, spec_of(config)))
+        backbone = T5ForConditionalGeneration(config)
+    assert sum(p.numel() for p in side.parameters()) == trainable_parameters(shape, loaded.method)
+    own_head = backbone.lm_head.weight.numel() if shape.own_head else 0
+    assert sum(p.numel() for p in backbone.parameters()) + own_head == backbone_parameters(shape)
+
+
+def test_pruning_reads_each_weight_of_a_gated_backbone_once_and_never_two_blocks_at_a_time(tiny_gated_t5_dir: Path) -> None:
+    backbone = LocalBackbone.load(str(tiny_gated_t5_dir), precision="int8")
+    side = SideNetwork(backbone.spec, LadderConfig(reduction_factor=4, side_layers=[1]))
+    order: list[str] = []
+
+    def counted(name: str) -> torch.Tensor:
+        order.append(name)
+        return backbone.weight_source(name)
+
+    initialize_by_pruning(side, counted)
+    names = [name for name in order if "relative_attention_bias" not in name]
+    assert len(names) == len(set(names))
+    blocks = [name.split(".layer.")[0] for name in names if ".block." in name]
+    assert blocks == sorted(blocks, key=lambda block: (block.startswith("decoder"), int(block.rsplit(".", 1)[1])))
+
+
+def test_the_formula_refuses_what_the_module_would(tiny_t5_dir: Path) -> None:
+    shape = shape_of("google-t5/t5-base")
+    assert shape is not None
+    with pytest.raises(LadderError, match="reduction_factor 5 does not divide"):
+        trainable_parameters(shape, LstRecipe(name="lst", reduction_factor=5))

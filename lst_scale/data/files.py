@@ -13,7 +13,8 @@ from lst_scale.errors import DataError, did_you_mean
 
 HUB = "hub:"
 SUFFIXES = (".csv", ".jsonl", ".parquet")
-Records = Sequence[Mapping[str, Any]]
+Record = Mapping[str, Any]
+Records = Sequence[Record]
 
 
 def load_records(name: str, split: str) -> Records:

@@ -126,10 +126,14 @@ def load_task(recipe: Recipe) -> TaskData:
 def glue_row(name: str, record: Mapping[str, Any]) -> Row:
     """Return one GLUE example as the paper writes it: "rte sentence1: ... sentence2: ..." -> "0"."""
     task = GLUE[name]
-    parts = [name, *(f"{field} {record[column]}" for field, column in task.fields)]
     # STS-B's target is the score with one decimal; the release means a grid of 0.2 but computes this.
     target = f"{round(float(record['label']), 1)}" if task.labels is None else str(record["label"])
-    return Row(" ".join(parts), target)
+    return Row(source_text(name, task.fields, record), target)
+
+
+def source_text(prefix: str | None, fields: Sequence[tuple[str, str]], record: Mapping[str, Any]) -> str:
+    """Return "prefix field: value field: value"; `fields` pairs what is written before a value with the record's column."""
+    return " ".join([*([prefix] if prefix else []), *(f"{written} {record[column]}" for written, column in fields)])
 
 
 def split_glue(name: str, sets: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
@@ -199,14 +203,13 @@ def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int)
             raise DataError(files.missing_field(path, number, field, record))
         if record[field] is None or record[field] != record[field]:
             raise DataError(f"{path}: row {number} has no {field}; fill it in or remove the row")
-    parts = [*([task.prefix] if task.prefix else []), *(f"{field}: {record[field]}" for field in task.source)]
     target = str(record[task.target])
     if task.kind == "regression":
         try:
             float(target)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {task.target} is {target!r}, not a number; kind regression needs numbers") from error
-    return Row(" ".join(parts), target)
+    return Row(source_text(task.prefix, [(f"{field}:", field) for field in task.source], record), target)
 
 
 def _refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.assets import resolve
-from lst_scale.errors import LadderError
+from lst_scale.errors import BackboneError, LadderError
 from lst_scale.recipe import LstRecipe, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
@@ -63,22 +63,45 @@ def backbone_parameters(shape: Shape) -> int:
 
 
 def shape_of(checkpoint: str) -> Shape | None:
-    """Return a checkpoint's shape from the table or its local config.json; None when neither knows it."""
+    """Return a checkpoint's shape from the table or its local config.json; None when neither knows it.
+
+    Raises:
+        BackboneError: the folder holds another kind of model, or its config.json can't be read.
+    """
     table: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
     if checkpoint in table:
         return Shape(**table[checkpoint])
-    config_file = Path(resolve(checkpoint)) / "config.json"
-    if not config_file.is_file():
+    folder = Path(resolve(checkpoint))
+    if not (folder / "config.json").is_file():
         return None
-    config = json.loads(config_file.read_text())
+    try:
+        return _shape_in(folder, json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"{folder / 'config.json'} can't be read as a T5 configuration ({error}): copy the checkpoint again") from error
+
+
+def _shape_in(folder: Path, config: dict[str, Any]) -> Shape:
+    if config.get("model_type") not in ("t5", "mt5"):
+        raise BackboneError(f"{folder} is a {config.get('model_type')!r} model: choose a checkpoint of type t5 or mt5")
     names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
     return Shape(
         **{name: config[name] for name in names},
         num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
         gated=str(config.get("feed_forward_proj", "relu")).startswith("gated"),
-        own_head=config.get("tie_word_embeddings", True) is False,
+        own_head="lm_head.weight" in _stored_names(folder),
         num_buckets=config.get("relative_attention_num_buckets", 32),
     )
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Return the names in a checkpoint's safetensors, read from their headers: transformers 5 calls every T5 tied in config.json."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    if not single.is_file():
+        return set()
+    with single.open("rb") as stream:
+        return set(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
 
 
 def describe_count(recipe: Recipe) -> str:

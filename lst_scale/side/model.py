@@ -63,7 +63,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._assemble(backbone, side)
-        return model
+        return model.train(side.training)
 
     def _assemble(self, backbone: Backbone, side: SideNetwork) -> None:
         object.__setattr__(self, "backbone", backbone)  # not a submodule, even if it were an nn.Module

@@ -30,18 +30,25 @@ def predict(
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
     model.eval()
+    longest = max(len(target) for target in split.labels)
     mine: list[tuple[int, str]] = []
     for batch in evaluation_batches(split, batch_size=recipe.batch_size, rank=world.rank, world_size=world.size):
-        if recipe.method == "likelihood":
-            texts = _likeliest(model, batch, tokenizer, labels or ())
-        else:
-            texts = _generate(model, batch, tokenizer, recipe, split)
+        texts = answer(model, batch, tokenizer, recipe, labels, longest)
         mine.extend(zip(batch.indices, texts, strict=True))
     return merge_predictions(distributed.gather(mine), len(split.rows))
 
 
-def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, split: EncodedSplit) -> list[str]:
-    longest = max(len(labels) for labels in split.labels)
+@torch.no_grad()
+def answer(
+    model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, labels: Sequence[str] | None, longest: int
+) -> list[str]:
+    """Return the answer to every row of a batch; `longest` bounds generation when the recipe does not."""
+    if recipe.method == "likelihood":
+        return _likeliest(model, batch, tokenizer, labels or ())
+    return _generate(model, batch, tokenizer, recipe, longest)
+
+
+def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, longest: int) -> list[str]:
     output_BT = model.generate(
         input_ids=batch.input_ids_BS.to(model.device),
         attention_mask=batch.attention_mask_BS.to(model.device),

@@ -1,0 +1,59 @@
+"""The command `lst-scale`. Heavy imports happen inside the commands, so that --help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lst_scale import assets, train
+from lst_scale.errors import LstScaleError
+
+app = typer.Typer(
+    help="Fine-tune large encoder-decoders with a small side network and a backbone that runs forward only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes and DeepSpeed files that ship with the package."""
+    typer.echo("recipes:    " + ", ".join(assets.available_recipes()))
+    typer.echo("ds_configs: " + ", ".join(assets.available_ds_configs()))
+
+
+@app.command("train", context_settings={"ignore_unknown_options": True})
+def train_command(
+    arguments: Annotated[list[str], typer.Argument(help="as for lst_scale/train.py: --recipe NAME [--resume] [key=value ...]")],
+) -> None:
+    """Train, score and save a side network in one process (several: deepspeed lst_scale/train.py ...)."""
+    raise typer.Exit(train.main(arguments))
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    inputs: Annotated[Path, typer.Argument(help="a .csv, .jsonl or .parquet file with the run's source fields")],
+    output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Answer a file of inputs with the side network of a finished run."""
+    from lst_scale.predict import predict_file
+    from lst_scale.recipe import EvaluationRecipe
+
+    count = predict_file(run, inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams))
+    typer.echo(f"{count} predictions in {output}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 1."""
+    try:
+        app()
+    except LstScaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
