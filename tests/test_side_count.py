@@ -33,7 +33,9 @@ def shape(checkpoint: str) -> Shape:
 def config_of(shape: Shape) -> T5Config:
     names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
     return T5Config(
-        **{name: getattr(shape, name) for name in names}, feed_forward_proj="gated-gelu" if shape.gated else "relu", decoder_start_token_id=0
+        **{name: getattr(shape, name) for name in names},
+        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        decoder_start_token_id=0,
     )
 
 
@@ -83,7 +85,13 @@ def test_the_backbone_formula_equals_the_built_backbone(checkpoint: str) -> None
 
 
 def test_published_sizes_agree() -> None:
-    sizes = {"google-t5/t5-small": 60.5e6, "google-t5/t5-11b": 11.3e9, "google/byt5-xxl": 12.9e9, "google/flan-ul2": 19.5e9, "google/mt5-xl": 3.7e9}
+    sizes = {
+        "google-t5/t5-small": 60.5e6,
+        "google-t5/t5-11b": 11.3e9,
+        "google/byt5-xxl": 12.9e9,
+        "google/flan-ul2": 19.5e9,
+        "google/mt5-xl": 3.7e9,
+    }
     for checkpoint, size in sizes.items():
         assert backbone_parameters(shape(checkpoint)) == pytest.approx(size, rel=0.02), checkpoint
 

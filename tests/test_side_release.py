@@ -79,5 +79,7 @@ def test_a_wrong_weight_is_refused_by_name_and_nothing_is_loaded(change: dict[st
 def test_many_wrong_weights_are_three_names_and_a_count() -> None:
     model = tiny_ladder()
     total = len(release_weights(model))
-    with pytest.raises(LadderError, match=rf"^these weights are not of this side network: missing: [^,]+, [^,]+, [^,]+ and {total - 3} more$"):
+    with pytest.raises(
+        LadderError, match=rf"^these weights are not of this side network: missing: [^,]+, [^,]+, [^,]+ and {total - 3} more$"
+    ):
         model.load_release_state_dict({})

@@ -65,7 +65,7 @@ def read(folder: Path) -> Saved:
     try:
         record: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         if record["format"] != FORMAT:
-            raise LadderError(f"{folder / CONFIG} has format {record['format']}, this version reads {FORMAT}: use the version that wrote it")
+            raise LadderError(f"{folder / CONFIG} has format {record['format']}, this version reads {FORMAT}: use the one that wrote it")
         return Saved(
             config=LadderConfig(**record["config"]),
             identity=BackboneIdentity(**record["backbone"]),
@@ -74,7 +74,9 @@ def read(folder: Path) -> Saved:
             folder=folder,
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise LadderError(f"{folder} holds no saved side network: it lacks {CONFIG} or {WEIGHTS}; give the side_network folder of a run") from error
+        raise LadderError(
+            f"{folder} holds no saved side network: it lacks {CONFIG} or {WEIGHTS}; give the side_network folder of a run"
+        ) from error
     except OSError as error:
         raise LadderError(f"can't read the saved side network in {folder}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF, T5LayerNorm
 
 from lst_scale.errors import LadderError
-from lst_scale.side.network import SideNetwork, SideStack
+from lst_scale.side.network import Gate, SideNetwork, SideStack
 
 WeightSource = Callable[[str], Tensor]
 LADDER_STD = 0.01  # of downsamples and upsample, the release's
@@ -45,6 +45,8 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
     for module in side.modules():
         if isinstance(module, T5LayerNorm):
             module.weight.fill_(1.0)
+        elif isinstance(module, Gate):
+            module.alpha.zero_()
         elif isinstance(module, T5Attention):
             inner = module.n_heads * module.key_value_proj_dim
             normal(module.q.weight, (module.d_model * module.key_value_proj_dim) ** -0.5)
@@ -54,19 +56,16 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
             if module.has_relative_attention_bias:
                 normal(module.relative_attention_bias.weight, module.d_model**-0.5)
         elif isinstance(module, T5LayerFF):
-            for name, linear in module.DenseReluDense.named_children():
+            for linear in module.DenseReluDense.children():
                 if isinstance(linear, nn.Linear):
                     normal(linear.weight, linear.in_features**-0.5)
     for stack in (side.encoder, side.decoder):
         for linear in (stack.first_downsample, *stack.downsamples.values()):
+            assert isinstance(linear, nn.Linear)
             normal(linear.weight, LADDER_STD)
             linear.bias.zero_()
-        for gate in stack.gates.values():
-            gate.alpha.zero_()
     normal(side.upsample.weight, LADDER_STD)
     side.upsample.bias.zero_()
-    if side.merge_gate is not None:
-        side.merge_gate.alpha.zero_()
     if weights is not None:
         for prefix, stack in (("encoder", side.encoder), ("decoder", side.decoder)):
             _copy_position_table(prefix, stack, weights)
@@ -104,8 +103,9 @@ class _Chain:
     def start(self, name: str) -> None:
         """Keep the embedding columns with the largest L1 norm of importance over the vocabulary."""
         importance = self.importance(name)
-        # Row by row of a few thousand and summed in float64: in bf16 a sum over the vocabulary has too few digits to rank columns by.
-        self.kept = self._largest(torch.stack([rows.abs().sum(0, dtype=torch.float64) for rows in importance.split(8192)]).sum(0))
+        # A few thousand rows at a time, summed in float64: in bf16 a sum over the vocabulary has too few digits to rank columns by.
+        sums = [rows.abs().sum(0, dtype=torch.float64) for rows in torch.split(importance, 8192)]
+        self.kept = self._largest(torch.stack(sums).sum(0))
 
     def block(self, prefix: str, *, is_decoder: bool) -> dict[str, Tensor]:
         """Return one block's pruned weights, named as inside the block."""
@@ -163,8 +163,7 @@ def _copy(block: nn.Module, pruned: dict[str, Tensor]) -> None:
 def _copy_position_table(prefix: str, stack: SideStack, weights: WeightSource) -> None:
     """The first side block starts with the backbone's whole table: heads are not reduced."""
     table = weights(f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    first = next(iter(stack.blocks.values()))
-    parameter = first.layer[0].SelfAttention.relative_attention_bias.weight
+    (parameter,) = (p for name, p in stack.blocks.named_parameters() if "relative_attention_bias" in name)
     if parameter.shape != table.shape:
         raise LadderError(f"the backbone's position table is {tuple(table.shape)}, the side network's {tuple(parameter.shape)}")
     parameter.copy_(table)

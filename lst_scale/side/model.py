@@ -40,7 +40,8 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     Args:
         backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
-        config: the side network's design. Its weights start at random (seed 0), the position tables from the backbone's; see `lst_scale.side.initialize` for pruning.
+        config: the side network's design. Its weights start at random (seed 0), its position tables as the backbone's;
+            see `lst_scale.side.initialize` for pruning.
     """
 
     main_input_name = "input_ids"
@@ -101,10 +102,10 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             raise LadderError(f"side weights are float32, not {probe.dtype}: write LadderConfig(precision='bf16') for bf16 computation")
         if probe.device != self.backbone.device:
             raise LadderError(
-                f"the backbone is on {self.backbone.device}, not {probe.device}: load or move it there first; a side network lives beside it"
+                f"the backbone is on {self.backbone.device}, not {probe.device}: load or move it there first, a side network follows it"
             )
-        moved: LadderModel = super()._apply(fn, recurse)
-        return moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(
         self,
@@ -124,7 +125,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask: (B, S), 1 = token, 0 = padding.
             labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
             encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
-            past_key_values: one cache for backbone and side network, read and filled; with `use_cache` a new one is made when none is given.
+            past_key_values: one cache for backbone and side network, read and filled; with `use_cache` one is made when none is given.
             return_dict: always True; generation passes it.
         """
         if not return_dict:
@@ -186,7 +187,9 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     def get_experts_implementation(self) -> dict[str, str]:
         return {}  # no mixture of experts to choose a kernel for
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         return {
             "decoder_input_ids": input_ids[:, past:],
@@ -232,7 +235,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         if frozen.identity.fingerprint != saved.identity.fingerprint and not allow_other_backbone:
             raise LadderError(
                 f"{folder} was trained on {saved.identity.checkpoint} with fingerprint {saved.identity.fingerprint[:12]}, this backbone "
-                f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights, or allow_other_backbone=True"
+                f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights or allow_other_backbone=True"
             )
         side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
         files.load_weights(side, saved)

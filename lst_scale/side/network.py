@@ -92,8 +92,8 @@ class SideStack(nn.Module):
                 encoder_attention_mask=None if encoder is None else padding_mask(encoder.attention_mask_BS),
                 past_key_values=cache,
             )
-        hidden = self.dropout(self.final_norm(hidden))
-        return hidden
+        final: Tensor = self.dropout(self.final_norm(hidden))
+        return final
 
     def _self_mask(self, hidden: Tensor, mask_BS: Tensor | None, cache: Any | None) -> Tensor:
         if not self.is_decoder:

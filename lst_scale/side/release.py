@@ -1,10 +1,10 @@
 """The original release's names for our weights, so that its checkpoints load here and ours there.
 
-    encoder.side_first_downsample.weight      <- encoder.first_downsample.weight
-    encoder.side_block.I.layer...             <- encoder.blocks.I.layer...
-    encoder.side_gate_params.I                <- encoder.gates.I.alpha
-    encoder.final_side_layer_norm.weight      <- encoder.final_norm.weight
-    side_final_upsample.weight                <- upsample.weight
+encoder.side_first_downsample.weight      <- encoder.first_downsample.weight
+encoder.side_block.I.layer...             <- encoder.blocks.I.layer...
+encoder.side_gate_params.I                <- encoder.gates.I.alpha
+encoder.final_side_layer_norm.weight      <- encoder.final_norm.weight
+side_final_upsample.weight                <- upsample.weight
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""What must stay true of the tree itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def test_imports_go_one_way() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_only_one_file_touches_each_of_torch_distributed_bitsandbytes_and_yaml() -> None:
+    owners = {
+        r"torch\.distributed|import torch\.distributed": {"distributed.py", "engine.py"},  # engine: ZeRO-3's own process group
+        r"from bitsandbytes|import bitsandbytes": {"precision.py"},
+        r"^import yaml|^from yaml": {"decode.py", "recipe.py"},
+        r"trust_remote_code=True|pickle\.load|torch\.load": set(),
+    }
+    for pattern, allowed in owners.items():
+        found = {p.name for p in (ROOT / "lst_scale").rglob("*.py") if re.search(pattern, p.read_text(), flags=re.MULTILINE)}
+        assert found <= allowed, (pattern, found)
+
+
+def test_no_file_beside_train_py_hides_a_module_of_somebody_else() -> None:
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    ours = {path.stem for path in (ROOT / "lst_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert not (ours - {"__init__"}) & taken
+
+
+def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
+    done = subprocess.run(
+        [sys.executable, "lst_scale/train.py", "--local_rank=0", "--recipe", "t5-3b", "--print-recipe"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2,494,850" in done.stdout
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    assert lines
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line in lines:
+        for target in re.findall(r"^make ([a-z-]+)", line):
+            assert target in targets, line
+        for path in re.findall(r"(?<![\w/])(?:lst_scale|benchmarks|pretraining)/[\w/]+\.py", line):
+            assert (ROOT / path).is_file(), line
+        for name in re.findall(r"--recipe ([\w.-]+)", line):
+            assert (ROOT / "recipes" / f"{name}.yaml").is_file(), line
+
+
+@pytest.mark.slow
+def test_a_wheel_installed_elsewhere_finds_recipes_deepspeed_files_and_the_embedded_backbone(tmp_path: Path) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = next(wheels.glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import lst_scale; from lst_scale import assets, recipe; from pathlib import Path;"
+        f"assert lst_scale.__file__.startswith({str(site)!r}), lst_scale.__file__;"
+        "assert len(assets.available_recipes()) >= 6; recipe.load_recipe('quickstart'); assets.load_ds_config('zero3');"
+        "assert (Path(assets.resolve('embedded:tiny-t5')) / 'model.safetensors').exists(); assets.resolve('embedded:wordnet/test.jsonl')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
