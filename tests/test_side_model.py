@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import batch, tiny_ladder, tiny_t5
+from transformers import T5ForConditionalGeneration
 
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.local import LocalBackbone
@@ -185,3 +186,9 @@ def test_a_damaged_folder_is_refused_in_one_line(saved: Path, checkpoint: Path, 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(LadderError, match="nowhere holds no saved side network"):
         LadderModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_ladder_saved_on_a_live_model_finds_that_model_s_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    model = tiny_ladder(T5ForConditionalGeneration.from_pretrained(checkpoint))
+    model.save_pretrained(tmp_path / "side")
+    assert torch.equal(LadderModel.from_pretrained(tmp_path / "side")(**batch()).logits, model(**batch()).logits)

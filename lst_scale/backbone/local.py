@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, open_checkpoint, read_to, spec_of
+from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, fingerprint_of, open_checkpoint, read_to, spec_of
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
@@ -226,10 +226,5 @@ def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
 
 
 def _live_fingerprint(model: Any) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    parameters = dict(model.named_parameters())
+    return fingerprint_of(spec_of(model.config), parameters, parameters.__getitem__)

@@ -27,7 +27,7 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
 def build_side_network(method: LstRecipe, backbone: Backbone, seed: int) -> SideNetwork:
     """Return a fresh side network on the CPU. The same seed gives the same weights on every rank."""
     side = SideNetwork(backbone.spec, ladder_config(method, backbone.spec))
-    initialize_random(side, seed=seed)
+    initialize_random(side, seed=seed, weights=backbone.weight_source)
     if method.initialization == "pruning":
         initialize_by_pruning(side, backbone.weight_source)
     return side
