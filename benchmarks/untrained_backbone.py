@@ -1,7 +1,7 @@
 """Save the embedded backbone with random weights, to see what its pretraining is worth.
 
-    python benchmarks/untrained_backbone.py /tmp/untrained
-    DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 lst_scale/train.py --recipe quickstart name=untrained backbone.checkpoint=/tmp/untrained
+python benchmarks/untrained_backbone.py /tmp/untrained
+DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 lst_scale/train.py --recipe quickstart name=untrained backbone.checkpoint=/tmp/untrained
 """
 
 from __future__ import annotations

@@ -22,9 +22,7 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 3e-3 as a number (YAML 1.1 wants 3.0e-3) and refuses a key said twice."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -47,7 +45,7 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], list[str]]:
         RecipeError: the text is no YAML mapping.
     """
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506, it is a SafeLoader
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise RecipeError(f"{where}:{line} {error.problem}") from error
@@ -65,7 +63,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]
             problems.append(f"{override!r} is no override: write key=value, for instance training.epochs=3")
             continue
         try:
-            decoded = yaml.load(value, Loader=_Loader)  # noqa: S506
+            decoded = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             problems.append(f"{key}: {value!r} can't be read as a value; quote it")
             continue

@@ -42,7 +42,9 @@ def connect() -> World:
     present = [name for name in names if name in os.environ]
     if present and len(present) < len(names):
         missing = ", ".join(name for name in names if name not in os.environ)
-        raise ArgumentError(f"the environment sets {', '.join(present)} but not {missing}: start with deepspeed, torchrun or plain python -m")
+        raise ArgumentError(
+            f"the environment sets {', '.join(present)} but not {missing}: start with deepspeed, torchrun or plain python -m"
+        )
     if not present:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     rank, size, local_rank = (int(os.environ[name]) for name in names)

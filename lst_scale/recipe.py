@@ -124,7 +124,9 @@ class TrainingRecipe(_Section):
     @model_validator(mode="after")
     def _micro_within_global(self) -> TrainingRecipe:
         if self.micro_batch_size is not None and self.micro_batch_size > self.global_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}: lower it")
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}: lower it"
+            )
         return self
 
 

@@ -1,13 +1,13 @@
 """One run, top to bottom: recipe -> data -> backbone -> side network -> training -> score -> files. The page to read first.
 
-    runs/NAME-TASK-seedN/
-        recipe.yaml        the resolved recipe; `--recipe runs/.../recipe.yaml` repeats the run
-        log.txt            sentences
-        metrics.jsonl      numbers: train, validation, gates
-        checkpoints/       the newest ones, to resume from
-        best/              weights of the best validation score
-        side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it
-        result.json        score, time, memory, counts, versions
+runs/NAME-TASK-seedN/
+    recipe.yaml        the resolved recipe; `--recipe runs/.../recipe.yaml` repeats the run
+    log.txt            sentences
+    metrics.jsonl      numbers: train, validation, gates
+    checkpoints/       the newest ones, to resume from
+    best/              weights of the best validation score
+    side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it
+    result.json        score, time, memory, counts, versions
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
-from lst_scale.data.tasks import TaskData, load_task
+from lst_scale.data.tasks import load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
 from lst_scale.durable import write_directory, write_file
@@ -128,9 +127,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
         test_split = "test" if "test" in splits else "validation"
         scores = score_split(best, test_split)
-        distributed.on_main_rank(
-            world, lambda: save_side_network(folder / "side_network", best, side.config, backbone)
-        )
+        distributed.on_main_rank(world, lambda: save_side_network(folder / "side_network", best, side.config, backbone))
         result = {
             "name": recipe.name,
             "task": task.name,
@@ -215,7 +212,9 @@ def _best_path(folder: Path, step: int) -> Path:
 
 def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
     path = _best_path(folder, step)
-    write_directory(path, lambda partial: save_file(weights, partial / "weights.safetensors"), lambda whole: load_file(whole / "weights.safetensors"))
+    write_directory(
+        path, lambda partial: save_file(weights, partial / "weights.safetensors"), lambda whole: load_file(whole / "weights.safetensors")
+    )
 
 
 def _measurements(progress: Progress, world: World, side: SideNetwork, backbone: LocalBackbone) -> dict[str, Any]:

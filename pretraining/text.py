@@ -1,11 +1,11 @@
 """Fetch, clean and split the text that the embedded T5 is pretrained on. All of it is free or may be redistributed.
 
-    nlp-corpus 4.4.0 (npm, MIT)                  100,000 sentences of many registers
-    wordnet-base (Debian; WordNet 3.0 licence)   glosses and examples, less the synsets of the labelled set (labelled.py)
-    anarchism (Debian, GPL-2)                    a long FAQ in plain argumentative English
-    r-cran-janeaustenr (Debian; public domain)   six novels
+nlp-corpus 4.4.0 (npm, MIT)                  100,000 sentences of many registers
+wordnet-base (Debian; WordNet 3.0 licence)   glosses and examples, less the synsets of the labelled set (labelled.py)
+anarchism (Debian, GPL-2)                    a long FAQ in plain argumentative English
+r-cran-janeaustenr (Debian; public domain)   six novels
 
-    python pretraining/text.py --folder /tmp/pretraining
+python pretraining/text.py --folder /tmp/pretraining
 """
 
 from __future__ import annotations

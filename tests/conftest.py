@@ -55,9 +55,7 @@ def tiny_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gated_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 v1.1: gated GELU, a head of its own, no scaling."""
-    return make_t5(
-        tmp_path_factory.mktemp("t5-v1_1"), dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-    )
+    return make_t5(tmp_path_factory.mktemp("t5-v1_1"), dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
 
 def recipe_writer(folder: Path, checkpoint: Path) -> Callable[..., Path]:
@@ -101,7 +99,9 @@ def write_recipe(tmp_path: Path, tiny_t5_dir: Path) -> Callable[..., Path]:
     return recipe_writer(tmp_path, tiny_t5_dir)
 
 
-def launch(arguments: list[str], *, processes: int = 1, timeout: float = 300, launcher: str = "deepspeed") -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: list[str], *, processes: int = 1, timeout: float = 300, launcher: str = "deepspeed"
+) -> subprocess.CompletedProcess[str]:
     """Run a script of ours under a launcher, or plainly for `launcher="python"`, and return what it printed."""
     port = str(29600 + os.getpid() % 1000)
     prefix = {

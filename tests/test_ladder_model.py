@@ -146,7 +146,8 @@ def test_a_ladder_that_does_not_fit_names_what_would(config: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
-    ("recipe", "count", "unused_gates", "share"), [("t5-base", 3_878_712, 6, 1.740), ("t5-large", 9_057_328, 24, 1.228), ("t5-3b", 2_494_896, 46, 0.087)]
+    ("recipe", "count", "unused_gates", "share"),
+    [("t5-base", 3_878_712, 6, 1.740), ("t5-large", 9_057_328, 24, 1.228), ("t5-3b", 2_494_896, 46, 0.087)],
 )
 def test_recipes_train_the_papers_counts_less_its_unused_gates(recipe: str, count: int, unused_gates: int, share: float) -> None:
     loaded = load_recipe(recipe)

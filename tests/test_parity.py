@@ -78,7 +78,9 @@ def test_loss_logits_and_every_gradient_equal_the_release(path: Path) -> None:
         # their sum: the largest gate gradient stands for it. Every other tensor is measured against its own largest element.
         peers = [g for n, g in expected.items() if "gate" in n] if "gate" in name else [gradient]
         scale = max(float(peer.abs().max()) for peer in peers)
-        torch.testing.assert_close(ours[name].grad.view_as(gradient), gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name].grad.view_as(gradient), gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_transformer_vectors_cover_gated_untied_and_merge_last() -> None:

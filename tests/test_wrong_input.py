@@ -34,7 +34,10 @@ MISTAKES = [
     ("method.side_layers=foo", "method.side_layers: 'foo' is not valid. Valid: all."),
     ("method.name=lora", "method.name: 'lora' is not valid. Valid: lst."),
     ("method.dropout=1.0", "method.dropout: 1.0 should be less than 1"),
-    ("backbone.precision=fp16", "backbone.precision: T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"),
+    (
+        "backbone.precision=fp16",
+        "backbone.precision: T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32",
+    ),
     ("backbone.precision=int9", "backbone.precision: 'int9' is not valid. Did you mean 'int8'?"),
     (
         "backbone.max_quantization_error=0.1",
@@ -54,7 +57,10 @@ MISTAKES = [
     ("name=a/b", "name: 'a/b' names a folder: letters, digits, '.', '_' and '-' only, starting with a letter or digit"),
     ("optimizer.betas=[0.9]", "optimizer.betas: needs more than 1 values"),
     ("logging.tensorboard=3", "logging.tensorboard: 3 should be boolean"),
-    ("evaluation={method: likelihood, num_beams: 4}", "evaluation: num_beams and max_new_tokens have no effect on method likelihood: remove them or write generation"),
+    (
+        "evaluation={method: likelihood, num_beams: 4}",
+        "evaluation: num_beams and max_new_tokens have no effect on method likelihood: remove them or write generation",
+    ),
 ]
 
 
@@ -93,11 +99,17 @@ def test_three_e_minus_three_is_a_number_and_a_resolved_recipe_loads_back_equal(
 
 
 def test_a_wrong_recipe_is_told_in_under_a_second_and_before_torch_is_imported() -> None:
-    script = "import sys, lst_scale.train as t; code = t.main(['--recipe', 't5-3b', 'taks=1']); print('torch' in sys.modules); sys.exit(code)"
+    script = (
+        "import sys, lst_scale.train as t; code = t.main(['--recipe', 't5-3b', 'taks=1']); print('torch' in sys.modules); sys.exit(code)"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (1, "False", "error: taks: there is no such key. Did you mean 'task'?")
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (
+        1,
+        "False",
+        "error: taks: there is no such key. Did you mean 'task'?",
+    )
     assert seconds < 5  # about 0.3 s alone; the bound is for a busy machine, the import is what is tested
 
 
@@ -120,7 +132,7 @@ def test_a_deepspeed_file_that_says_what_the_recipe_owns_is_refused(content: str
 def test_an_unknown_name_lists_what_ships() -> None:
     with pytest.raises(RecipeError, match=r"--recipe: 't5-3bb' is neither a file nor one of those that ship. Did you mean 't5-3b'\?"):
         load_recipe("t5-3bb")
-    with pytest.raises(RecipeError, match="training.deepspeed: 'zero9' is neither a file"):
+    with pytest.raises(RecipeError, match=r"training.deepspeed: 'zero9' is neither a file"):
         load_ds_config("zero9")
 
 
@@ -128,18 +140,28 @@ DATA = [
     ("train.txt", "a", {}, "task.train: {path} must end in .csv, .jsonl, .parquet; convert it to one of them"),
     ("train.jsonl", None, {}, "task.train: {path} is not there; write the path of a file, relative to {cwd}"),
     ("train.jsonl", "", {}, "task.train: {path} has no rows"),
-    ("train.jsonl", '{"x": "a", "y": "0"}\n{"x"', {}, "{path}: line 2 is not valid JSON: Expecting ':' delimiter: line 1 column 5 (char 4)"),
+    (
+        "train.jsonl",
+        '{"x": "a", "y": "0"}\n{"x"',
+        {},
+        "{path}: line 2 is not valid JSON: Expecting ':' delimiter: line 1 column 5 (char 4)",
+    ),
     ("train.jsonl", "[1]", {}, '{path}: line 1 is not an object; write {{"field": value, ...}}'),
     ("train.jsonl", '{"x": "a", "yy": "0"}', {}, "{path}: row 1 has no field 'y'. Did you mean 'yy'?"),
     ("train.jsonl", '{"x": null, "y": "0"}', {}, "{path}: row 1 has no x; fill it in or remove the row"),
-    ("train.jsonl", '{"x": "a", "y": "high"}', {"kind": "regression"}, "{path}: row 1: y is 'high', not a number; kind regression needs numbers"),
+    (
+        "train.jsonl",
+        '{"x": "a", "y": "high"}',
+        {"kind": "regression"},
+        "{path}: row 1: y is 'high', not a number; kind regression needs numbers",
+    ),
     (
         "train.jsonl",
         '{"x": "a", "y": "2"}',
         {"labels": ["0", "1"]},
         "train: row 1 has the label '2'; known: 0, 1. Add it to task.labels, or mend the row",
     ),
-    ("train.csv", 'x,y\na,0,7\n', {}, "{path}: row 1 has more values than the header has names; quote values that hold commas"),
+    ("train.csv", "x,y\na,0,7\n", {}, "{path}: row 1 has more values than the header has names; quote values that hold commas"),
     ("train.parquet", "no parquet", {}, "{path} is not a whole parquet file"),
 ]
 
@@ -157,5 +179,5 @@ def test_a_mistake_in_a_data_file_is_one_line(name: str, content: str | None, ta
 
 
 def test_glue_without_a_network_says_what_to_do() -> None:
-    with pytest.raises(LstScaleError, match="data set nyu-mll/glue .rte. could not be loaded .*: download it where there is a network"):
+    with pytest.raises(LstScaleError, match=r"data set nyu-mll/glue .rte. could not be loaded .*: download it where there is a network"):
         load_task(parse_recipe(RECIPE, "t.yaml"))

@@ -88,9 +88,7 @@ class _Reference:
         # bf16 rounds away 1 % over a deep stack, nearly as much as int8: the reference computes in float32.
         self.dtype = torch.float32
 
-    def stack(
-        self, prefix: str, embedding: Tensor, encoder_final: Tensor | None, encoder_mask: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
+    def stack(self, prefix: str, embedding: Tensor, encoder_final: Tensor | None, encoder_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the outputs of all blocks (on the CPU in bf16) and the final normed state."""
         from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 

@@ -65,9 +65,10 @@ class Checkpoint:
         """Read one tensor into memory, in the precision it is stored in. Tied names find the one stored matrix."""
         stored = self._stored_name(name)
         try:
-            return self._file(self.files[stored]).get_tensor(stored)
+            value: Tensor = self._file(self.files[stored]).get_tensor(stored)
         except SafetensorError as error:
             raise BackboneError(f"{self.folder / self.files[stored]}: can't read {stored} ({error}): copy the checkpoint again") from error
+        return value
 
     def names(self) -> Iterator[str]:
         yield from self.files

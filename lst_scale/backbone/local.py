@@ -44,9 +44,7 @@ class LocalBackbone:
         self.head = FrozenHead(weight_VD=model.lm_head.weight, scale=spec.d_model**-0.5 if spec.scale_decoder_outputs else 1.0)
 
     @classmethod
-    def load(
-        cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None
-    ) -> LocalBackbone:
+    def load(cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None) -> LocalBackbone:
         """Read a checkpoint into place, tensor by tensor: beside the model itself only one stored tensor is ever in memory.
 
         Raises:
@@ -68,7 +66,9 @@ class LocalBackbone:
             BackboneError: it is another kind of model, or in fp16.
         """
         if getattr(getattr(model, "config", None), "model_type", None) not in ("t5", "mt5") or not hasattr(model, "lm_head"):
-            raise BackboneError(f"{type(model).__name__} can't be a backbone: pass a T5ForConditionalGeneration or a MT5ForConditionalGeneration")
+            raise BackboneError(
+                f"{type(model).__name__} can't be a backbone: pass a T5ForConditionalGeneration or a MT5ForConditionalGeneration"
+            )
         dtype = model.get_input_embeddings().weight.dtype
         if dtype == torch.float16:
             raise BackboneError(precisions.FP16_REASON)
@@ -107,9 +107,7 @@ class LocalBackbone:
         return EncoderState(taps=taps, final_BSD=final_BSD, attention_mask_BS=attention_mask_BS)
 
     @torch.no_grad()
-    def decode(
-        self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None
-    ) -> DecoderState:
+    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
         """Run the decoder on token ids (B, T); with a cache, on the new positions only. Blocks that nobody reads are not run."""
         stack = self._model.decoder
         embedding_BTD = self._model.shared(decoder_input_ids_BT)
@@ -129,9 +127,7 @@ class LocalBackbone:
         """Return all that a side network reads of one batch."""
         encoder = self.encode(input_ids_BS, attention_mask_BS, request)
         decoder = self.decode(decoder_input_ids_BT, encoder, request)
-        return Taps(
-            encoder=encoder.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD
-        )
+        return Taps(encoder=encoder.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
 
 
 @contextlib.contextmanager
@@ -171,7 +167,7 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
 def _count(model: Any) -> int:
     """Count the weights of both stacks and the one embedding."""
     stacks = {name: p for name, p in model.named_parameters() if ".block." in name or "final_layer_norm" in name}
-    return sum(p.numel() for p in stacks.values()) + int(model.shared.weight.numel())
+    return int(sum(p.numel() for p in stacks.values()) + model.shared.weight.numel())
 
 
 def _fill(model: Any, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
@@ -218,7 +214,9 @@ def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         parameter = parameters[name]
         if not parameter.is_floating_point():
-            raise BackboneError(f"{name} of this live model is quantized: load the backbone by name for full-precision weights, or initialize at random")
+            raise BackboneError(
+                f"{name} of this live model is quantized: load the backbone by name for full-precision weights, or initialize at random"
+            )
         tensor: Tensor = parameter.detach()
         return tensor
 

@@ -49,6 +49,9 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """One scale a row: w = packed * scale, with packed in -127..127."""
 
+    packed: Tensor
+    scale: Tensor
+
     def __init__(self, weight_OI: Tensor) -> None:
         from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -69,6 +72,8 @@ class Int8Linear(QuantizedLinear):
 
 class Nf4Linear(QuantizedLinear):
     """NormalFloat4 (QLoRA, Dettmers et al. 2023): 16 levels, one scale for 64 weights, scales quantized again."""
+
+    packed: Tensor
 
     def __init__(self, weight_OI: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit

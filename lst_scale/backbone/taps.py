@@ -128,12 +128,8 @@ class Backbone(Protocol):
 
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState: ...
 
-    def decode(
-        self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None
-    ) -> DecoderState:
+    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
         """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `num_decoder_layers` entries it fills."""
         ...
 
-    def __call__(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest
-    ) -> Taps: ...
+    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps: ...

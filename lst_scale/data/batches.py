@@ -94,9 +94,7 @@ def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
     # A filler row keeps one visible token: attention over nothing would be undefined.
     lengths = torch.tensor([len(source) for source in sources])
     attention_mask_BS = (torch.arange(input_ids_BS.shape[1])[None, :] < lengths[:, None]).long()
-    return Batch(
-        input_ids_BS=input_ids_BS, attention_mask_BS=attention_mask_BS, labels_BT=_padded(targets, IGNORED), indices=tuple(rows)
-    )
+    return Batch(input_ids_BS=input_ids_BS, attention_mask_BS=attention_mask_BS, labels_BT=_padded(targets, IGNORED), indices=tuple(rows))
 
 
 def merge_predictions(gathered: Iterable[Iterable[tuple[int, str]]], count: int) -> list[str]:

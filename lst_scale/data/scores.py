@@ -128,8 +128,5 @@ def score(task: TaskData, predictions: Sequence[str], references: Sequence[str])
 def majority_score(task: TaskData, rows: Sequence[Row]) -> dict[str, float]:
     """Return the scores of always giving the commonest training target (the median, for a regression)."""
     targets = [row.target for row in task.train]
-    if task.kind == "regression":
-        constant = sorted(targets, key=float)[len(targets) // 2]
-    else:
-        constant = max(sorted(set(targets)), key=targets.count)
+    constant = sorted(targets, key=float)[len(targets) // 2] if task.kind == "regression" else max(sorted(set(targets)), key=targets.count)
     return score(task, [constant] * len(rows), [row.target for row in rows])

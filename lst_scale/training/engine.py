@@ -60,7 +60,8 @@ def build_engine(
 
 def parameter_groups(side: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Everything with weight decay, except gates, norms and biases: decay would pull a gate to 1/2, whatever it learned."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in side.named_parameters():
         (kept if parameter.ndim < 2 or "gate" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

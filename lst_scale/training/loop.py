@@ -89,7 +89,7 @@ class Trainer:
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
-        plan, recipe = self.plan, self.recipe
+        plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
         epoch, steps = -1, []
         while progress.step < plan.total_steps and not progress.finished:
@@ -161,9 +161,7 @@ class Trainer:
         finite = nll - nll == 0.0
         bad = [0.0] * self.world.size
         bad[self.world.rank] = 0.0 if finite else 1.0
-        total_nll, total_source, *bad = distributed.sum_over_ranks(
-            [nll if finite else 0.0, float(source_tokens), *bad], self.world.device
-        )
+        total_nll, total_source, *bad = distributed.sum_over_ranks([nll if finite else 0.0, float(source_tokens), *bad], self.world.device)
         ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
         if ranks:
             raise TrainingError(
