@@ -1,4 +1,4 @@
-"""Inputs and outputs of the original release, computed in float32 with dropout 0. Tolerance 1e-5 relative: float32 sums in another order."""
+"""Inputs and outputs of the original release, in float32 with dropout 0. Tolerance 1e-5 relative: float32 sums in another order."""
 
 from __future__ import annotations
 

@@ -87,6 +87,7 @@ class Checkpoint:
 
     def _file(self, file: str) -> Any:
         if file not in self._open_files:
+            self._open_files.clear()  # one shard mapped at a time: mapped pages count as resident
             try:
                 self._open_files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:

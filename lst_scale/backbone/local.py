@@ -28,7 +28,7 @@ from lst_scale.errors import BackboneError
 
 
 class LocalBackbone:
-    """A T5-family encoder-decoder, frozen, whole in this process. Deliberately no nn.Module: nothing can train, move or save it by accident."""
+    """A T5-family encoder-decoder, frozen, whole in this process. No nn.Module on purpose: nothing can train or save it by accident."""
 
     def __init__(
         self,

@@ -216,5 +216,6 @@ def _refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str
     for number, row in enumerate(rows, start=1):
         if row.target not in labels:
             raise DataError(
-                f"{split}: row {number} has the label {row.target!r}; known: {', '.join(labels[:8])}. Add it to task.labels, or mend the row"
+                f"{split}: row {number} has the label {row.target!r}; known: {', '.join(labels[:8])}. "
+                "Add it to task.labels, or mend the row"
             )
