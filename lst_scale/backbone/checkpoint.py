@@ -156,7 +156,8 @@ def vars_of(spec: BackboneSpec) -> dict[str, Any]:
 
 def read_to(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Read one tensor straight into its final precision and place; the stored copy is released at once."""
-    return checkpoint.tensor(name).to(device=device, dtype=dtype)
+    # A copy even where nothing is cast: a view would keep its whole file mapped, and mapped pages count as resident.
+    return checkpoint.tensor(name).to(device=device, dtype=dtype, copy=True)
 
 
 def _download(name: str, revision: str | None) -> Path:
