@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and the trainable count, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance task=mrpc method.reduction_factor=4")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
 def main(arguments: list[str] | None = None) -> int:

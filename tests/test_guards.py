@@ -37,7 +37,7 @@ def test_no_file_beside_train_py_hides_a_module_of_somebody_else() -> None:
 
 def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
     done = subprocess.run(
-        [sys.executable, "lst_scale/train.py", "--local_rank=0", "--recipe", "t5-3b", "--print-recipe"],
+        [sys.executable, "lst_scale/train.py", "--local_rank=0", "seed=7", "--recipe", "t5-3b", "task=mrpc", "--print-recipe", "name=x"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -45,6 +45,7 @@ def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "2,494,850" in done.stdout
+    assert "seed: 7" in done.stdout and "task: mrpc" in done.stdout and "name: x" in done.stdout  # options between overrides
 
 
 def test_every_command_of_the_readme_exists() -> None:
