@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, Discriminator, Tag, ValidationError
 
 from lst_scale.errors import RecipeError, did_you_mean
 
@@ -109,8 +109,12 @@ def _messages(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
         path, annotation = _walk(model, location)
         kind, given = problem["type"], problem["input"]
         if kind == "extra_forbidden":
-            valid = _fields_at(model, path[:-1])
+            valid = _fields_of(_walk(model, location[:-1])[1])
             yield f"{'.'.join(path)}: there is no such key.{did_you_mean(path[-1], valid)}"
+        elif kind in ("union_tag_not_found", "union_tag_invalid") and isinstance(given, dict) and "name" in given:
+            yield f"{'.'.join(path)}.name: {given['name']!r} is not valid.{did_you_mean(str(given['name']), _names(annotation))}"
+        elif kind in ("union_tag_not_found", "union_tag_invalid"):
+            yield f"{'.'.join(path)}: needs a name; write name: {' or '.join(_names(annotation))}"
         elif kind == "missing" and isinstance(location[-1], int):
             yield f"{'.'.join(path[:-1])}: needs more than {location[-1]} values"
         elif kind == "missing":
@@ -130,15 +134,34 @@ def _walk(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[list
     path: list[str] = []
     annotation: Any = model
     for part in location:
-        fields = _model_of(annotation)
         if isinstance(part, str) and part.startswith("<"):
-            continue  # the branch of a union, see `either`
+            annotation = _branch(annotation, part)  # of a union, see `either` and `tagged`
+            continue
+        fields = _model_of(annotation)
         if fields is not None and isinstance(part, str):
             path.append(part)
             annotation = fields.model_fields[part].annotation if part in fields.model_fields else None
         elif isinstance(part, int):
             path.append(str(part))
     return path, annotation
+
+
+def _branch(annotation: Any, tag: str) -> Any:
+    """Return the branch called `tag` somewhere in a union, or the annotation itself."""
+    for option in get_args(annotation):
+        if isinstance(option, Tag) and option.tag == tag:
+            return get_args(annotation)[0]
+        found = _branch(option, tag)
+        if found is not option:
+            return found
+    return annotation
+
+
+def _names(annotation: Any) -> list[str]:
+    """Return what the `name` of any branch of a `tagged` union may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _literals(annotation.model_fields["name"].annotation)
+    return [name for option in get_args(annotation) for name in _names(option)]
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -151,8 +174,7 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    _, annotation = _walk(model, tuple(path))
+def _fields_of(annotation: Any) -> list[str]:
     fields = _model_of(annotation)
     return list(fields.model_fields) if fields is not None else []
 
@@ -176,3 +198,15 @@ def either(**branches: Any) -> Any:
 
     tagged = tuple(Annotated[branch, Tag(f"<{kind}>")] for kind, branch in branches.items())
     return Annotated[Union[tagged], Discriminator(choose)]  # noqa: UP007, made at run time
+
+
+def tagged(**branches: type[BaseModel]) -> Any:
+    """Return a union of sections chosen by their `name`: each one's knobs exist only under it. A bare word stands for its mapping."""
+
+    def choose(value: Any) -> str | None:
+        name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+        return f"<{name}>" if name in branches else None
+
+    union = tuple(Annotated[branch, Tag(f"<{name}>")] for name, branch in branches.items())
+    word = BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    return Annotated[Union[union], Discriminator(choose), word]  # noqa: UP007, made at run time

@@ -48,11 +48,50 @@ class FileTask(_Section):
         return self
 
 
+class Replicated(_Section):
+    """One copy a rank."""
+
+    name: Literal["replicated"]
+
+
+class TensorParallel(_Section):
+    """Every matrix divided over groups of `size` consecutive ranks (DeepSpeed inference, AutoTP)."""
+
+    name: Literal["tensor_parallel"]
+    size: Count | None = None  # None: all ranks
+    across_nodes: bool = False  # whether a group may span machines
+    deepspeed: str = "inference"  # a file of ds_configs/, or a path
+
+
+class Zero3(_Section):
+    """Every block divided over all ranks and gathered just before it runs."""
+
+    name: Literal["zero3"]
+
+
+class Streamed(_Section):
+    """Blocks in host memory or on disk; two on the device, the next one copied while one runs."""
+
+    name: Literal["streamed"]
+    source: Literal["host", "disk"] = "host"
+    folder: str | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
+
+    @model_validator(mode="after")
+    def _folder_needs_disk(self) -> Streamed:
+        if self.folder is not None and self.source != "disk":
+            raise ValueError(f"folder has no effect on source {self.source}: remove it or write source: disk")
+        return self
+
+
+Placement = decode.tagged(replicated=Replicated, tensor_parallel=TensorParallel, zero3=Zero3, streamed=Streamed)
+
+
 class BackboneRecipe(_Section):
     checkpoint: str
     revision: str | None = None
     precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     max_quantization_error: float | None = Field(default=None, gt=0)  # None: the precision's own
+    placement: Placement = Replicated(name="replicated")  # type: ignore[valid-type]
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -75,6 +114,7 @@ class LstRecipe(_Section):
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "random"] = "pruning"
     merge_last: bool = False
+    normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
     dropout: Share | None = None  # None: the backbone's
     precision: Literal["fp32", "bf16"] = "fp32"  # of the side network's arithmetic; its weights stay float32
 

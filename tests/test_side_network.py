@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import batch, tiny_ladder, tiny_t5
@@ -171,3 +173,13 @@ def test_without_a_single_label_the_loss_is_zero_and_still_has_a_gradient() -> N
 def test_labels_shift_right_behind_the_start_token() -> None:
     spec = tiny_ladder(tiny_t5(decoder_start_token_id=3)).backbone.spec
     assert shift_right(torch.tensor([[5, 6, 1], [7, -100, -100]]), spec).tolist() == [[3, 5, 6], [3, 7, 0]]
+
+
+@pytest.mark.parametrize("normalize_taps", [False, True])
+def test_normalised_taps_have_no_scale(normalize_taps: bool) -> None:
+    """Taps scaled block by block, as a deep T5's residual stream is, reach the side network alike when they are normalised."""
+    model, inputs = tiny_ladder(normalize_taps=normalize_taps), batch()
+    taps = model.backbone(inputs["input_ids"], inputs["attention_mask"], inputs["labels"].clamp(min=0), model.side.request)
+    grown = [replace(s, hidden=tuple(t * 7.0 ** (i + 1) for i, t in enumerate(s.hidden))) for s in (taps.encoder, taps.decoder)]
+    same = torch.allclose(model.side(replace(taps, encoder=grown[0], decoder=grown[1])), model.side(taps), rtol=1e-4, atol=1e-4)
+    assert same is normalize_taps

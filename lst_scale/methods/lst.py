@@ -17,6 +17,7 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
         reduction_factor=method.reduction_factor,
         side_layers=tuple(every) if method.side_layers == "all" else method.side_layers,
         merge_last=method.merge_last,
+        normalize_taps=method.normalize_taps,
         dropout=method.dropout,
         precision=method.precision,
     )

@@ -24,6 +24,9 @@ class LadderConfig:
         reduction_factor: r; divides d_model, d_ff and d_kv. The number of heads stays.
         side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending.
         merge_last: mix the backbone's final decoder state into the output through one more gate.
+        normalize_taps: RMS-normalise every block's tap before its downsample, without a learned scale (the downsample has one). A
+            pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
+            the downsample for the same reason. Not in the paper, hence off.
         gate_temperature: T in mu = sigmoid(alpha / T).
         dropout: the side network's dropout rate; None takes the backbone's.
         precision: "fp32", or "bf16" for autocast; weights are float32 in both.
@@ -33,6 +36,7 @@ class LadderConfig:
     reduction_factor: int = 8
     side_layers: Sequence[int]
     merge_last: bool = False
+    normalize_taps: bool = False
     gate_temperature: float = GATE_TEMPERATURE
     dropout: float | None = None
     precision: str = "fp32"

@@ -58,6 +58,7 @@ class SideStack(nn.Module):
         narrow = narrowed(spec, config, is_decoder=is_decoder)
         width, keys = narrow.d_model, [str(layer) for layer in config.side_layers]
         self.is_decoder = is_decoder
+        self.normalize_taps = config.normalize_taps
         # In a cache the backbone's blocks come first, the side blocks after them.
         self.first_cache_layer = spec.num_decoder_layers
         self.dropout = nn.Dropout(narrow.dropout_rate)
@@ -85,7 +86,7 @@ class SideStack(nn.Module):
             taps.hidden, self.gates.values(), self.downsamples.values(), self.blocks.values(), strict=True
         ):
             hidden, bias, _ = block(
-                gate(hidden, downsample(tap)),
+                gate(hidden, downsample(nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6) if self.normalize_taps else tap)),
                 attention_mask=self_mask,
                 position_bias=bias,
                 encoder_hidden_states=None if encoder is None else encoder.final_BSR,
