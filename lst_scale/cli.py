@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,15 +39,19 @@ def train_command(
 def predict_command(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     inputs: Annotated[Path, typer.Argument(help="a .csv, .jsonl or .parquet file with the run's source fields")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="changes to the run's recipe")] = None,
     output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Answer a file of inputs with the side network of a finished run."""
+    """Answer a file of inputs with the side network of a finished run.
+
+    A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
+    """
     from lst_scale.predict import predict_file
     from lst_scale.recipe import EvaluationRecipe
 
-    count = predict_file(run, inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams))
+    count = predict_file(run, inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams), overrides or ())
     typer.echo(f"{count} predictions in {output}")
 
 
@@ -55,5 +60,10 @@ def main() -> None:
     try:
         app()
     except LstScaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

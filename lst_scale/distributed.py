@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from lst_scale.errors import ArgumentError
+from lst_scale.errors import ArgumentError, LstScaleError
 
 T = TypeVar("T")
 
@@ -99,9 +100,99 @@ def on_main_rank(world: World, action: Callable[[], T]) -> T:
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise same_everywhere(outcome[1]) if isinstance(outcome[1], LstScaleError) else outcome[1]
     result: T = outcome[0]
     return result
+
+
+def agree(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; when it fails on any, all raise one error that names the ranks, so that none waits for the others.
+
+    `action` must not talk to other ranks.
+    """
+    result: T | None = None
+    failure: LstScaleError | None = None
+    try:
+        result = action()
+    except LstScaleError as error:
+        failure = error
+    found = gather(None if failure is None else (type(failure), str(failure)))
+    failed = [(rank, *each) for rank, each in enumerate(found) if each is not None]
+    if failed:
+        _, kind, message = failed[0]
+        where = f"rank {', '.join(str(rank) for rank, *_ in failed)}: " if len(failed) < world.size else ""
+        raise same_everywhere(kind(f"{where}{message}")) from failure
+    return result  # type: ignore[return-value]  # of action, which did not fail
+
+
+def same_everywhere(error: LstScaleError) -> LstScaleError:
+    """Mark an error that every rank raises: rank 0 alone will print it."""
+    error.same_on_all_ranks = True
+    return error
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Socket", "Connect")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
+
+
+class Group:
+    """Ranks that share one copy of a backbone."""
+
+    def __init__(self, ranks: list[int], rank: int, handle: Any) -> None:
+        self.ranks, self.size, self.handle = ranks, len(ranks), handle
+        self.rank = ranks.index(rank)  # of this process within the group
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the group, in place where that is possible."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Return the element-wise maximum over the group."""
+        tensor = tensor.clone()
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
+        return tensor
+
+    def start_all_gather(self, output: Tensor, part: Tensor) -> Any:
+        """Begin to fill `output` with the `part`s of all ranks in order; the result's `wait()` ends it."""
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+        return all_gather(output, part, group=self.handle, async_op=True)
+
+    def gather_rows(self, rows: Tensor, fill: int) -> tuple[Tensor, slice]:
+        """Return the rows (B, L) of all ranks, short ones filled up on the right with `fill`, and where this rank's own are."""
+        shapes = self._all_gather(torch.tensor(rows.shape, device=rows.device))
+        counts, lengths = [int(shape[0]) for shape in shapes], [int(shape[1]) for shape in shapes]
+        padded = rows.new_full((max(counts), max(lengths)), fill)
+        padded[: rows.shape[0], : rows.shape[1]] = rows
+        everyone = torch.cat([part[:count] for part, count in zip(self._all_gather(padded), counts, strict=True)])
+        start = sum(counts[: self.rank])
+        return everyone, slice(start, start + rows.shape[0])
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor, group=self.handle)
+        return parts
+
+
+def consecutive_group(world: World, size: int) -> Group:
+    """Divide all ranks into groups of `size` consecutive ones and return this rank's. All ranks must call it."""
+    mine = None
+    for first in range(0, world.size, size):
+        ranks = list(range(first, first + size))
+        handle = dist.new_group(ranks)
+        if world.rank in ranks:
+            mine = Group(ranks, world.rank, handle)
+    assert mine is not None, "size divides the world"
+    return mine
+
+
+def nodes(world: World) -> list[str]:
+    """Return the machine that each rank runs on."""
+    return gather(os.environ.get("SLURM_NODEID") or socket.gethostname()) if world.size > 1 else [socket.gethostname()]
 
 
 def _free_port() -> int:

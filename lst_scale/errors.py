@@ -13,9 +13,13 @@ from collections.abc import Iterable
 class LstScaleError(Exception):
     """Base of all errors whose message is meant for the person at the keyboard."""
 
+    same_on_all_ranks = False  # then one voice is enough
+
 
 class RecipeError(LstScaleError):
     """A recipe, an override or a DeepSpeed file says something that can't be meant. May carry several lines, one a mistake."""
+
+    same_on_all_ranks = True
 
 
 class ArgumentError(LstScaleError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from lst_scale import distributed
+from lst_scale.backbone.place import load_placed
 from lst_scale.data import files
-from lst_scale.data.batches import evaluation_batches
 from lst_scale.data.encode import encode
 from lst_scale.data.tasks import Row
 from lst_scale.data.tokenizer import load_tokenizer
@@ -15,34 +17,38 @@ from lst_scale.errors import ArgumentError, DataError
 from lst_scale.recipe import EvaluationRecipe, Recipe, load_recipe
 from lst_scale.run import RECIPE
 from lst_scale.side.model import LadderModel
-from lst_scale.training.evaluation import answer
+from lst_scale.training.evaluation import predict
 
 MAX_NEW_TOKENS = 64
 
 
-def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRecipe) -> int:
+def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRecipe, overrides: Sequence[str] = ()) -> int:
     """Answer every row of `source` with the side network of a finished run, and write JSON lines; return how many.
 
     Each line of the output holds the row's fields and "prediction". The text is made of the fields that the run was trained on.
+    `overrides` change the run's recipe, for instance backbone.placement=streamed. Several ranks share the rows.
 
     Raises:
         LstScaleError: the run, the file or a row can't be used.
     """
     if not (run / RECIPE).is_file():
         raise ArgumentError(f"{run} is no run: give a folder that holds {RECIPE} and side_network/")
-    recipe = load_recipe(str(run / RECIPE))
+    recipe = load_recipe(str(run / RECIPE), overrides)
     records = files.load_records(str(source), "inputs")
     rows = [_row(recipe, record, str(source), number) for number, record in enumerate(records, start=1)]
-    model = LadderModel.from_pretrained(run / "side_network")
+    world = distributed.connect()
+    model = LadderModel.from_pretrained(run / "side_network", load_placed(recipe.backbone, world))
     tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
     split = encode(rows, tokenizer, recipe.data.max_source_length, None)
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
-    predictions: dict[int, str] = {}
-    for batch in evaluation_batches(split, batch_size=evaluation.batch_size, rank=0, world_size=1):
-        predictions |= dict(zip(batch.indices, answer(model, batch, tokenizer, evaluation, labels, MAX_NEW_TOKENS), strict=True))
-    lines = [json.dumps(dict(record) | {"prediction": predictions[index]}, ensure_ascii=False) for index, record in enumerate(records)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, "".join(line + "\n" for line in lines))
+    predictions = predict(model, split, tokenizer, evaluation, labels, world, longest=MAX_NEW_TOKENS)
+    lines = [json.dumps(dict(record) | {"prediction": text}, ensure_ascii=False) for record, text in zip(records, predictions, strict=True)]
+
+    def write() -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, "".join(line + "\n" for line in lines))
+
+    distributed.on_main_rank(world, write)
     return len(lines)
 
 

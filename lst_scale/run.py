@@ -29,6 +29,7 @@ from lst_scale import distributed
 from lst_scale.assets import load_ds_config
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.place import load_placed
 from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
@@ -79,12 +80,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
 
-        backbone = LocalBackbone.load(
-            recipe.backbone.checkpoint,
-            precision=recipe.backbone.precision,
-            device=world.device,
-            revision=recipe.backbone.revision,
-        )
+        backbone = load_placed(recipe.backbone, world)
         side = build_side_network(recipe.method, backbone, recipe.seed)
         if backbone.identity.precision in ("int8", "nf4"):
             logger.say(_check_quantization(backbone, splits["train"], recipe))
@@ -231,6 +227,7 @@ def _measurements(progress: Progress, world: World, side: SideNetwork, backbone:
         "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
         "trainable_parameters": trainable,
         "backbone_parameters": backbone.num_parameters,
+        "backbone_bytes_by_rank": distributed.gather(backbone.weight_bytes()),
         "trainable_share_percent": round(100 * trainable / backbone.num_parameters, 4),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",

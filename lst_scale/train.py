@@ -15,7 +15,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import os
 
-from lst_scale.errors import LstScaleError, RecipeError
+from lst_scale.errors import LstScaleError
 from lst_scale.recipe import Recipe, load_recipe
 
 
@@ -43,13 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
 
         run(recipe, resume=options.resume, overwrite=options.overwrite)
         distributed.disconnect()
-    except RecipeError as error:
-        # The recipe is the same on all ranks: one voice is enough.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 1
     except LstScaleError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        from lst_scale import distributed
+
+        if not distributed.is_lost_contact(error):
+            raise
+        rank, reason = os.environ.get("RANK", "0"), str(error).strip().split("\n")[0]
+        print(f"error: rank {rank} lost contact with another rank, which says why if it could ({reason})", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -70,6 +70,11 @@ class Checkpoint:
             raise BackboneError(f"{self.folder / self.files[stored]}: can't read {stored} ({error}): copy the checkpoint again") from error
         return value
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from its file's header."""
+        stored = self._stored_name(name)
+        return tuple(self._file(self.files[stored]).get_slice(stored).get_shape())
+
     def names(self) -> Iterator[str]:
         yield from self.files
 

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lst_scale.backbone import assemble
 from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, fingerprint_of, open_checkpoint, read_to, spec_of
+from lst_scale.backbone.checkpoint import fingerprint_of, open_checkpoint, spec_of
+from lst_scale.backbone.conveyor import Conveyor
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
     DecoderState,
     EncoderState,
     FrozenHead,
+    Replica,
     StackTaps,
     TapRequest,
     Taps,
@@ -37,9 +40,13 @@ class LocalBackbone:
         identity: BackboneIdentity,
         weight_source: Callable[[str], Tensor],
         num_parameters: int,
+        *,
+        replica: Replica | None = None,
+        conveyor: Conveyor | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         self.spec, self.identity, self.weight_source = spec, identity, weight_source
+        self.replica, self.conveyor = replica or Replica(), conveyor
         self.num_parameters = num_parameters  # as published, whatever they are held in; a tied head counts once
         self.head = FrozenHead(weight_VD=model.lm_head.weight, scale=spec.d_model**-0.5 if spec.scale_decoder_outputs else 1.0)
 
@@ -52,9 +59,12 @@ class LocalBackbone:
         """
         precisions.check(precision)
         checkpoint = open_checkpoint(name, revision)
-        model = _empty_model(checkpoint)
-        num_parameters = _count(model) + (model.lm_head.weight.numel() if checkpoint.has_own_head else 0)
-        _fill(model, checkpoint, precision, torch.device(device))
+        model = assemble.empty_model(checkpoint)
+        num_parameters = assemble.count_parameters(model, checkpoint)
+        assemble.check_shapes(model, checkpoint)
+        assemble.fill_ends(model, checkpoint, precision, torch.device(device))
+        for place in assemble.places(model):
+            assemble.fill_block(place.get(model), place.path, checkpoint, precision, torch.device(device))
         identity = BackboneIdentity(checkpoint=name, revision=revision, precision=precision, fingerprint=checkpoint.fingerprint())
         return cls(model, checkpoint.spec, identity, checkpoint.tensor, num_parameters)
 
@@ -92,9 +102,9 @@ class LocalBackbone:
         return getattr(self._model, prefix).config
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights as they are held, shared ones once."""
+        """Bytes on this rank's device that hold weights, shared ones once; blocks that come and go count as their slots."""
         tensors = {t.data_ptr(): t.numel() * t.element_size() for t in precisions.held_tensors(self._model)}
-        return sum(tensors.values())
+        return sum(tensors.values()) + (self.conveyor.resident_bytes if self.conveyor is not None else 0)
 
     @torch.no_grad()
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState:
@@ -151,61 +161,6 @@ def _shortened(stack: Any, count: int) -> Iterator[None]:
         yield
     finally:
         stack.block = whole
-
-
-def _empty_model(checkpoint: Checkpoint) -> Any:
-    """Return the model on the meta device, its head untied where the checkpoint has one of its own."""
-    from transformers import AutoModelForSeq2SeqLM
-
-    config = checkpoint.config
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
-    return model
-
-
-def _count(model: Any) -> int:
-    """Count the weights of both stacks and the one embedding."""
-    stacks = {name: p for name, p in model.named_parameters() if ".block." in name or "final_layer_norm" in name}
-    return int(sum(p.numel() for p in stacks.values()) + model.shared.weight.numel())
-
-
-def _fill(model: Any, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
-    """Put every weight in place, cast or quantized as it arrives."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    for stack in (model.encoder, model.decoder):
-        prefix = "encoder" if stack is model.encoder else "decoder"
-        for name, module in list(stack.named_modules()):
-            path = f"{prefix}.{name}"
-            if path.endswith("embed_tokens"):
-                continue
-            if isinstance(module, nn.Linear) and precision in precisions.QUANTIZED:
-                weight = read_checked(checkpoint, f"{path}.weight", module.weight, torch.bfloat16, device)
-                precisions.replace(stack, name, precisions.quantized_linear(weight, precision))
-            else:
-                for parameter_name, parameter in list(module.named_parameters(recurse=False)):
-                    value = read_checked(checkpoint, f"{path}.{parameter_name}", parameter, dtype, device)
-                    setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
-    shared = nn.Parameter(read_checked(checkpoint, SHARED, model.shared.weight, dtype, device), requires_grad=False)
-    model.shared.weight = shared
-    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
-    if checkpoint.has_own_head:
-        model.lm_head.weight = nn.Parameter(read_checked(checkpoint, HEAD, model.lm_head.weight, dtype, device), requires_grad=False)
-    else:
-        model.lm_head.weight = shared
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not left, f"never filled: {left}"
-
-
-def read_checked(checkpoint: Checkpoint, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Read one weight and refuse it unless it has the shape that the configuration gives it."""
-    value = read_to(checkpoint, name, dtype, device)
-    if value.shape != like.shape:
-        raise BackboneError(
-            f"{checkpoint.folder}: {name} has shape {tuple(value.shape)} where config.json asks for {tuple(like.shape)}: "
-            "the two are not of one checkpoint"
-        )
-    return value
 
 
 def _live_weight_source(model: Any) -> Callable[[str], Tensor]:

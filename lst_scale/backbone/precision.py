@@ -20,6 +20,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 QUANTIZED = ("int8", "nf4")
 FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write precision bf16, which has the range of fp32"
 NF4_BLOCK = 64  # weights that share one scale; bitsandbytes' default
+NF4_NESTED_BLOCK = 256  # scales that share one scale; the same
 
 
 def check(precision: str) -> None:
@@ -31,12 +32,22 @@ def check(precision: str) -> None:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear map without bias whose weight is held in 8 or 4 bits and unpacked to the input's dtype for each product."""
+    """A frozen linear map without bias whose weight is held in 8 or 4 bits and unpacked to the input's dtype for each product.
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    All that it holds are buffers, so that it can be moved, stored and streamed like any other module.
+    """
+
+    def __init__(self, out_features: int, in_features: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.weight = None  # T5's feed-forward casts its input to wo.weight.dtype, unless that is no tensor
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @staticmethod
+    def pack(weight_OI: Tensor) -> dict[str, Tensor]:
+        """Quantize one matrix (out_features, in_features) and return what stands for it."""
+        raise NotImplementedError
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features) in `dtype`."""
@@ -52,15 +63,22 @@ class Int8Linear(QuantizedLinear):
     packed: Tensor
     scale: Tensor
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    @staticmethod
+    def pack(weight_OI: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import int8_vectorwise_quant
 
-        super().__init__(*weight_OI.shape)
         # bitsandbytes returns each row's largest magnitude; its CUDA kernel takes half precision only, which weights (unlike
         # activations) never leave.
         packed_OI, largest_O, _ = int8_vectorwise_quant(weight_OI.to(torch.float16))
-        self.register_buffer("packed", packed_OI)
-        self.register_buffer("scale", largest_O.float() / 127)
+        return {"packed": packed_OI, "scale": largest_O.float() / 127}
+
+    @classmethod
+    def of_part(cls, weight_OI: Tensor, largest_O: Tensor) -> Int8Linear:
+        """Quantize some of a matrix's columns by the scales of whole rows, whose largest magnitudes are `largest_O`."""
+        scale = largest_O.to(torch.float16).float().clamp(min=1e-12) / 127
+        packed_OI = (weight_OI.to(torch.float16).float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        out_features, in_features = weight_OI.shape
+        return cls(out_features, in_features, {"packed": packed_OI, "scale": scale})
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         return (self.packed.to(torch.float32) * self.scale[:, None]).to(dtype)
@@ -74,33 +92,55 @@ class Nf4Linear(QuantizedLinear):
     """NormalFloat4 (QLoRA, Dettmers et al. 2023): 16 levels, one scale for 64 weights, scales quantized again."""
 
     packed: Tensor
+    absmax: Tensor  # uint8: one for 64 weights, itself quantized by 256
+    code: Tensor
+    offset: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    @staticmethod
+    def pack(weight_OI: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
-        super().__init__(*weight_OI.shape)
         packed, state = quantize_4bit(weight_OI.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
-        self.register_buffer("packed", packed)
-        self._state = state  # bitsandbytes' own record of the scales
+        nested = {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+        return {"packed": packed, "absmax": state.absmax, "code": state.code} | nested
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        weight: Tensor = dequantize_4bit(self.packed, self._state).to(dtype)
+        nested = QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NF4_NESTED_BLOCK, dtype=torch.float32)
+        state = QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.offset,
+            state2=nested,
+        )
+        weight: Tensor = dequantize_4bit(self.packed, state)
         return weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.unpacked(hidden.dtype))
 
-    def held(self) -> Iterator[Tensor]:
-        yield self._state.absmax
-        if self._state.nested:
-            yield self._state.state2.absmax
+
+_LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 
 
 def quantized_linear(weight_OI: Tensor, precision: str) -> QuantizedLinear:
     """Quantize one matrix (out_features, in_features)."""
-    return Int8Linear(weight_OI) if precision == "int8" else Nf4Linear(weight_OI)
+    kind = _LAYERS[precision]
+    out_features, in_features = weight_OI.shape
+    return kind(out_features, in_features, kind.pack(weight_OI))
+
+
+def empty_quantized_linear(like: nn.Linear, precision: str) -> QuantizedLinear:
+    """Return a layer of the right kind and size that holds nothing yet."""
+    kind = _LAYERS[precision]
+    return kind(like.out_features, like.in_features, dict.fromkeys(kind.pack(torch.ones(64, 64)), torch.empty(0)))
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -110,9 +150,6 @@ def replace(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def held_tensors(model: Any) -> Iterator[Tensor]:
-    """Yield every tensor that a model holds, scales of quantized weights included."""
+    """Yield every tensor that a model holds."""
     yield from model.parameters()
     yield from model.buffers()
-    for module in model.modules():
-        if isinstance(module, Nf4Linear):
-            yield from module.held()

@@ -110,6 +110,18 @@ class FrozenHead:
         return torch.nn.functional.linear(hidden_BTD.to(dtype) * self.scale, self.weight_VD.to(dtype))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """Which copy of the backbone this rank runs on, where rows are dealt out for `encode` and `decode`.
+
+    Ranks that share a copy must bring the same rows. `in_step`: all ranks must call it equally often, too.
+    """
+
+    index: int = 0
+    count: int = 1
+    in_step: bool = False
+
+
 class Backbone(Protocol):
     """A frozen encoder-decoder that runs forward only, in eval mode, under `torch.no_grad`."""
 
@@ -122,6 +134,8 @@ class Backbone(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
+    def replica(self) -> Replica: ...
+    @property
     def weight_source(self) -> Callable[[str], Tensor]:
         """Read one full-precision weight by its Hugging Face name, e.g. for pruning; never the whole model at once."""
         ...
@@ -132,4 +146,6 @@ class Backbone(Protocol):
         """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `num_decoder_layers` entries it fills."""
         ...
 
-    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps: ...
+    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
+        """Return the taps of this rank's own rows, whatever the others bring. All ranks must call it equally often."""
+        ...

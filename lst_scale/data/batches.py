@@ -79,11 +79,18 @@ def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int) -> 
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """Yield this rank's batches: over all ranks every row exactly once, neighbours in length together, no filler."""
+def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world_size: int, equally_many: bool = False) -> Iterator[Batch]:
+    """Yield this rank's batches: over all ranks every row exactly once, neighbours in length together.
+
+    With `equally_many` a rank that has fewer ends with a batch of one filler row.
+    """
     order = sorted(range(len(split.rows)), key=lambda row: len(split.input_ids[row]))
-    for start in range(rank * batch_size, len(order), batch_size * world_size):
-        yield collate(split, order[start : start + batch_size])
+    for first in range(0, len(order), batch_size * world_size):
+        start = first + rank * batch_size
+        if start < len(order):
+            yield collate(split, order[start : start + batch_size])
+        elif equally_many:
+            yield collate(split, [FILLER])
 
 
 def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:

@@ -175,6 +175,8 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask=attention_mask,
             encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR),
             use_cache=use_cache,
+            # Where blocks are gathered from all ranks, one that is done goes on until all are.
+            synced_gpus=self.backbone.replica.in_step and self.backbone.replica.count > 1,
             **cache,
             **options,
         )
@@ -192,7 +194,8 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     ) -> dict[str, Any]:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         return {
-            "decoder_input_ids": input_ids[:, past:],
+            # A rank that is done and waits for others has no new token: it repeats its last.
+            "decoder_input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
             "past_key_values": past_key_values,
             "use_cache": past_key_values is not None and bool(use_cache),
             "attention_mask": kwargs["attention_mask"],

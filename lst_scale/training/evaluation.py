@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lst_scale import distributed
-from lst_scale.data.batches import Batch, evaluation_batches, merge_predictions
+from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
 from lst_scale.errors import ArgumentError
@@ -24,18 +24,34 @@ from lst_scale.side.model import LadderModel
 
 @torch.no_grad()
 def predict(
-    model: LadderModel, split: EncodedSplit, tokenizer: Any, recipe: EvaluationRecipe, labels: Sequence[str] | None, world: World
+    model: LadderModel,
+    split: EncodedSplit,
+    tokenizer: Any,
+    recipe: EvaluationRecipe,
+    labels: Sequence[str] | None,
+    world: World,
+    *,
+    longest: int | None = None,
 ) -> list[str]:
-    """Return the predicted text of every row of `split`, in order, on every rank. All ranks must call it."""
+    """Return the predicted text of every row of `split`, in order, on every rank. All ranks must call it.
+
+    `longest` bounds the new tokens when the recipe does not; None: the longest target.
+    """
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
     model.eval()
-    longest = max(len(target) for target in split.labels)
+    longest = longest or max(len(target) for target in split.labels)
     mine: list[tuple[int, str]] = []
-    for batch in evaluation_batches(split, batch_size=recipe.batch_size, rank=world.rank, world_size=world.size):
+    replica = model.backbone.replica
+    batches = evaluation_batches(
+        split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
+    )
+    for batch in batches:
         texts = answer(model, batch, tokenizer, recipe, labels, longest)
-        mine.extend(zip(batch.indices, texts, strict=True))
-    return merge_predictions(distributed.gather(mine), len(split.rows))
+        mine.extend((row, text) for row, text in zip(batch.indices, texts, strict=True) if row != FILLER)
+    # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
+    by_replica = dict(reversed(distributed.gather((replica.index, mine))))
+    return merge_predictions(by_replica.values(), len(split.rows))
 
 
 @torch.no_grad()

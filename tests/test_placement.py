@@ -1,0 +1,327 @@
+"""Backbones that are divided over ranks or come to the device block by block: the same taps, the same training, and no hanging."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, launch, make_t5, recipe_writer
+from safetensors.torch import load_file, save_file
+from test_training import final_weights, losses
+
+from lst_scale.backbone import streamed
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.place import load_placed
+from lst_scale.backbone.precision import Int8Linear
+from lst_scale.backbone.taps import TapRequest
+from lst_scale.recipe import BackboneRecipe
+
+pytestmark = pytest.mark.slow
+DISK = {"name": "streamed", "source": "disk"}
+PAIR = {"name": "tensor_parallel", "size": 2}
+# Widths that 64 divides after halving, so that NF4's blocks are those of the undivided matrix.
+WIDE = {"dropout_rate": 0.0, "d_model": 64, "d_ff": 256, "d_kv": 64}
+# Streamed and gathered blocks are the same bytes, run by the same code on the same rows. Divided matrices sum in another order: in
+# float32 1e-6, in bf16 (also for int8 and NF4, whose activations are bf16) its 8 bits over three blocks, and NF4's nested scales.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.03, "nf4": 0.04}
+
+
+# Taps
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
+    """Errors of taps and bytes held, for both kinds of T5, on two and on four processes."""
+    folder = tmp_path_factory.mktemp("placements")
+    v1 = make_t5(folder / "v1", **WIDE)
+    gated = make_t5(folder / "gated", **WIDE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    items = [f"{p}:{q}" for p in ("streamed", json.dumps(DISK), "zero3", json.dumps(PAIR)) for q in ("fp32", "bf16", "int8", "nf4")]
+    found = {}
+    for name, checkpoint, processes, wanted in (
+        ("gated", gated, 2, items),
+        ("v1", v1, 4, [*items[::4], "tensor_parallel:fp32", "tensor_parallel:int8"]),
+    ):
+        done = launch(["tests/run_placements.py", str(checkpoint), str(folder / "blocks"), *wanted], processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        for line in done.stdout.splitlines():
+            if line.startswith("{"):
+                record = json.loads(line)
+                found[name, processes, record["item"]] = record["ranks"]
+        assert len([key for key in found if key[0] == name]) == len(wanted)
+    return found
+
+
+def test_every_placement_gives_the_taps_of_the_replicated_backbone(compared: dict[tuple[str, int, str], Any]) -> None:
+    for (name, processes, item), ranks in compared.items():
+        assert len(ranks) == processes
+        placement, precision = item.rsplit(":", 1)
+        allowed = TOLERANCE[precision] if "tensor" in placement else 0.0
+        errors = [error for error, _, _ in ranks]
+        assert max(errors) <= allowed, f"{name} on {processes}, {item}: {errors}"
+
+
+def test_two_ranks_hold_little_more_than_half_each(compared: dict[tuple[str, int, str], Any]) -> None:
+    embeddings = 2 * 4096 * 64 * 4  # and the head, whole on each rank
+    for _, held, whole in compared["gated", 2, f"{json.dumps(PAIR)}:fp32"]:
+        assert (held - embeddings) / (whole - embeddings) < 0.52
+
+
+def test_int8_shards_are_those_of_the_undivided_matrix() -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    whole = Int8Linear.pack(weight)["packed"]
+    largest = weight.abs().amax(1)
+    parts = [Int8Linear.of_part(part, largest).packed for part in weight.split(32, dim=1)]
+    difference = (torch.cat(parts, 1).int() - whole.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01  # ties between two levels
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four steps, the last of them short, then an evaluation by generation: one process, and every placement on two and four."""
+    folder = tmp_path_factory.mktemp("placed")
+    make = recipe_writer(folder, make_t5(folder / "t5", dropout_rate=0.0))
+    disk = DISK | {"folder": str(folder / "blocks")}
+    wanted: dict[int, dict[str, Any]] = {
+        1: {"replicated": "replicated", "tensor": "tensor_parallel"},
+        2: {"streamed": "streamed", "disk": disk, "zero3": "zero3", "tensor": "tensor_parallel"},
+        4: {"zero3": "zero3", "pair": PAIR, "tensor": "tensor_parallel"},
+    }
+    runs = {}
+    for processes, placements in wanted.items():
+        recipes = []
+        for name, placement in placements.items():
+            key = f"{name}-{processes}"
+            changes = {"backbone__placement": placement, "training__max_steps": 4, "training__micro_batch_size": 1}
+            recipes.append(str(make(key, **changes, evaluation__max_new_tokens=3)))
+            runs[key] = folder / "runs" / f"{key}-kind-seed0"
+        done = launch(["tests/run_recipes.py", *recipes], processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return runs
+
+
+def test_every_placement_trains_to_the_losses_and_weights_of_one_process(trained: dict[str, Path]) -> None:
+    reference = trained["replicated-1"]
+    expected, score = final_weights(reference), json.loads((reference / "result.json").read_text())["scores"]
+    assert len(losses(reference)) == 4
+    for key, run in trained.items():
+        torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(reference)), rtol=1e-4, atol=1e-5)
+        for name, weight in final_weights(run).items():  # tolerances as in test_training.py
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, k=key, n=name: f"{k} {n}: {m}")
+        assert json.loads((run / "result.json").read_text())["scores"] == score, key
+
+
+def test_a_checkpoint_of_one_placement_resumes_under_another(tmp_path: Path, tiny_t5_dir: Path) -> None:
+    make = recipe_writer(tmp_path, tiny_t5_dir)
+    first = make("moved", backbone__placement=PAIR, training__save_every_steps=3, training__keep_checkpoints=9)
+    assert launch(["lst_scale/train.py", "--recipe", str(first)], processes=2).returncode == 0
+    folder = tmp_path / "runs" / "moved-kind-seed0"
+    whole = final_weights(folder)
+    for path in sorted((folder / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    again = make("moved", backbone__placement="streamed", training__save_every_steps=3, training__keep_checkpoints=9)
+    done = launch(["-m", "lst_scale.train", "--recipe", str(again), "--resume"], launcher="python")
+    assert done.returncode == 0 and "resuming at step 3" in done.stderr, done.stderr[-2000:]
+    for name, weight in final_weights(folder).items():
+        torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=2e-4)
+
+
+def test_predictions_are_the_same_under_every_placement(trained: dict[str, Path], tmp_path: Path) -> None:
+    run, inputs = trained["replicated-1"], tmp_path / "inputs.jsonl"
+    inputs.write_text(
+        "".join(json.dumps({"word": w, "definition": f"a kind of {w}"}) + "\n" for w in ("cat", "salt", "rage", "walk", "a b"))
+    )
+    texts = {}
+    for name, placement, processes in (("one", "replicated", 1), ("streamed", "streamed", 1), ("tensor", "tensor_parallel", 2)):
+        output = tmp_path / f"{name}.jsonl"
+        command = ["-m", "lst_scale.cli", "predict", str(run), str(inputs), f"backbone.placement={placement}", "--output", str(output)]
+        done = launch(command, processes=processes, launcher="torchrun" if processes > 1 else "python")
+        assert done.returncode == 0, done.stderr[-2000:]
+        texts[name] = output.read_text()
+    assert texts["one"].count("\n") == 5 and texts["streamed"] == texts["one"] == texts["tensor"]
+
+
+# The conveyor
+
+
+def load(folder: Path, placement: Any, precision: str = "fp32") -> LocalBackbone:
+    from lst_scale import distributed
+
+    recipe = BackboneRecipe.model_validate({"checkpoint": str(folder), "precision": precision, "placement": placement})
+    return load_placed(recipe, distributed.connect())
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 4000, (2, 7), generator=torch.Generator().manual_seed(0))
+    return ids, torch.ones_like(ids), ids[:, :3]
+
+
+@pytest.mark.parametrize("source", ["host", "disk"])
+def test_blocks_come_in_order_once_a_pass_and_two_at_most_are_there(source: str, tiny_t5_dir: Path, tmp_path: Path) -> None:
+    placement = {"name": "streamed", "source": source} | ({"folder": str(tmp_path)} if source == "disk" else {})
+    backbone = load(tiny_t5_dir, placement)
+    conveyor = backbone.conveyor
+    assert conveyor is not None
+    copies: list[tuple[int, int, int]] = []
+    conveyor.on_copy = lambda block, slot, nbytes: copies.append((block, slot, nbytes))
+    filled: list[int] = []
+    for block in conveyor.blocks:
+        block.register_forward_pre_hook(lambda *_: filled.append(sum(any(p.numel() for p in b.parameters()) for b in conveyor.blocks)))
+    request = TapRequest(layers=(0, 1, 2))
+    for _ in range(3):
+        backbone(*batch(), request)
+    assert [block for block, _, _ in copies] == [0, 1, 2, 3, 4, 5] * 3 + [0], "every block once a pass; the next pass's first is on its way"
+    assert [slot for _, slot, _ in copies] == [0, 1] * 9 + [0], "never into the slot of the block that runs"
+    assert all(nbytes == conveyor.source.layouts[block].nbytes for block, _, nbytes in copies)
+    assert max(filled) == 1 and not any(p.numel() for b in conveyor.blocks for p in b.parameters())
+    assert conveyor.resident_bytes == 2 * max(layout.nbytes for layout in conveyor.source.layouts)
+
+
+def test_a_wrong_guess_costs_a_copy_and_nothing_else(tiny_t5_dir: Path) -> None:
+    whole, backbone = load(tiny_t5_dir, "replicated"), load(tiny_t5_dir, "streamed")
+    ids, mask, decoder_ids = batch()
+    for layers in ((0, 1, 2), (0,), (0, 1), (0, 1, 2), (0,)):  # the decoder ends early: the block brought next is not the one run next
+        request = TapRequest(layers=layers)
+        for _ in range(2):
+            found, expected = backbone(ids, mask, decoder_ids, request), whole(ids, mask, decoder_ids, request)
+            assert torch.equal(found.decoder.hidden[-1], expected.decoder.hidden[-1])
+            assert torch.equal(found.encoder.hidden[-1], expected.encoder.hidden[-1])
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_blocks_travel_quantized(precision: str, tmp_path: Path) -> None:
+    folder = make_t5(tmp_path / "wide", **WIDE)
+    moved = {}
+    for p in ("bf16", precision):
+        conveyor = load(folder, "streamed", p).conveyor
+        assert conveyor is not None
+        moved[p] = sum(layout.nbytes for layout in conveyor.source.layouts)
+    assert moved[precision] / moved["bf16"] < {"int8": 0.54, "nf4": 0.34}[precision]  # half and a quarter, and small blocks' padding
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "index"])
+def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_dir: Path, tmp_path: Path) -> None:
+    placement = DISK | {"folder": str(tmp_path)}
+    expected = load(tiny_t5_dir, placement)(*batch(), TapRequest(layers=(2,)))
+    (folder,) = tmp_path.iterdir()
+    victim = folder / ("decoder.block.1.safetensors" if damage != "index" else streamed.INDEX)
+    if damage == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-9])
+    assert not streamed.is_whole(folder)
+    found = load(tiny_t5_dir, placement)(*batch(), TapRequest(layers=(2,)))
+    assert streamed.is_whole(folder)
+    assert torch.equal(found.decoder.hidden[0], expected.decoder.hidden[0])
+
+
+# Failures: every rank ends, within a minute, and says why
+
+
+def start_ranks(recipe_of_rank: Callable[[int], Path], count: int, **environment: Callable[[int], str]) -> list[subprocess.Popen[str]]:
+    """Start ranks by hand, as Slurm does: no launcher that would end the others."""
+    port = str(29400 + os.getpid() % 150)
+    processes = []
+    for rank in range(count):
+        env = os.environ | {name: of_rank(rank) for name, of_rank in environment.items()}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(recipe_of_rank(rank)), "--overwrite"]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 60) -> list[tuple[int, list[str]]]:
+    """Return each rank's exit status and its error lines."""
+    found = []
+    for process in processes:
+        _, text = process.communicate(timeout=timeout)
+        assert "Traceback" not in text, text[-3000:]
+        found.append((process.returncode, [line for line in text.splitlines() if line.startswith("error:")]))
+    return found
+
+
+@pytest.mark.parametrize("placement", ["tensor_parallel", "zero3", "streamed"])
+def test_a_killed_rank_ends_the_others(placement: str, tmp_path: Path, tiny_t5_dir: Path) -> None:
+    recipe = recipe_writer(tmp_path, tiny_t5_dir)("killed", backbone__placement=placement, training__epochs=5000)
+    processes = start_ranks(lambda _: recipe, 2)
+    metrics = tmp_path / "runs" / "killed-kind-seed0" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGKILL)
+    (status, lines), _ = finish(processes)
+    assert status == 1 and len(lines) == 1 and "rank 0 lost contact with another rank" in lines[0]
+
+
+def _without_a_shard(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = dict.fromkeys(load_file(folder / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors")
+    names["decoder.final_layer_norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return "lacks model-00002-of-00002.safetensors"
+
+
+def _with_a_wrong_shape(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"] = torch.zeros(32, 48)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return "has shape (32, 48) where config.json asks for (32, 64)"
+
+
+def _with_another_weight(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return "on rank 1 differs from rank 0's"
+
+
+@pytest.mark.parametrize("placement", ["tensor_parallel", "zero3"])
+@pytest.mark.parametrize("damage", [_without_a_shard, _with_a_wrong_shape, _with_another_weight])
+def test_a_rank_with_another_checkpoint_ends_all_with_one_line(placement: str, damage: Any, tmp_path: Path, tiny_t5_dir: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_t5_dir, broken)
+    message = damage(broken)
+    (tmp_path / "other").mkdir()
+    recipes = [
+        recipe_writer(tmp_path, tiny_t5_dir)("run", backbone__placement=placement),
+        recipe_writer(tmp_path / "other", broken)("run", backbone__placement=placement, output_dir=str(tmp_path / "runs")),
+    ]
+    found = finish(start_ranks(lambda rank: recipes[rank], 2))
+    assert [status for status, _ in found] == [1, 1]
+    (line,) = [line for _, lines in found for line in lines]
+    assert message in line and "rank 1" in line
+
+
+@pytest.mark.parametrize(
+    ("placement", "count", "message"),
+    [
+        ("tensor_parallel", 3, "4 heads and d_ff 64 can't be divided over 3 ranks: backbone.placement.size can be 1, 2, 4"),
+        ({"name": "tensor_parallel", "size": 2}, 3, "backbone.placement.size 2 must divide the number of ranks, 3"),
+        ({"name": "tensor_parallel", "size": 2}, 2, "ranks 0 to 1 would share one backbone but run on different machines"),
+    ],
+)
+def test_groups_that_can_not_be_made_are_refused_in_one_line(
+    placement: Any, count: int, message: str, tmp_path: Path, tiny_t5_dir: Path
+) -> None:
+    recipe = recipe_writer(tmp_path, tiny_t5_dir)("run", backbone__placement=placement)
+    found = finish(start_ranks(lambda _: recipe, count, SLURM_NODEID=lambda rank: str(rank % 2 if "machines" in message else 0)))
+    assert [status for status, _ in found] == [1] * count
+    (line,) = [line for _, lines in found for line in lines]
+    assert message in line
+
+
+def test_a_group_may_span_machines_when_told_so(tmp_path: Path, tiny_t5_dir: Path) -> None:
+    recipe = recipe_writer(tmp_path, tiny_t5_dir)("run", backbone__placement=PAIR | {"across_nodes": True}, training__max_steps=1)
+    assert [status for status, _ in finish(start_ranks(lambda _: recipe, 2, SLURM_NODEID=str))] == [0, 0]
