@@ -6,6 +6,8 @@ In a checkout recipes/ and ds_configs/ stand at the top; in a wheel they are ins
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
     """
     path = _find(name, _folder("ds_configs"), ".json", available_ds_configs(), "training.deepspeed")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(_with_variables(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -72,6 +74,15 @@ def load_ds_config(name: str) -> dict[str, Any]:
     if owned:
         raise RecipeError(f"training.deepspeed: {path} sets what the recipe owns: {', '.join(owned)}; remove it there")
     return config
+
+
+def _with_variables(path: Path) -> str:
+    """Return the file's text with $NAME replaced from the environment: where fast disks are differs from site to site."""
+    text = path.read_text()
+    unset = sorted({name for name in re.findall(r"\$(\w+)", text) if name not in os.environ})
+    if unset:
+        raise RecipeError(f"training.deepspeed: {path.name} needs {', '.join(unset)}: export {unset[0]}=/a/folder/on/a/fast/disk")
+    return re.sub(r"\$(\w+)", lambda match: json.dumps(os.environ[match[1]])[1:-1], text)
 
 
 def _folder(name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +40,8 @@ def connect() -> World:
     """Join the process group that the launcher describes (gloo on the CPU, nccl on CUDA) and return this process's place in it."""
     import deepspeed
 
+    # DeepSpeed calls collectives by names that torch 2.13 renamed; the warning would come at every step.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [name for name in names if name in os.environ]
     if present and len(present) < len(names):
