@@ -80,7 +80,12 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
 
+        start = time.perf_counter()
         backbone = load_placed(recipe.backbone, world)
+        loading = {
+            "loading_seconds": round(time.perf_counter() - start, 3),
+            "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
+        }
         side = build_side_network(recipe.method, backbone, recipe.seed)
         if backbone.identity.precision in ("int8", "nf4"):
             logger.say(_check_quantization(backbone, splits["train"], recipe))
@@ -134,6 +139,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             "validation_score": progress.best_score,
             "best_step": progress.best_step,
             **_measurements(progress, world, side, backbone),
+            **loading,
             "versions": _versions(),
             "command": sys.argv,
             "recipe": recipe.model_dump(mode="json"),

@@ -71,9 +71,7 @@ def test_every_zero_stage_trains_to_the_weights_of_stage_0(trained: dict[tuple[i
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_every_zero_stage_checkpoints_the_moments_of_stage_0(trained: dict[tuple[int, str], Path], stage: str) -> None:
-    expected, found = (
-        load_file(max((trained[2, s] / "checkpoints").glob("step-*")) / "moments.safetensors") for s in ("zero0", stage)
-    )
+    expected, found = (load_file(max((trained[2, s] / "checkpoints").glob("step-*")) / "moments.safetensors") for s in ("zero0", stage))
     assert found.keys() == expected.keys()
     for name, moment in expected.items():
         torch.testing.assert_close(found[name], moment, rtol=1e-2, atol=1e-3 * float(moment.abs().max()) + 1e-12, msg=name)

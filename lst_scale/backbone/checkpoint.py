@@ -1,6 +1,6 @@
 """A T5-family checkpoint on disk, read one tensor at a time.
 
-Weights come from safetensors only, by memory map: nothing is unpickled, and nothing but the tensor asked for becomes resident.
+Weights come from safetensors only: nothing is unpickled, and nothing but the tensor asked for becomes resident.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ EMBEDDING_NAMES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.
 HEAD = "lm_head.weight"
 # Old T5 checkpoints carry this table; no model has a place for it.
 UNUSED_TABLE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -36,7 +37,7 @@ class Checkpoint:
 
     def __init__(self, name: str, revision: str | None, folder: Path, config: PretrainedConfig) -> None:
         self.name, self.revision, self.folder, self.config = name, revision, folder, config
-        self._open_files: dict[str, Any] = {}
+        self._headers: dict[str, tuple[dict[str, Any], int]] = {}
 
     @cached_property
     def spec(self) -> BackboneSpec:
@@ -54,7 +55,7 @@ class Checkpoint:
             if missing:
                 raise BackboneError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names: copy the checkpoint again")
             return files
-        return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        return dict.fromkeys(self._header(SINGLE)[0], SINGLE)
 
     @property
     def has_own_head(self) -> bool:
@@ -64,16 +65,23 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory, in the precision it is stored in. Tied names find the one stored matrix."""
         stored = self._stored_name(name)
-        try:
-            value: Tensor = self._file(self.files[stored]).get_tensor(stored)
-        except SafetensorError as error:
-            raise BackboneError(f"{self.folder / self.files[stored]}: can't read {stored} ({error}): copy the checkpoint again") from error
-        return value
+        file = self.folder / self.files[stored]
+        entry, start = self._entry(self.files[stored], stored)
+        first, last = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise BackboneError(f"{file}: {stored} is stored as {entry['dtype']}: choose a checkpoint in {', '.join(DTYPES)}")
+        # Plain reads into the tensor's own memory: pages of a mapped file count as resident for as long as the file is open.
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        with file.open("rb") as stream:
+            stream.seek(start + first)
+            if stream.readinto(buffer.numpy()) != last - first:  # type: ignore[arg-type]  # arrays are buffers from Python 3.12 on
+                raise BackboneError(f"{file} is cut short in {stored}: copy the checkpoint again")
+        return buffer.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from its file's header."""
         stored = self._stored_name(name)
-        return tuple(self._file(self.files[stored]).get_slice(stored).get_shape())
+        return tuple(self._entry(self.files[stored], stored)[0]["shape"])
 
     def names(self) -> Iterator[str]:
         yield from self.files
@@ -90,14 +98,27 @@ class Checkpoint:
                 return candidate
         raise BackboneError(f"{self.folder} has no tensor {name}: it is not a whole {self.spec.model_type} checkpoint")
 
-    def _file(self, file: str) -> Any:
-        if file not in self._open_files:
-            self._open_files.clear()  # one shard mapped at a time: mapped pages count as resident
+    def _entry(self, file: str, name: str) -> tuple[dict[str, Any], int]:
+        """Return what a file's header says of a tensor, and where the file's data start."""
+        header, start = self._header(file)
+        if name not in header:
+            raise BackboneError(f"{self.folder / file} has no tensor {name}, which {INDEX} names there: copy the checkpoint again")
+        return header[name], start
+
+    def _header(self, file: str) -> tuple[dict[str, Any], int]:
+        if file not in self._headers:
+            path = self.folder / file
             try:
-                self._open_files[file] = safe_open(self.folder / file, framework="pt")
+                with safe_open(path, framework="pt"):  # checks the header against the file's length
+                    pass
+                with path.open("rb") as stream:
+                    length = int.from_bytes(stream.read(8), "little")
+                    header = json.loads(stream.read(length))
             except (SafetensorError, OSError) as error:
-                raise BackboneError(f"{self.folder / file} is not a whole safetensors file ({error}): copy the checkpoint again") from error
-        return self._open_files[file]
+                raise BackboneError(f"{path} is not a whole safetensors file ({error}): copy the checkpoint again") from error
+            header.pop("__metadata__", None)
+            self._headers[file] = header, 8 + length
+        return self._headers[file]
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -161,8 +182,7 @@ def vars_of(spec: BackboneSpec) -> dict[str, Any]:
 
 def read_to(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Read one tensor straight into its final precision and place; the stored copy is released at once."""
-    # A copy even where nothing is cast: a view would keep its whole file mapped, and mapped pages count as resident.
-    return checkpoint.tensor(name).to(device=device, dtype=dtype, copy=True)
+    return checkpoint.tensor(name).to(device=device, dtype=dtype)
 
 
 def _download(name: str, revision: str | None) -> Path:
