@@ -186,9 +186,8 @@ def main() -> None:
         failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
         records.append(json.loads(lines[-1]) if done.returncode == 0 and lines else {"case": case, "error": failure[0][:100]})
         print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    print(
-        f"{records[0].get('device', '')}, torch {torch.__version__}, batch {options.batch}, source {options.source}, target {options.target}"
-    )
+    sizes = f"batch {options.batch}, source {options.source}, target {options.target}"
+    print(f"{records[0].get('device', '')}, torch {torch.__version__}, {sizes}")
     print(table(records))
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n")

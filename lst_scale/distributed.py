@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lst_scale import preemption
 from lst_scale.errors import ArgumentError, LstScaleError
 
 T = TypeVar("T")
@@ -83,6 +84,18 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return [float(value) for value in tensor]
+
+
+def poll_interruption(world: World) -> None:
+    """Leave together when any rank was asked to. All ranks must call it.
+
+    Raises:
+        Interrupted: on every rank.
+    """
+    request = torch.tensor(float(preemption.requested()), device=world.device)
+    if world.size > 1:
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+    preemption.leave_if(int(request))
 
 
 def gather(value: T) -> list[T]:

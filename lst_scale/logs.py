@@ -66,12 +66,12 @@ class Logger:
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the numbers of steps past `step`: a resumed run will write them again."""
+    def forget_after(self, step: int, evaluated_at: int) -> None:
+        """Drop the numbers of steps past `step`, and of evaluations past `evaluated_at`: a resumed run will write them again."""
         if self._folder is None or not (self._folder / METRICS).exists():
             return
         path = self._folder / METRICS
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= (step if _kind_of(line) == "train" else evaluated_at)]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in lines))
         os.replace(partial, path)
@@ -91,6 +91,10 @@ class Logger:
             self._bar.update(self._task, completed=step, description=text)
         elif say:
             self.say(f"step {step}: {text}")
+
+
+def _kind_of(line: str) -> str:
+    return "train" if '"kind": "train"' in line else "evaluation"
 
 
 def _step_of(line: str) -> float:

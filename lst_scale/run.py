@@ -80,12 +80,14 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
 
+        distributed.poll_interruption(world)
         start = time.perf_counter()
         backbone = load_placed(recipe.backbone, world)
         loading = {
             "loading_seconds": round(time.perf_counter() - start, 3),
             "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
         }
+        distributed.poll_interruption(world)
         side = build_side_network(recipe.method, backbone, recipe.seed)
         if backbone.identity.precision in ("int8", "nf4"):
             logger.say(_check_quantization(backbone, splits["train"], recipe))
@@ -191,12 +193,12 @@ def _identity(recipe: Recipe, plan: Plan, backbone: LocalBackbone) -> dict[str, 
 
 def _restore_weights(side: SideNetwork, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
     if checkpoint is None:
-        logger.forget_after(0)
+        logger.forget_after(0, 0)
         return Progress()
     for broken in checkpoint.skipped:
         logger.say(f"skipped a broken checkpoint: {broken}")
     side.load_state_dict(checkpoint.snapshot.weights)
-    logger.forget_after(checkpoint.progress.step)
+    logger.forget_after(checkpoint.progress.step, checkpoint.progress.evaluated_at)
     logger.say(f"resuming at step {checkpoint.progress.step} from {checkpoint.path}")
     return checkpoint.progress
 

@@ -14,7 +14,9 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
+from collections.abc import Callable
 
+from lst_scale import preemption
 from lst_scale.errors import LstScaleError
 from lst_scale.recipe import Recipe, load_recipe
 
@@ -38,24 +40,40 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_recipe:
             print(describe(recipe))
             return 0
-        from lst_scale import distributed
-        from lst_scale.run import run
-
-        run(recipe, resume=options.resume, overwrite=options.overwrite)
-        distributed.disconnect()
+        carry_out(recipe, resume=options.resume, overwrite=options.overwrite)
     except LstScaleError as error:
         if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except RuntimeError as error:
-        from lst_scale import distributed
+    return 0
 
+
+def carry_out(recipe: Recipe, *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:
+    """Run one recipe in this process, and leave in time when a signal asks for it.
+
+    Args:
+        requeue: puts the job back into its queue; None: `scontrol requeue` inside a Slurm job, nothing elsewhere.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    preemption.listen()
+    from lst_scale import distributed
+    from lst_scale.run import run
+
+    try:
+        run(recipe, resume=resume, overwrite=overwrite)
+        distributed.disconnect()
+    except preemption.Interrupted as interrupted:
+        inside_slurm = "SLURM_JOB_ID" in os.environ
+        requeue = requeue or (preemption.requeue_by_scontrol if inside_slurm else None)
+        preemption.leave(interrupted, is_main=os.environ.get("RANK", "0") == "0", requeue=requeue)
+        raise
+    except RuntimeError as error:
         if not distributed.is_lost_contact(error):
             raise
         rank, reason = os.environ.get("RANK", "0"), str(error).strip().split("\n")[0]
-        print(f"error: rank {rank} lost contact with another rank, which says why if it could ({reason})", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        raise LstScaleError(f"rank {rank} lost contact with another rank, which says why if it could ({reason})") from error
 
 
 def describe(recipe: Recipe) -> str:

@@ -34,6 +34,7 @@ class Progress:
     """Where training is. Random numbers need no state: each step seeds itself from (seed, step, rank)."""
 
     step: int = 0  # optimizer steps done
+    evaluated_at: int = 0  # the last step whose evaluation is over
     best_step: int | None = None
     best_score: float | None = None
     evaluations_since_best: int = 0

@@ -6,7 +6,7 @@ the metric of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,15 @@ def predict(
     longest = longest or max(len(target) for target in split.labels)
     mine: list[tuple[int, str]] = []
     replica = model.backbone.replica
-    batches = evaluation_batches(
+    batches: Iterator[Batch] = evaluation_batches(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
     )
-    for batch in batches:
+    # As many rounds on every rank, so that all can leave together between two batches.
+    for _ in range(-(-len(split.rows) // (recipe.batch_size * replica.count))):
+        distributed.poll_interruption(world)
+        batch = next(batches, None)
+        if batch is None:
+            continue
         texts = answer(model, batch, tokenizer, recipe, labels, longest)
         mine.extend((row, text) for row, text in zip(batch.indices, texts, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.

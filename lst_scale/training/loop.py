@@ -22,6 +22,7 @@ from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
 from lst_scale.errors import TrainingError
 from lst_scale.logs import Logger
+from lst_scale.preemption import Interrupted
 from lst_scale.recipe import Recipe
 from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint
@@ -91,18 +92,31 @@ class Trainer:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
-        epoch, steps = -1, []
-        while progress.step < plan.total_steps and not progress.finished:
+        epoch, steps, saved_at = -1, [], progress
+        while True:
+            try:
+                distributed.poll_interruption(self.world)
+                if self._evaluation_is_due(progress):
+                    progress = self._evaluate(progress)
+            except Interrupted:
+                if progress != saved_at and progress.step > 0:
+                    self._save(progress)
+                self.logger.say(f"step {progress.step}: saved on a signal")
+                raise
+            last = progress.step == plan.total_steps or progress.finished
+            if progress.step > 0 and progress != saved_at and (progress.step % plan.save_every == 0 or last):
+                self._save(progress)
+                saved_at = progress
+            if last:
+                return replace(progress, finished=True)
             if progress.step // plan.steps_per_epoch != epoch:
                 epoch = progress.step // plan.steps_per_epoch
                 steps = self._steps_of(epoch)
             progress = self._train_step(steps[progress.step % plan.steps_per_epoch], progress)
-            last = progress.step == plan.total_steps
-            if progress.step % plan.evaluate_every == 0 or last:
-                progress = self._evaluate(progress)
-            if progress.step % plan.save_every == 0 or last or progress.finished:
-                self._save(progress)
-        return replace(progress, finished=True)
+
+    def _evaluation_is_due(self, progress: Progress) -> bool:
+        last = progress.step == self.plan.total_steps
+        return progress.step > progress.evaluated_at and (progress.step % self.plan.evaluate_every == 0 or last)
 
     def _steps_of(self, epoch: int) -> Any:
         return training_steps(
@@ -191,12 +205,15 @@ class Trainer:
         self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         if progress.best_score is None or scores["score"] > progress.best_score:
             self.save_best(weights, progress.step)
-            return replace(progress, best_score=scores["score"], best_step=progress.step, evaluations_since_best=0)
+            return replace(
+                progress, evaluated_at=progress.step, best_score=scores["score"], best_step=progress.step, evaluations_since_best=0
+            )
         since = progress.evaluations_since_best + 1
         patience = self.recipe.training.patience
         if patience is not None and since >= patience:
             self.logger.say(f"step {progress.step}: no better score in {since} evaluations, stopping early")
-        return replace(progress, evaluations_since_best=since, finished=patience is not None and since >= patience)
+        finished = patience is not None and since >= patience
+        return replace(progress, evaluated_at=progress.step, evaluations_since_best=since, finished=finished)
 
     def _save(self, progress: Progress) -> None:
         state = snapshot(self.engine, keep=self.world.is_main)
