@@ -10,7 +10,7 @@ from lst_scale import distributed
 from lst_scale.backbone.place import load_placed
 from lst_scale.data import files
 from lst_scale.data.encode import encode
-from lst_scale.data.tasks import Row
+from lst_scale.data.tasks import GLUE, Row, file_source, source_text
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.durable import write_file
 from lst_scale.errors import ArgumentError, DataError
@@ -41,7 +41,8 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
     tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
     split = encode(rows, tokenizer, recipe.data.max_source_length, None)
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
-    predictions = predict(model, split, tokenizer, evaluation, labels, world, longest=MAX_NEW_TOKENS)
+    prefix = "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
+    predictions = predict(model, split, tokenizer, evaluation, labels, world, target_prefix=prefix, longest=MAX_NEW_TOKENS)
     lines = [json.dumps(dict(record) | {"prediction": text}, ensure_ascii=False) for record, text in zip(records, predictions, strict=True)]
 
     def write() -> None:
@@ -53,15 +54,10 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
 
 
 def _row(recipe: Recipe, record: files.Record, path: str, number: int) -> Row:
-    from lst_scale.data.tasks import GLUE, source_text
-
-    if isinstance(recipe.task, str):
-        fields = GLUE[recipe.task].fields
-        prefix: str | None = recipe.task
-    else:
-        fields = tuple((f"{field}:", field) for field in recipe.task.source)
-        prefix = recipe.task.prefix
-    for _, column in fields:
+    task = recipe.task
+    columns = [column for _, column in GLUE[task].fields] if isinstance(task, str) else task.source
+    for column in columns:
         if column not in record:
             raise DataError(files.missing_field(path, number, column, record))
-    return Row(source_text(prefix, fields, record), "0")  # the target is not used
+    text = source_text(task, GLUE[task].fields, record) if isinstance(task, str) else file_source(task, record)
+    return Row(text, "0")  # the target is not used

@@ -6,6 +6,7 @@ Imports no torch: a mistake in a recipe is reported in well under a second. Deco
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -38,8 +39,25 @@ class FileTask(_Section):
     source: tuple[str, ...] = Field(min_length=1)
     target: str
     prefix: str | None = None
+    template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
+    target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
     labels: tuple[str, ...] | None = None
     metrics: tuple[Literal[METRICS], ...] | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _template_names_the_source(self) -> FileTask:
+        if self.template is None:
+            return self
+        try:
+            named = {field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"template {self.template!r}: {error}; write {{{{ for a brace that stands for itself") from error
+        if named != set(self.source):
+            wrong = sorted(named ^ set(self.source))
+            raise ValueError(f"template and source must name the same fields, but {wrong[0]!r} is only in one of them")
+        if self.prefix is not None:
+            raise ValueError("prefix has no effect beside template: write it into the template")
+        return self
 
     @model_validator(mode="after")
     def _labels_fit_the_kind(self) -> FileTask:

@@ -73,7 +73,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         # Data first: a wrong file is found before any weight is read.
         task = load_task(recipe)
         tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
-        splits = {name: _encode(rows, tokenizer, recipe) for name, rows in task.splits().items()}
+        splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
         plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or task.epochs, world.size)
         logger.say(
             f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
@@ -107,7 +107,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
 
         def score_split(weights: dict[str, Tensor], name: str) -> Scores:
             model = LadderModel.from_parts(backbone, _copy_of(side, weights).to(world.device))
-            texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world)
+            texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world, target_prefix=task.target_prefix)
             return score(task, texts, [row.target for row in splits[name].rows])
 
         trainer = Trainer(
@@ -162,8 +162,8 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bo
     (folder / RECIPE).write_text(to_yaml(recipe))
 
 
-def _encode(rows: Any, tokenizer: Any, recipe: Recipe) -> EncodedSplit:
-    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length)
+def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
+    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
 
 
 def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from lst_scale.data.batches import FILLER, IGNORED, evaluation_batches, merge_predictions, training_steps
-from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.encode import EncodedSplit, answer_in, encode
 from lst_scale.data.scores import METRICS, majority_score, score
-from lst_scale.data.tasks import GLUE, Row, TaskData, glue_row, split_glue
+from lst_scale.data.tasks import GLUE, Row, TaskData, file_source, glue_row, split_glue
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.recipe import FileTask
 
 
 def split_of(count: int) -> EncodedSplit:
@@ -167,3 +170,32 @@ def test_filler_rows_leave_the_loss_and_its_gradient_alone() -> None:
     loss.backward()
     assert (float(loss.detach()), count) == (0.0, 0)
     assert hidden.grad is not None and not hidden.grad.any()
+
+
+def file_task(**changes: Any) -> FileTask:
+    files = {"train": "embedded:wordnet/train.jsonl", "validation": "embedded:wordnet/validation.jsonl"}
+    return FileTask.model_validate({"kind": "classification", "source": ("word", "definition"), "target": "kind"} | files | changes)
+
+
+def test_a_template_writes_the_source_and_a_prefix_the_target() -> None:
+    task = file_task(template="{word} is a kind of <extra_id_0> : {definition}", target_prefix="<extra_id_0>")
+    assert file_source(task, {"word": "cat", "definition": "a feline"}) == "cat is a kind of <extra_id_0> : a feline"
+    tokenizer = load_tokenizer("embedded:tiny-t5", None)
+    split = encode([Row("a", "animal")], tokenizer, 8, None, "<extra_id_0>")
+    assert split.labels[0][0] == tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    generated = tokenizer.decode(split.labels[0], skip_special_tokens=True)
+    assert answer_in(generated, "<extra_id_0>") == "animal" == answer_in("Kind: animal", "Kind:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "{word} {meaning} {definition}"}, "template and source must name the same fields, but 'meaning' is only in one"),
+        ({"template": "{word}"}, "but 'definition' is only in one of them"),
+        ({"template": "{word} {definition"}, "for a brace that stands for itself"),
+        ({"template": "{word} {definition}", "prefix": "kind"}, "prefix has no effect beside template"),
+    ],
+)
+def test_a_wrong_template_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        file_task(**changes)

@@ -171,7 +171,8 @@ def fingerprint_of(spec: BackboneSpec, names: Iterable[str], read: Callable[[str
     digest = hashlib.sha256(json.dumps(vars_of(spec), sort_keys=True).encode())
     for name in sorted(names):
         digest.update(name.encode())
-        digest.update(read(name).detach().to("cpu", torch.float32).contiguous().numpy().data)
+        for part in torch.split(read(name).detach().flatten(), 1 << 22):  # 16 MB at a time in float32
+            digest.update(part.to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
 
 

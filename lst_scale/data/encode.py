@@ -20,7 +20,9 @@ class EncodedSplit:
     pad_token_id: int
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_source_length: int, max_target_length: int | None) -> EncodedSplit:
+def encode(
+    rows: Sequence[Row], tokenizer: Any, max_source_length: int, max_target_length: int | None, target_prefix: str = ""
+) -> EncodedSplit:
     """Tokenize every row; sources are cut at `max_source_length` tokens, targets at `max_target_length` when given.
 
     Raises:
@@ -28,8 +30,18 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_source_length: int, max_targ
     """
     sources = tokenizer([row.source for row in rows], truncation=True, max_length=max_source_length).input_ids
     truncated = {"truncation": True, "max_length": max_target_length} if max_target_length is not None else {}
-    targets = tokenizer(text_target=[row.target for row in rows], **truncated).input_ids
+    targets = tokenizer(text_target=[written_target(row.target, target_prefix) for row in rows], **truncated).input_ids
     for number, target in enumerate(targets, start=1):
         if not any(token != tokenizer.eos_token_id for token in target):
             raise DataError(f"row {number} has the empty target {rows[number - 1].target!r}; fill it in or remove the row")
     return EncodedSplit(rows=rows, input_ids=sources, labels=targets, pad_token_id=tokenizer.pad_token_id)
+
+
+def written_target(answer: str, prefix: str) -> str:
+    """Return the text that stands for an answer."""
+    return f"{prefix} {answer}" if prefix else answer
+
+
+def answer_in(text: str, prefix: str) -> str:
+    """Return the answer in a generated text, from which special tokens such as <extra_id_0> were taken already."""
+    return text.strip().removeprefix(prefix).strip()

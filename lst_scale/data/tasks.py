@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lst_scale.data import files
 from lst_scale.errors import DataError
@@ -34,6 +34,7 @@ class TaskData:
     name: str
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
+    target_prefix: str = ""  # written before every target, not part of the answer
     metrics: tuple[str, ...]
     epochs: int
     train: Sequence[Row]
@@ -116,7 +117,7 @@ def load_task(recipe: Recipe) -> TaskData:
     task = _load_glue(recipe.task) if isinstance(recipe.task, str) else _load_files(recipe.task)
     data = recipe.data
     return TaskData(
-        **{name: getattr(task, name) for name in ("name", "kind", "labels", "metrics", "epochs")},
+        **{name: getattr(task, name) for name in ("name", "kind", "labels", "target_prefix", "metrics", "epochs")},
         train=task.train[: data.max_train_rows],
         validation=task.validation[: data.max_eval_rows],
         test=None if task.test is None else task.test[: data.max_eval_rows],
@@ -171,7 +172,7 @@ def _load_glue(name: str) -> TaskData:
     records = files.load_hub_splits("nyu-mll/glue", name, wanted)
     splits = split_glue(name, {split: [glue_row(name, record) for record in rows] for split, rows in records.items()})
     kind = "regression" if task.labels is None else "classification"
-    return TaskData(name=name, kind=kind, labels=task.labels, metrics=task.metrics, epochs=task.epochs, **splits)
+    return TaskData(name=name, kind=kind, labels=task.labels, metrics=task.metrics, epochs=task.epochs, **cast(Any, splits))
 
 
 def _load_files(task: FileTask) -> TaskData:
@@ -189,6 +190,7 @@ def _load_files(task: FileTask) -> TaskData:
         name=task.name,
         kind=task.kind,
         labels=labels,
+        target_prefix=task.target_prefix or "",
         metrics=tuple(task.metrics or DEFAULT_METRICS[task.kind]),
         epochs=FILE_TASK_EPOCHS,
         train=splits["train"],
@@ -209,7 +211,14 @@ def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int)
             float(target)
         except ValueError as error:
             raise DataError(f"{path}: row {number}: {task.target} is {target!r}, not a number; kind regression needs numbers") from error
-    return Row(source_text(task.prefix, [(f"{field}:", field) for field in task.source], record), target)
+    return Row(file_source(task, record), target)
+
+
+def file_source(task: FileTask, record: Mapping[str, Any]) -> str:
+    """Return the source text of one row of one's own files."""
+    if task.template is not None:
+        return task.template.format(**{field: record[field] for field in task.source})
+    return source_text(task.prefix, [(f"{field}:", field) for field in task.source], record)
 
 
 def _refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lst_scale import distributed
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
-from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.encode import EncodedSplit, answer_in, written_target
 from lst_scale.distributed import World
 from lst_scale.errors import ArgumentError
 from lst_scale.recipe import EvaluationRecipe
@@ -31,6 +31,7 @@ def predict(
     labels: Sequence[str] | None,
     world: World,
     *,
+    target_prefix: str = "",
     longest: int | None = None,
 ) -> list[str]:
     """Return the predicted text of every row of `split`, in order, on every rank. All ranks must call it.
@@ -52,7 +53,7 @@ def predict(
         batch = next(batches, None)
         if batch is None:
             continue
-        texts = answer(model, batch, tokenizer, recipe, labels, longest)
+        texts = answer(model, batch, tokenizer, recipe, labels, longest, target_prefix)
         mine.extend((row, text) for row, text in zip(batch.indices, texts, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
@@ -61,12 +62,18 @@ def predict(
 
 @torch.no_grad()
 def answer(
-    model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, labels: Sequence[str] | None, longest: int
+    model: LadderModel,
+    batch: Batch,
+    tokenizer: Any,
+    recipe: EvaluationRecipe,
+    labels: Sequence[str] | None,
+    longest: int,
+    target_prefix: str = "",
 ) -> list[str]:
     """Return the answer to every row of a batch; `longest` bounds generation when the recipe does not."""
     if recipe.method == "likelihood":
-        return _likeliest(model, batch, tokenizer, labels or ())
-    return _generate(model, batch, tokenizer, recipe, longest)
+        return _likeliest(model, batch, tokenizer, labels or (), target_prefix)
+    return [answer_in(text, target_prefix) for text in _generate(model, batch, tokenizer, recipe, longest)]
 
 
 def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, longest: int) -> list[str]:
@@ -77,16 +84,17 @@ def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: Evaluati
         do_sample=False,
         max_new_tokens=recipe.max_new_tokens or longest,
     )
-    return [text.strip() for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
+    texts: list[str] = tokenizer.batch_decode(output_BT, skip_special_tokens=True)
+    return texts
 
 
-def _likeliest(model: LadderModel, batch: Batch, tokenizer: Any, labels: Sequence[str]) -> list[str]:
+def _likeliest(model: LadderModel, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str) -> list[str]:
     """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
     device, spec = model.device, model.backbone.spec
     encoder = model.encode(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
     scores: list[Tensor] = []
     for label in labels:
-        target_1T = torch.tensor([tokenizer(label).input_ids], device=device)
+        target_1T = torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device)
         labels_BT = target_1T.expand(len(batch.indices), -1)
         logits_BTV = model.decode(shift_right(labels_BT, spec), encoder)
         token_scores_BT = logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0]
