@@ -11,6 +11,7 @@ import typer
 
 from lst_scale import assets, train
 from lst_scale.errors import LstScaleError
+from lst_scale.slurm.cli import app as slurm_app
 
 app = typer.Typer(
     help="Fine-tune large encoder-decoders with a small side network and a backbone that runs forward only.",
@@ -53,6 +54,9 @@ def predict_command(
 
     count = predict_file(run, inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams), overrides or ())
     typer.echo(f"{count} predictions in {output}")
+
+
+app.add_typer(slurm_app, name="slurm")
 
 
 def main() -> None:

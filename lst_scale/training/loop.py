@@ -92,6 +92,7 @@ class Trainer:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
+        self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
         epoch, steps, saved_at = -1, [], progress
         while True:
             try:

@@ -1,0 +1,113 @@
+"""What a Slurm task runs, one on each GPU: ranks from Slurm, the same `train.carry_out` underneath, leaving in time when asked to.
+
+submitit pickles a `TrainJob` at submission. It holds a path and nothing of the run's state, because a requeue by an administrator and a
+node failure run that first pickle again: where to continue is looked up on disk, each time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lst_scale.durable import write_file
+from lst_scale.errors import LstScaleError
+from lst_scale.slurm import runs
+
+
+class TrainJob:
+    """Train the run in one folder to its end, from wherever it is."""
+
+    def __init__(self, run: str, *, cpu: bool, threads: int, max_starts_without_progress: int) -> None:
+        self.run, self.cpu, self.threads = run, cpu, threads
+        self.max_starts_without_progress = max_starts_without_progress
+
+    def __call__(self) -> None:
+        run = Path(self.run)
+        # submitit's own handler, which requeues; from now on signals only set a flag (lst_scale/preemption.py).
+        requeue = signal.getsignal(signal.SIGUSR2)
+        export_ranks(cpu=self.cpu, threads=self.threads)
+        rank = int(os.environ["RANK"])
+        failure = run / "slurm" / f"failure-{rank}.json"
+        failure.unlink(missing_ok=True)
+        if (run / runs.RESULT).exists():
+            return
+        try:
+            if rank == 0:
+                self._note_start(run)
+            from lst_scale.recipe import load_recipe
+            from lst_scale.train import carry_out
+
+            again = (lambda: requeue(signal.SIGUSR2, None)) if callable(requeue) else None
+            carry_out(load_recipe(str(run / runs.RECIPE)), resume=True, requeue=again)
+        except Exception as error:
+            failure.parent.mkdir(exist_ok=True)
+            write_file(failure, json.dumps({"time": time.time(), "rank": rank, "line": one_line(error)}) + "\n")
+            raise
+
+    def checkpoint(self) -> Any:
+        """Called by submitit on rank 0, after all ranks have saved: the job is queued again as it was submitted."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _note_start(self, run: Path) -> None:
+        """Record this start, and refuse to go round in circles.
+
+        Raises:
+            LstScaleError: the last starts of this job all began at the same step.
+        """
+        job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + os.environ.get("SLURM_ARRAY_TASK_ID", "") or os.environ.get(
+            "SLURM_JOB_ID", "local"
+        )
+        step = newest_step(run)
+        runs.append(run / runs.STARTS, {"job": job, "step": step, "time": time.time(), "host": socket.gethostname()})
+        latest = [start["step"] for start in runs.read(run / runs.STARTS) if start["job"] == job][-self.max_starts_without_progress - 1 :]
+        if len(latest) > self.max_starts_without_progress and set(latest) == {step}:
+            raise LstScaleError(
+                f"started {len(latest)} times without getting past step {step}: give more time between signal and limit "
+                "(--signal-delay) or save more often (training.save_every_steps), then resubmit"
+            )
+
+
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, whole or not; 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def export_ranks(*, cpu: bool, threads: int) -> None:
+    """Set what torch and DeepSpeed read: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # Not set_cuda_visible_devices: Slurm has chosen the devices already, and DeepSpeed counts on seeing all of a node's.
+    environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["MASTER_ADDR"] = reachable(environment.master_addr)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def reachable(host: str) -> str:
+    """Return `host` if its name resolves, else the address that Slurm knows it by."""
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        done = subprocess.run(["scontrol", "show", "node", host, "--oneliner"], capture_output=True, text=True, check=False)
+        address = next((word.removeprefix("NodeAddr=") for word in done.stdout.split() if word.startswith("NodeAddr=")), None)
+        return address or os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error as a person wants to read it in a table."""
+    if isinstance(error, LstScaleError):
+        return str(error).split("\n")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}{where}"

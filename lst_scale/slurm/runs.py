@@ -1,0 +1,113 @@
+"""Run folders: their names, what is in them, and what Slurm knows of their jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lst_scale.errors import ArgumentError
+from lst_scale.recipe import Recipe
+
+RECIPE, RESULT, METRICS = "recipe.yaml", "result.json", "metrics.jsonl"
+JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING", "STAGE_OUT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueEntry:
+    """One job in squeue."""
+
+    state: str
+    reason: str
+    nodes: str
+    left: str
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Return where a recipe's run lives."""
+    return Path(recipe.output_dir).resolve() / recipe.run_name
+
+
+def find_runs(output_dir: Path, names: list[str]) -> list[Path]:
+    """Return the run folders in `output_dir`, all or those whose name contains one of `names`.
+
+    Raises:
+        ArgumentError: there are none, or a name matches none.
+    """
+    runs = sorted(path.parent for path in output_dir.glob(f"*/{RECIPE}"))
+    if not runs:
+        raise ArgumentError(f"{output_dir.resolve()} holds no runs: give the output_dir of the recipe")
+    for name in names:
+        if not any(name in run.name for run in runs):
+            raise ArgumentError(f"no run in {output_dir} is called {name}: {', '.join(run.name for run in runs[:6])}")
+    return [run for run in runs if not names or any(name in run.name for name in names)]
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a file of JSON lines, on disk before this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a file of JSON lines; none when there is no file."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut short by a kill
+    return records
+
+
+def last_job(run: Path) -> dict[str, Any] | None:
+    """Return the run's latest submission."""
+    jobs = read(run / JOBS)
+    return jobs[-1] if jobs else None
+
+
+def first_failure(run: Path, since: float = 0.0) -> str | None:
+    """Return why the run failed, in one line: the earliest rank's word, since later ones only lost contact with it."""
+    found = [record for path in run.glob("slurm/failure-*.json") for record in read(path) if record["time"] >= since]
+    return min(found, key=lambda record: record["time"])["line"] if found else None
+
+
+def queue() -> dict[str, QueueEntry] | None:
+    """Return all jobs of this user in squeue by id ("12", "13_4"), or None when Slurm can't be asked."""
+    text = _ask(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N|%L"])
+    if text is None:
+        return None
+    entries = {}
+    for line in text.splitlines():
+        job, state, reason, nodes, left = line.strip().split("|")
+        entries[job] = QueueEntry(state=state, reason=reason, nodes=nodes, left=left)
+    return entries
+
+
+def accounted(jobs: list[str]) -> dict[str, tuple[str, str]]:
+    """Return (state, nodes) of ended jobs by id, from sacct; nothing where there is no accounting."""
+    if not jobs:
+        return {}
+    text = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList", f"--jobs={','.join(jobs)}"])
+    rows = [line.split("|") for line in (text or "").splitlines()]
+    return {row[0]: (row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]}
+
+
+def _ask(command: list[str]) -> str | None:
+    for attempt in range(2):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0:
+            return done.stdout
+        time.sleep(attempt)
+    return None

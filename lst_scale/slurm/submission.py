@@ -1,0 +1,169 @@
+"""Run folders into the queue: submitit writes the script, one Slurm task a GPU, no launcher in between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lst_scale.errors import ArgumentError
+from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.slurm import runs, snapshot
+from lst_scale.slurm.job import TrainJob
+from lst_scale.slurm.options import ClusterOptions
+
+MAX_TIMEOUTS = 1000  # submitit gives up after these; long trainings meet their time limit often
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a submission would do."""
+
+    new: list[Recipe]
+    skipped: list[tuple[Recipe, str]]  # with the reason
+
+
+def plan(recipes: Sequence[Recipe]) -> Plan:
+    """Divide recipes into those to submit and those that are finished or in the queue already.
+
+    Raises:
+        ArgumentError: two recipes share a folder, or a folder holds a run of another recipe.
+    """
+    folders = [runs.folder_of(recipe) for recipe in recipes]
+    twice = {folder.name for folder in folders if folders.count(folder) > 1}
+    if twice:
+        raise ArgumentError(f"{len(recipes)} members would share the folders {', '.join(sorted(twice))}: sweep name= too")
+    queue = runs.queue() or {}
+    new, skipped = [], []
+    for recipe, folder in zip(recipes, folders, strict=True):
+        job = runs.last_job(folder)
+        stored = folder / runs.RECIPE
+        if stored.exists() and stored.read_text() != to_yaml(recipe):
+            raise ArgumentError(f"{folder} holds a run of another recipe: change name= or output_dir=, or remove the folder")
+        if (folder / runs.RESULT).exists():
+            skipped.append((recipe, "finished"))
+        elif job is not None and job["job"] in queue:
+            skipped.append((recipe, f"in the queue as {job['job']}"))
+        else:
+            new.append(recipe)
+    return Plan(new=new, skipped=skipped)
+
+
+def submit(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> list[str]:
+    """Queue recipes that `plan` found new, as one job or one job array, and return their job ids.
+
+    Args:
+        at_most: how many of them may run at once.
+    """
+    root = _root(recipes)
+    setup = list(options.setup)
+    if use_snapshot:
+        setup.append(f"export PYTHONPATH={shlex.quote(str(snapshot.take(root / '.snapshots')))}:$PYTHONPATH")
+    jobs: list[str] = []
+    for start in range(0, len(recipes), limit := _largest_array()):
+        part = recipes[start : start + limit]
+        executor = make_executor(root, options, setup, at_most=at_most, name=part[0].name)
+        for recipe in part:
+            folder = runs.folder_of(recipe)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / runs.RECIPE).write_text(to_yaml(recipe))
+        with _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
+            submitted = [executor.submit(_job(recipe, options)) for recipe in part]
+        for recipe, job in zip(part, submitted, strict=True):
+            record = {"job": job.job_id, "time": time.time(), "log": str(job.paths.stdout), "options": options.model_dump(mode="json")}
+            runs.append(runs.folder_of(recipe) / runs.JOBS, record)
+            jobs.append(job.job_id)
+    return jobs
+
+
+def script(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> str:
+    """Return the sbatch script that `submit` would hand in, without writing anything."""
+    root = _root(recipes)
+    setup = list(options.setup)
+    if use_snapshot:
+        setup.append(f"export PYTHONPATH={shlex.quote(str(root / '.snapshots'))}/HASH-OF-THE-CODE:$PYTHONPATH")
+    executor = make_executor(root, options, setup, at_most=at_most, name=recipes[0].name)
+    if len(recipes) > 1:
+        executor.parameters["map_count"] = len(recipes)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, uuid.uuid4().hex)
+    return text
+
+
+def make_executor(root: Path, options: ClusterOptions, setup: list[str], *, at_most: int, name: str) -> Any:
+    """Return a submitit executor for these options."""
+    import submitit
+
+    folder = root / ".slurm" / "%j"
+    with _srun_present():
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=options.python)
+    named = {key: getattr(options, key) for key in ("partition", "account", "qos", "constraint")}
+    executor.update_parameters(
+        job_name=name,
+        time=options.minutes,
+        nodes=options.nodes,
+        ntasks_per_node=options.tasks,
+        cpus_per_task=options.cpus_per_task,
+        **{key: value for key, value in named.items() if value is not None},
+        **({"gpus_per_node": options.gpus_per_node} if options.gpus_per_node else {}),
+        array_parallelism=at_most,
+        signal_delay_s=options.signal_delay,
+        stderr_to_stdout=True,
+        setup=setup,
+        # A dead rank ends the job; CPUs are not inherited from sbatch since Slurm 22.05; sites set --export=NONE.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}", "--export=ALL"],
+        additional_parameters={"requeue": True} | ({"mem": options.memory} if options.memory else {}) | options.further,
+    )
+    return executor
+
+
+def _job(recipe: Recipe, options: ClusterOptions) -> TrainJob:
+    return TrainJob(
+        str(runs.folder_of(recipe)),
+        cpu=options.gpus_per_node == 0,
+        threads=options.cpus_per_task,
+        max_starts_without_progress=options.max_starts_without_progress,
+    )
+
+
+def _root(recipes: Sequence[Recipe]) -> Path:
+    return Path(recipes[0].output_dir).resolve()
+
+
+def _largest_array() -> int:
+    """Return how many elements a job array may have here; 1000 where Slurm does not say."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=20, check=False)
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+        if found:
+            return max(1, int(found[1]) - 1)
+    return 1000
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Hide the variables of a surrounding job from sbatch; submitit would hide SLURM_CONF too, and find no cluster."""
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _srun_present() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArgumentError("there is no srun on this machine: submit from a login node, or add --local") from error

@@ -1,0 +1,11 @@
+"""`lst-scale slurm collect` from a checkout."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its file names are common words
+
+from lst_scale.slurm.cli import main
+
+if __name__ == "__main__":
+    main("collect")
