@@ -75,7 +75,7 @@ def submit(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, 
             folder = runs.folder_of(recipe)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / runs.RECIPE).write_text(to_yaml(recipe))
-        with _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
+        with _sbatch_errors(), _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
             submitted = [executor.submit(_job(recipe, options)) for recipe in part]
         for recipe, job in zip(part, submitted, strict=True):
             record = {"job": job.job_id, "time": time.time(), "log": str(job.paths.stdout), "options": options.model_dump(mode="json")}
@@ -159,6 +159,18 @@ def _outside_any_job() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _sbatch_errors() -> Iterator[None]:
+    """Turn sbatch's refusal into one line."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        yield
+    except FailedJobError as error:
+        lines = [line for line in str(error).splitlines() if "sbatch: error:" in line] or [str(error).strip().splitlines()[-1]]
+        raise ArgumentError(f"sbatch refused: {lines[0].split('error: ')[-1]}") from error
 
 
 @contextlib.contextmanager
