@@ -8,7 +8,7 @@ CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_N
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: setup quickstart test test-fast lint clean
+.PHONY: setup debian quickstart test test-fast lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe quickstart --overwrite
 
-test: setup
+# Real Slurm and asynchronous disk I/O for the tests that need them, from Debian; where that can't be, these tests fail and say so.
+debian:
+	bash tests/mini_slurm.sh install
+
+test: setup debian
 	$(OFFLINE) $(CPU) $(BIN)/python -m pytest
 
 test-fast: setup

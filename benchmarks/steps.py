@@ -4,7 +4,8 @@
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
-A case is METHOD:PRECISION. Columns: seconds a step (median), the same over the first case's; bytes that the forward pass saved for the
+A case is METHOD:PRECISION; lst-streamed keeps the backbone's blocks in host memory, and transfer only copies them to the device, the
+floor of its time. Columns: seconds a step (median), the same over the first case's; bytes that the forward pass saved for the
 backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights included. Weights may be random:
 time and memory do not ask what they are. Without a GPU, quote ratios only.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METHODS = ("forward", "lst", "lora", "lora-checkpointed", "full", "full-checkpointed")
+METHODS = ("forward", "lst", "lst-streamed", "transfer", "lora", "lora-checkpointed", "full", "full-checkpointed")
 LORA_RANK = 32
 Step = Callable[[], Tensor]
 
@@ -37,15 +38,32 @@ def make_batch(options: argparse.Namespace, device: torch.device) -> dict[str, T
     return {"input_ids": source.to(device), "attention_mask": torch.ones_like(source).to(device), "labels": labels.to(device)}
 
 
-def ladder_loss(options: argparse.Namespace, precision: str, device: torch.device, batch: dict[str, Tensor], *, train: bool) -> Any:
+def copy_all(conveyor: Any) -> Step:
+    """Return a function that brings every block to the device once and computes nothing."""
+
+    def step() -> Tensor:
+        for index in range(len(conveyor.blocks)):
+            conveyor.source.start(index, conveyor.slots[index % 2], None).wait()
+        return conveyor.slots[0][:1].float()
+
+    return step
+
+
+def ladder_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """Return (loss function, trainable parameters, the model's own tensors) of the ladder, or of its backbone's forward pass alone."""
-    from lst_scale.backbone.local import LocalBackbone
+    from lst_scale import distributed
+    from lst_scale.backbone.place import load_placed
     from lst_scale.backbone.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
-    from lst_scale.recipe import LstRecipe
+    from lst_scale.recipe import BackboneRecipe, LstRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
-    backbone = LocalBackbone.load(str(options.checkpoint), precision=precision, device=device)
+    placement = "replicated" if method in ("forward", "lst") else "streamed"
+    wanted = {"checkpoint": str(options.checkpoint), "precision": precision, "placement": placement}
+    backbone = load_placed(BackboneRecipe.model_validate(wanted), distributed.connect())
+    if method == "transfer":
+        assert backbone.conveyor is not None
+        return copy_all(backbone.conveyor), [], backbone.conveyor.slots
     layers = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
     recipe = LstRecipe(
         name="lst",
@@ -59,12 +77,13 @@ def ladder_loss(options: argparse.Namespace, precision: str, device: torch.devic
 
     def loss() -> Tensor:
         taps = backbone(batch["input_ids"], batch["attention_mask"], decoder_ids, side.request)
-        if not train:
+        if method == "forward":
             return taps.decoder.hidden[-1].float().mean()
         nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
         return nll / count
 
-    return loss, list(side.parameters()) if train else [], list(held_tensors(backbone._model))
+    slots = backbone.conveyor.slots if backbone.conveyor is not None else []
+    return loss, list(side.parameters()) if method != "forward" else [], [*held_tensors(backbone._model), *slots]
 
 
 def whole_model_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
@@ -105,8 +124,8 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batch = make_batch(options, device)
-    if method in ("forward", "lst"):
-        loss, trained, weights = ladder_loss(options, precision, device, batch, train=method == "lst")
+    if method in ("forward", "lst", "lst-streamed", "transfer"):
+        loss, trained, weights = ladder_loss(options, method, precision, device, batch)
     else:
         loss, trained, weights = whole_model_loss(options, method, precision, device, batch)
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None

@@ -56,7 +56,7 @@ def test_every_command_of_the_readme_exists() -> None:
     for line in lines:
         for target in re.findall(r"^make ([a-z-]+)", line):
             assert target in targets, line
-        for path in re.findall(r"(?<![\w/])(?:lst_scale|benchmarks|pretraining)/[\w/]+\.py", line):
+        for path in re.findall(r"(?<![\w/])(?:lst_scale|benchmarks|pretraining|slurm)/[\w/]+\.py", line):
             assert (ROOT / path).is_file(), line
         for name in re.findall(r"--recipe ([\w.-]+)", line):
             assert (ROOT / "recipes" / f"{name}.yaml").is_file(), line
