@@ -127,12 +127,16 @@ class BackboneRecipe(_Section):
 
 class LstRecipe(_Section):
     name: Literal["lst"]
-    design: Literal["transformer"] = "transformer"
+    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"
     reduction_factor: Count = 8
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "random"] = "pruning"
     merge_last: bool = False
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
+    start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
+    gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"
+    side_heads: Count | None = None  # None: the backbone's
+    downsample_rank: Count | None = None  # two narrower linears for each downsample
     dropout: Share | None = None  # None: the backbone's
     precision: Literal["fp32", "bf16"] = "fp32"  # of the side network's arithmetic; its weights stay float32
 
@@ -142,6 +146,12 @@ class LstRecipe(_Section):
         if value in ("fp16", "float16", "half"):
             raise ValueError(FP16_REASON)
         return value
+
+    @model_validator(mode="after")
+    def _something_to_prune(self) -> LstRecipe:
+        if self.design == "adapter" and self.initialization != "random":
+            raise ValueError("design adapter has no blocks to carve out of the backbone: write initialization: random")
+        return self
 
     @field_validator("side_layers")
     @classmethod

@@ -17,6 +17,7 @@ from lst_scale.side.initialize import initialize_by_pruning
 
 PARITY = Path(__file__).parent / "parity"
 TRANSFORMER = sorted(PARITY.glob("transformer_*.safetensors"))
+OTHERS = sorted([*PARITY.glob("adapter_*.safetensors"), *PARITY.glob("cross_attention_*.safetensors")])
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,7 +62,7 @@ def ladder(config: dict[str, Any], tensors: dict[str, Tensor]) -> LadderModel:
     return model
 
 
-@pytest.mark.parametrize("path", TRANSFORMER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TRANSFORMER, *OTHERS], ids=lambda path: path.stem)
 def test_loss_logits_and_every_gradient_equal_the_release(path: Path) -> None:
     config, tensors = read(path)
     model = ladder(config, tensors)

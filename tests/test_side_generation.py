@@ -15,6 +15,9 @@ LADDERS: dict[str, dict[str, Any]] = {
     "two layers": {"side_layers": (0, 2)},
     "last layer only": {"side_layers": (2,)},
     "merge_last": {"side_layers": (1, 2), "merge_last": True},
+    "cross attention": {"design": "cross_attention", "side_layers": (0, 2)},
+    "adapter": {"design": "adapter", "side_layers": (0, 2), "gate": "per_channel"},
+    "fewer heads": {"side_layers": (0, 2), "side_heads": 2, "downsample_rank": 3, "gate": "none"},
 }
 NUM_NEW = 7
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from tiny import batch, tiny_ladder, tiny_t5
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
-from lst_scale import LadderModel
+from lst_scale import LadderConfig, LadderModel
+from lst_scale.errors import LadderError
+from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy, shift_right
 from lst_scale.side.network import Gate, SideNetwork
+from lst_scale.side.parts import make_gate
 
 
 def test_only_kept_layers_have_a_block_a_downsample_and_a_gate() -> None:
@@ -183,3 +188,75 @@ def test_normalised_taps_have_no_scale(normalize_taps: bool) -> None:
     grown = [replace(s, hidden=tuple(t * 7.0 ** (i + 1) for i, t in enumerate(s.hidden))) for s in (taps.encoder, taps.decoder)]
     same = torch.allclose(model.side(replace(taps, encoder=grown[0], decoder=grown[1])), model.side(taps), rtol=1e-4, atol=1e-4)
     assert same is normalize_taps
+
+
+DESIGNS: list[dict[str, Any]] = [
+    {"design": "cross_attention"},
+    {"design": "adapter"},
+    {"gate": "per_channel", "side_heads": 2},
+    {"downsample_rank": 3, "gate": "fixed"},
+    {"merge_last": True, "start_as_backbone": True, "gate": "none"},
+]
+
+
+@pytest.mark.parametrize("options", DESIGNS, ids=str)
+def test_every_weight_of_every_design_trains_and_none_is_read_outside_its_module(options: dict[str, Any]) -> None:
+    model = tiny_ladder(**options).train()
+    model(**batch()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_ladder_that_starts_as_the_backbone_predicts_what_the_backbone_predicts() -> None:
+    backbone, inputs = tiny_t5(), batch()
+    fresh = LadderModel(backbone, LadderConfig(reduction_factor=2, side_layers=(0, 2), merge_last=True, start_as_backbone=True)).eval()
+    torch.testing.assert_close(fresh(**inputs).logits, backbone(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(tiny_ladder(backbone, merge_last=True)(**inputs).logits, backbone(**inputs).logits, atol=1e-2)
+
+
+def test_gates_weigh_side_and_tap_as_they_say() -> None:
+    side, tap = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    gates = {name: make_gate(LadderConfig(side_layers=(0,), gate=name), 4) for name in ("learnable", "per_channel", "fixed", "none")}
+    for name in ("learnable", "per_channel", "fixed"):  # all start at half
+        torch.testing.assert_close(gates[name](side, tap), (side + tap) / 2)
+    torch.testing.assert_close(gates["none"](side, tap), side + tap)
+    counts = {name: sum(p.numel() for p in gate.parameters()) for name, gate in gates.items()}
+    assert counts == {"learnable": 1, "per_channel": 4, "fixed": 0, "none": 0}
+    with torch.no_grad():
+        gates["per_channel"].alpha[1] = 10.0  # this channel takes the side state alone
+    torch.testing.assert_close(gates["per_channel"](side, tap)[..., 1], side[..., 1])
+
+
+def test_fewer_heads_and_a_two_step_downsample_make_what_they_say() -> None:
+    side = tiny_ladder(side_heads=2, downsample_rank=3).side
+    attention = side.encoder.blocks["0"].layer[0].SelfAttention
+    assert attention.n_heads == 2 and attention.relative_attention_bias.weight.shape == (32, 2)
+    assert side.encoder.downsamples["0"].first.weight.shape == (3, 32) and side.encoder.downsamples["0"].second.weight.shape == (16, 3)
+
+
+@pytest.mark.parametrize("options", [{"design": "cross_attention"}, {"side_heads": 2}], ids=str)
+def test_pruning_starts_every_narrow_design(options: dict[str, Any]) -> None:
+    backbone = tiny_t5()
+    model = LadderModel(backbone, LadderConfig(reduction_factor=2, side_layers=(0, 2), **options))
+    before = model.side.encoder.blocks["2"].layer[0].SelfAttention.q.weight.clone()
+    initialize_by_pruning(model.side, dict(backbone.named_parameters()).__getitem__)
+    block = model.side.encoder.blocks["2"]
+    assert not torch.equal(block.layer[0].SelfAttention.q.weight, before)
+    if "design" in options:  # the ladder's attention starts as the self-attention
+        assert torch.equal(block.layer[1].EncDecAttention.q.weight, block.layer[0].SelfAttention.q.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"design": "adaptor"}, "Did you mean 'adapter'?"),
+        ({"gate": "learned"}, "Did you mean 'learnable'?"),
+        ({"start_as_backbone": True}, "has no effect without merge_last"),
+        ({"design": "adapter", "downsample_rank": 2}, "downsample_rank has no effect on design adapter"),
+        ({"design": "cross_attention", "gate": "none"}, "gate none has no effect on design cross_attention"),
+        ({"side_heads": 0}, "side_heads 0 must be a whole number of at least 1"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LadderError, match=re.escape(message)):
+        LadderConfig(side_layers=(0,), **options)

@@ -18,6 +18,10 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
         side_layers=tuple(every) if method.side_layers == "all" else method.side_layers,
         merge_last=method.merge_last,
         normalize_taps=method.normalize_taps,
+        start_as_backbone=method.start_as_backbone,
+        gate=method.gate,
+        side_heads=method.side_heads,
+        downsample_rank=method.downsample_rank,
         dropout=method.dropout,
         precision=method.precision,
     )

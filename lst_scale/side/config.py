@@ -10,7 +10,8 @@ from operator import index
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import LadderError, did_you_mean
 
-DESIGNS = ("transformer",)
+DESIGNS = ("transformer", "cross_attention", "adapter")
+GATES = ("learnable", "per_channel", "fixed", "none")
 PRECISIONS = ("fp32", "bf16")
 GATE_TEMPERATURE = 0.1  # the paper's, for every gate
 
@@ -20,10 +21,16 @@ class LadderConfig:
     """The design of a side network (Sung et al. 2022, section 3).
 
     Args:
-        design: "transformer": the backbone's block class at 1/r of its widths, fed through gates.
+        design: "transformer": the backbone's block class at 1/r of its widths, fed through gates. "cross_attention": the same, fed by
+            an attention to the taps. "adapter": adapters at full width with gates; r gives the bottleneck d_model / r.
         reduction_factor: r; divides d_model, d_ff and d_kv. The number of heads stays.
         side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending.
         merge_last: mix the backbone's final decoder state into the output through one more gate.
+        start_as_backbone: with merge_last, add the upsampled side state to the backbone's final state without a gate, from an upsample
+            of zeros: the first prediction is the backbone's own (PAC, arXiv 2408.10746; QST, READ and SHERL have it in some form).
+        gate: "learnable" (the paper's scalar), "per_channel" (QST), "fixed" (always half), "none" (plain sum, PAC).
+        side_heads: attention heads of side blocks; None: the backbone's. Score maps do not shrink with r, but they do with this.
+        downsample_rank: two narrower linears, d -> rank -> d/r, for each downsample (QST); None: one.
         normalize_taps: RMS-normalise every block's tap before its downsample, without a learned scale (the downsample has one). A
             pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
             the downsample for the same reason. Not in the paper, hence off.
@@ -37,6 +44,10 @@ class LadderConfig:
     side_layers: Sequence[int]
     merge_last: bool = False
     normalize_taps: bool = False
+    start_as_backbone: bool = False
+    gate: str = "learnable"
+    side_heads: int | None = None
+    downsample_rank: int | None = None
     gate_temperature: float = GATE_TEMPERATURE
     dropout: float | None = None
     precision: str = "fp32"
@@ -50,6 +61,9 @@ class LadderConfig:
             raise LadderError(f"reduction_factor {self.reduction_factor!r} must be a whole number, such as 8")
         if self.design not in DESIGNS:
             raise LadderError(f"design {self.design!r} is unknown.{did_you_mean(self.design, DESIGNS)}")
+        if self.gate not in GATES:
+            raise LadderError(f"gate {self.gate!r} is unknown.{did_you_mean(self.gate, GATES)}")
+        self._refuse_what_has_no_effect()
         if self.precision not in PRECISIONS:
             raise LadderError(f"side network precision {self.precision!r} is unknown: write fp32 or bf16 (fp16 overflows in T5)")
         layers = self.side_layers
@@ -59,6 +73,20 @@ class LadderConfig:
             raise LadderError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not self.gate_temperature > 0:
             raise LadderError(f"gate_temperature {self.gate_temperature} must be above 0")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        if self.start_as_backbone and not self.merge_last:
+            raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
+        if self.start_as_backbone and self.design == "adapter":
+            raise LadderError("start_as_backbone needs an upsample that starts at zero, which design adapter lacks: choose another design")
+        if self.design == "cross_attention" and self.gate != "learnable":
+            raise LadderError(f"gate {self.gate} has no effect on design cross_attention, which has no gates: remove it")
+        if self.design == "adapter" and self.downsample_rank is not None:
+            raise LadderError("downsample_rank has no effect on design adapter, which does not downsample taps: remove it")
+        for name in ("side_heads", "downsample_rank"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise LadderError(f"{name} {value!r} must be a whole number of at least 1")
 
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""

@@ -31,7 +31,7 @@ class Shape:
 
 
 def trainable_parameters(shape: Shape, method: LstRecipe) -> int:
-    """Return the weights of a "transformer" side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
+    """Return the weights of a side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
     r = method.reduction_factor
     bad = [f"{name} {value}" for name, value in (("d_model", shape.d_model), ("d_ff", shape.d_ff), ("d_kv", shape.d_kv)) if value % r]
     if bad:
@@ -40,14 +40,33 @@ def trainable_parameters(shape: Shape, method: LstRecipe) -> int:
     kept = depth if method.side_layers == "all" else len(method.side_layers)
     if method.side_layers != "all" and method.side_layers[-1] >= depth:
         raise LadderError(f"side_layers names block {method.side_layers[-1]}, but this backbone has blocks 0 to {depth - 1}")
-    width, inner, hidden = shape.d_model // r, shape.num_heads * (shape.d_kv // r), shape.d_ff // r
+    if method.design == "adapter":
+        return _adapter_design(shape, method, kept)
+    heads = method.side_heads or shape.num_heads
+    width, inner, hidden = shape.d_model // r, heads * (shape.d_kv // r), shape.d_ff // r
     feed_forward = (3 if shape.gated else 2) * width * hidden + width
     attention = 4 * width * inner + width
+    ladder = 2 * attention if method.design == "cross_attention" else 0  # one more attention in the block of either stack
     downsample = shape.d_model * width + width
-    per_stack = kept * (downsample + 1) + downsample + width + shape.num_buckets * shape.num_heads
-    blocks = kept * ((attention + feed_forward) + (2 * attention + feed_forward))
+    if method.downsample_rank is not None:
+        downsample = shape.d_model * method.downsample_rank + method.downsample_rank * width + width
+    gate = 0 if method.design == "cross_attention" else _gate(method, width)
+    per_stack = kept * (downsample + gate) + downsample + width + shape.num_buckets * heads
+    blocks = kept * ((attention + feed_forward) + (2 * attention + feed_forward) + ladder)
     upsample = width * shape.d_model + shape.d_model
-    return 2 * per_stack + blocks + upsample + int(method.merge_last)
+    return 2 * per_stack + blocks + upsample + int(method.merge_last and not method.start_as_backbone)
+
+
+def _adapter_design(shape: Shape, method: LstRecipe, kept: int) -> int:
+    d, r = shape.d_model, method.reduction_factor
+    width, inner = d // r, (method.side_heads or shape.num_heads) * (shape.d_kv // r)
+    adapter = d + (d * width + width) + (width * d + d)
+    cross = (d * width + width) + (width * d + d) + 4 * width * inner + width
+    return kept * (4 * adapter + cross + 2 * _gate(method, d)) + 2 * d + int(method.merge_last)
+
+
+def _gate(method: LstRecipe, width: int) -> int:
+    return {"learnable": 1, "per_channel": width, "fixed": 0, "none": 0}[method.gate]
 
 
 def backbone_parameters(shape: Shape) -> int:

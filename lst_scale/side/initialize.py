@@ -8,13 +8,14 @@ full-precision copy. Every block must be visited, because the chain of indices r
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF, T5LayerNorm
 
 from lst_scale.errors import LadderError
-from lst_scale.side.network import Gate, SideNetwork, SideStack
+from lst_scale.side.network import Gate, SideNetwork, TwoStepDownsample
 
 WeightSource = Callable[[str], Tensor]
 LADDER_STD = 0.01  # of downsamples and upsample, the release's
@@ -26,7 +27,7 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
 
     | weight | start |
     | --- | --- |
-    | downsamples, upsample | N(0, 0.01^2), bias 0 |
+    | downsamples, upsample, adapters | N(0, 0.01^2), bias 0; the upsample 0 with start_as_backbone |
     | gates | alpha 0, mu 1/2 |
     | norms | 1 |
     | q | N(0, 1 / (width * d_kv)): T5 attention has no 1/sqrt(d_kv), the start carries it |
@@ -59,14 +60,20 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
             for linear in module.DenseReluDense.children():
                 if isinstance(linear, nn.Linear):
                     normal(linear.weight, linear.in_features**-0.5)
-    for stack in (side.encoder, side.decoder):
-        for linear in (stack.first_downsample, *stack.downsamples.values()):
-            assert isinstance(linear, nn.Linear)
-            normal(linear.weight, LADDER_STD)
-            linear.bias.zero_()
-    normal(side.upsample.weight, LADDER_STD)
-    side.upsample.bias.zero_()
-    if weights is not None:
+    in_blocks = {id(linear) for m in side.modules() if isinstance(m, T5Attention | T5LayerFF) for linear in m.modules()}
+    for module in side.modules():
+        if isinstance(module, nn.Linear) and id(module) not in in_blocks:
+            normal(module.weight, LADDER_STD)
+            if module.bias is not None:
+                module.bias.zero_()
+    for module in side.modules():
+        if isinstance(module, TwoStepDownsample):  # together they scale as one downsample does
+            normal(module.first.weight, module.first.in_features**-0.5)
+            normal(module.second.weight, LADDER_STD * (module.first.in_features / module.second.in_features) ** 0.5)
+    if side.config.start_as_backbone:
+        assert isinstance(side.upsample, nn.Linear)
+        side.upsample.weight.zero_()
+    if weights is not None and side.config.design != "adapter":
         for prefix, stack in (("encoder", side.encoder), ("decoder", side.decoder)):
             _copy_position_table(prefix, stack, weights)
 
@@ -81,13 +88,16 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
         importance: reads a weight's importance, of the same shape; None takes the weight itself (its magnitude counts).
     """
     spec, r = side.spec, side.config.reduction_factor
-    chain = _Chain(weights, importance or weights, r, gated=spec.feed_forward_proj.startswith("gated"))
+    if side.config.design == "adapter":
+        raise LadderError("design adapter has no blocks to carve out of the backbone: write method.initialization=random")
+    inner = (side.config.side_heads or spec.num_heads) * spec.d_kv // r
+    chain = _Chain(weights, importance or weights, r, inner, gated=spec.feed_forward_proj.startswith("gated"))
     chain.start("shared.weight")
     for prefix, stack, num_layers in (("encoder", side.encoder, spec.num_layers), ("decoder", side.decoder, spec.num_decoder_layers)):
         for layer in range(num_layers):
             pruned = chain.block(f"{prefix}.block.{layer}", is_decoder=prefix == "decoder")
             if str(layer) in stack.blocks:
-                _copy(stack.blocks[str(layer)], pruned)
+                _copy(stack.blocks[str(layer)], pruned if side.config.design == "transformer" else _with_ladder_attention(pruned))
         stack.final_norm.weight.copy_(chain.norm(f"{prefix}.final_layer_norm.weight"))
         _copy_position_table(prefix, stack, weights)
 
@@ -95,8 +105,8 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
 class _Chain:
     """Walks the backbone in order; `kept` are the residual coordinates that the last sublayer kept."""
 
-    def __init__(self, weights: WeightSource, importance: WeightSource, r: int, *, gated: bool) -> None:
-        self.weights, self.importance, self.r, self.gated = weights, importance, r, gated
+    def __init__(self, weights: WeightSource, importance: WeightSource, r: int, inner: int, *, gated: bool) -> None:
+        self.weights, self.importance, self.r, self.inner, self.gated = weights, importance, r, inner, gated
         self.same = importance is weights
         self.kept = torch.empty(0, dtype=torch.long)
 
@@ -136,7 +146,7 @@ class _Chain:
             # Importances are squared gradients: a product of three underflows float32, a sum of float64 logarithms does not.
             log_products.append(importance.abs().double().log())
         # One matrix or a product of several: wi_0 and wi_1 of a gated feed-forward multiply unit by unit, as q, k and v do.
-        rows = self._largest(torch.stack(log_products).sum(0).logsumexp(1))
+        rows = self._largest(torch.stack(log_products).sum(0).logsumexp(1), None if out == "wo" else self.inner)
         full = f"{prefix}.{path}.{out}.weight"
         weight = self.weights(full)
         importance = self._importance(full, weight)[:, rows]
@@ -147,10 +157,9 @@ class _Chain:
     def _importance(self, name: str, weight: Tensor) -> Tensor:
         return weight if self.same else self.importance(name)
 
-    def _largest(self, scores: Tensor) -> Tensor:
-        """Return the indices of the largest 1/r of `scores`, ascending."""
-        size = len(scores) // self.r
-        return scores.topk(size).indices.sort().values
+    def _largest(self, scores: Tensor, size: int | None = None) -> Tensor:
+        """Return the indices of the `size` largest of `scores`, by default 1/r of them, ascending."""
+        return scores.topk(size or len(scores) // self.r).indices.sort().values
 
 
 def _copy(block: nn.Module, pruned: dict[str, Tensor]) -> None:
@@ -160,10 +169,23 @@ def _copy(block: nn.Module, pruned: dict[str, Tensor]) -> None:
         parameter.copy_(pruned[name])
 
 
-def _copy_position_table(prefix: str, stack: SideStack, weights: WeightSource) -> None:
-    """The first side block starts with the backbone's whole table: heads are not reduced."""
+def _with_ladder_attention(pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a block's weights with the self-attention's once more as its ladder attention, layer 1; later layers move up by one."""
+    moved = {}
+    for name, tensor in pruned.items():
+        layer, rest = name.removeprefix("layer.").split(".", 1)
+        moved[f"layer.{int(layer) + (layer != '0')}.{rest}"] = tensor
+        if layer == "0":
+            moved[f"layer.1.{rest.replace('SelfAttention', 'EncDecAttention')}"] = tensor
+    return moved
+
+
+def _copy_position_table(prefix: str, stack: Any, weights: WeightSource) -> None:
+    """The first side block starts with the backbone's whole table; with fewer heads, with that of every so-manieth."""
     table = weights(f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     (parameter,) = (p for name, p in stack.blocks.named_parameters() if "relative_attention_bias" in name)
+    if parameter.shape[1] < table.shape[1]:
+        table = table[:, torch.arange(parameter.shape[1]) * table.shape[1] // parameter.shape[1]]
     if parameter.shape != table.shape:
         raise LadderError(f"the backbone's position table is {tuple(table.shape)}, the side network's {tuple(parameter.shape)}")
     parameter.copy_(table)

@@ -76,7 +76,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             d_model=spec.d_model,
             d_kv=spec.d_kv,
             num_heads=spec.num_heads,
-            num_layers=spec.num_decoder_layers + len(side.config.side_layers),
+            num_layers=spec.num_decoder_layers + len(side.config.side_layers) * (2 if side.config.design == "cross_attention" else 1),
             pad_token_id=spec.pad_token_id,
             eos_token_id=spec.eos_token_id,
             decoder_start_token_id=spec.decoder_start_token_id,

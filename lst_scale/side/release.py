@@ -17,7 +17,18 @@ from torch import Tensor
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import LadderError
 
+# In order: the first that matches. Those of the adapter design's blocks come before those of narrow blocks.
+_ADAPTER = r"^(encoder|decoder)\.blocks\.(\d+)\."
 _RULES = (
+    (_ADAPTER + r"gate\.alpha$", r"\1.block.\2.side_gate_params.0"),
+    (_ADAPTER + r"(downsample|upsample)\.", r"\1.block.\2.side_\3."),
+    (_ADAPTER + r"before\.layer_norm\.", r"\1.block.\2.side_ladder_module.0.layer_norm."),
+    (_ADAPTER + r"before\.(down|up)\.", r"\1.block.\2.side_ladder_module.0.adapter_layer.adapters.t.\3_sampler."),
+    (_ADAPTER + r"cross\.", r"\1.block.\2.side_ladder_module.1."),
+    (r"^encoder\.blocks\.(\d+)\.after\.layer_norm\.", r"encoder.block.\1.side_ladder_module.1.layer_norm."),
+    (r"^decoder\.blocks\.(\d+)\.after\.layer_norm\.", r"decoder.block.\1.side_ladder_module.2.layer_norm."),
+    (r"^encoder\.blocks\.(\d+)\.after\.(down|up)\.", r"encoder.block.\1.side_ladder_module.1.adapter_layer.adapters.t.\2_sampler."),
+    (r"^decoder\.blocks\.(\d+)\.after\.(down|up)\.", r"decoder.block.\1.side_ladder_module.2.adapter_layer.adapters.t.\2_sampler."),
     (r"^(encoder|decoder)\.first_downsample\.", r"\1.side_first_downsample."),
     (r"^(encoder|decoder)\.downsamples\.", r"\1.side_downsamples."),
     (r"^(encoder|decoder)\.blocks\.", r"\1.side_block."),

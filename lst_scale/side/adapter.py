@@ -1,0 +1,88 @@
+"""The design "adapter block + gates" of the paper's supplement: the side state has the backbone's full width.
+
+s = dropout(embedding)                                     A(x) = x + dropout(up(gelu_new(down(RMSNorm(x)))))
+for i in side_layers:
+    s = A0(s)
+    s = up_i(CrossAttention(down_i(s), down_i(encoder's side state)))     decoder only, at width d/r
+    s = mu * s + (1 - mu) * h_i
+    s = A1(s)
+s = dropout(RMSNorm(s))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNorm
+
+from lst_scale.backbone.masks import padding_mask
+from lst_scale.backbone.taps import BackboneSpec, StackTaps
+from lst_scale.side.config import LadderConfig
+from lst_scale.side.parts import SideEncoderState, make_gate, narrowed, normalized
+
+
+class SideAdapter(nn.Module):
+    """x + dropout(y + up(gelu_new(down(y)))) with y = RMSNorm(x): two residuals, as in the release."""
+
+    def __init__(self, d_model: int, bottleneck: int, dropout: float, epsilon: float) -> None:
+        super().__init__()
+        self.layer_norm = T5LayerNorm(d_model, eps=epsilon)
+        self.down = nn.Linear(d_model, bottleneck)
+        self.activation = NewGELUActivation()
+        self.up = nn.Linear(bottleneck, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.layer_norm(hidden)
+        result: Tensor = hidden + self.dropout(normed + self.up(self.activation(self.down(normed))))
+        return result
+
+
+class AdapterBlock(nn.Module):
+    """Adapter, in the decoder a narrow cross-attention, gate, adapter."""
+
+    def __init__(self, spec: BackboneSpec, config: LadderConfig, narrow: Any, layer_idx: int) -> None:
+        super().__init__()
+        parts = (spec.d_model, narrow.d_model, narrow.dropout_rate, narrow.layer_norm_epsilon)
+        self.before, self.after = SideAdapter(*parts), SideAdapter(*parts)
+        self.gate = make_gate(config, spec.d_model)
+        self.cross = T5LayerCrossAttention(narrow, layer_idx=layer_idx) if narrow.is_decoder else None
+        if self.cross is not None:
+            self.downsample = nn.Linear(spec.d_model, narrow.d_model)
+            self.upsample = nn.Linear(narrow.d_model, spec.d_model)
+
+    def forward(self, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, cache: Any) -> Tensor:
+        hidden = self.before(hidden)
+        if self.cross is not None:
+            assert encoder is not None
+            mask = padding_mask(encoder.attention_mask_BS)
+            keys = self.downsample(encoder.final_BSR)
+            narrow, _, _ = self.cross(self.downsample(hidden), key_value_states=keys, attention_mask=mask, past_key_values=cache)
+            hidden = self.upsample(narrow)
+        result: Tensor = self.after(self.gate(hidden, tap))
+        return result
+
+
+class AdapterStack(nn.Module):
+    """The ladder beside one stack of the backbone."""
+
+    def __init__(self, spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> None:
+        super().__init__()
+        narrow = narrowed(spec, config, is_decoder=is_decoder)
+        self.normalize_taps = config.normalize_taps
+        self.dropout = nn.Dropout(narrow.dropout_rate)
+        first = spec.num_decoder_layers
+        self.blocks = nn.ModuleDict(
+            {str(layer): AdapterBlock(spec, config, narrow, first + j) for j, layer in enumerate(config.side_layers)}
+        )
+        self.final_norm = T5LayerNorm(spec.d_model, eps=narrow.layer_norm_epsilon)
+
+    def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
+        """Return the final side state (B, S or T, D). Nothing attends within a stack, so no mask is needed."""
+        hidden = self.dropout(taps.embedding)
+        for block, tap in zip(self.blocks.values(), taps.hidden, strict=True):
+            hidden = block(hidden, normalized(tap) if self.normalize_taps else tap, encoder, cache)
+        final: Tensor = self.dropout(self.final_norm(hidden))
+        return final

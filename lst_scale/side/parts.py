@@ -1,0 +1,108 @@
+"""What the designs share: gates, downsamples, narrow block configurations, and how a side network's parts are fed.
+
+Shapes: B rows, S source tokens, T target tokens, D = d_model, R = d_model / r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config
+
+from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.side.config import LadderConfig
+
+
+class Gate(nn.Module):
+    """mu * side + (1 - mu) * tap with mu = sigmoid(alpha / T); alpha starts at 0, so mu at 1/2.
+
+    One alpha, or one a channel (QST, Zhang et al., ACL 2024).
+    """
+
+    def __init__(self, temperature: float, channels: int = 1) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.temperature = temperature
+
+    def forward(self, side: Tensor, tap: Tensor) -> Tensor:
+        mu = torch.sigmoid(self.alpha / self.temperature)
+        return mu * side + (1 - mu) * tap
+
+
+class Mean(nn.Module):
+    """A gate that stays where it starts: half of each."""
+
+    def forward(self, side: Tensor, tap: Tensor) -> Tensor:
+        return 0.5 * (side + tap)
+
+
+class Sum(nn.Module):
+    """No gate: the plain sum (PAC, arXiv 2408.10746)."""
+
+    def forward(self, side: Tensor, tap: Tensor) -> Tensor:
+        return side + tap
+
+
+def make_gate(config: LadderConfig, width: int) -> nn.Module:
+    """Return the gate that `config.gate` names, for states of `width` channels."""
+    if config.gate == "fixed":
+        return Mean()
+    if config.gate == "none":
+        return Sum()
+    return Gate(config.gate_temperature, width if config.gate == "per_channel" else 1)
+
+
+class TwoStepDownsample(nn.Module):
+    """Linear d -> rank, then rank -> d/r: fewer weights than one step where rank < d/r (QST's "Adapter" downsample, without its SiLU)."""
+
+    def __init__(self, d_model: int, rank: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(d_model, rank, bias=False)
+        self.second = nn.Linear(rank, width)
+
+    def forward(self, tap: Tensor) -> Tensor:
+        narrow: Tensor = self.second(self.first(tap))
+        return narrow
+
+
+def make_downsample(config: LadderConfig, d_model: int, width: int) -> nn.Module:
+    """Return one rung of the ladder: d_model -> width, with bias."""
+    if config.downsample_rank is None:
+        return nn.Linear(d_model, width)
+    return TwoStepDownsample(d_model, config.downsample_rank, width)
+
+
+def normalized(tap: Tensor) -> Tensor:
+    """Return a tap with root mean square 1 in every position; the downsample after it has the scale."""
+    return nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideEncoderState:
+    """The side encoder's result, which the side decoder attends to under the backbone's padding mask."""
+
+    final_BSR: Tensor  # (B, S, R), or (B, S, D) for the adapter design
+    attention_mask_BS: Tensor
+
+
+def narrowed(spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> T5Config:
+    """Return the configuration of a side block: widths divided by r, heads unchanged unless `side_heads` says otherwise."""
+    r = config.reduction_factor
+    narrow = T5Config(
+        vocab_size=2,  # no embedding is made from it; it must only exceed the token ids that a configuration names
+        d_model=spec.d_model // r,
+        d_ff=spec.d_ff // r,
+        d_kv=spec.d_kv // r,
+        num_layers=len(config.side_layers),
+        num_heads=config.side_heads or spec.num_heads,
+        relative_attention_num_buckets=spec.relative_attention_num_buckets,
+        relative_attention_max_distance=spec.relative_attention_max_distance,
+        dropout_rate=spec.dropout_rate if config.dropout is None else config.dropout,
+        layer_norm_epsilon=spec.layer_norm_epsilon,
+        feed_forward_proj=spec.feed_forward_proj,
+        is_decoder=is_decoder,
+    )
+    narrow._attn_implementation = "sdpa"
+    return narrow
