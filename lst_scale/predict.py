@@ -14,9 +14,9 @@ from lst_scale.data.tasks import GLUE, Row, file_source, source_text
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.durable import write_file
 from lst_scale.errors import ArgumentError, DataError
+from lst_scale.methods import build_trainee, check_method
 from lst_scale.recipe import EvaluationRecipe, Recipe, load_recipe
 from lst_scale.run import RECIPE
-from lst_scale.side.model import LadderModel
 from lst_scale.training.evaluation import predict
 
 MAX_NEW_TOKENS = 64
@@ -37,12 +37,15 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
     records = files.load_records(str(source), "inputs")
     rows = [_row(recipe, record, str(source), number) for number, record in enumerate(records, start=1)]
     world = distributed.connect()
-    model = LadderModel.from_pretrained(run / "side_network", load_placed(recipe.backbone, world))
+    check_method(recipe)
+    trainee = build_trainee(recipe, load_placed(recipe.backbone, world), zero_stage=0)
+    weights = trainee.load(run / trainee.FOLDER)
     tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
     split = encode(rows, tokenizer, recipe.data.max_source_length, None)
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
     prefix = "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
-    predictions = predict(model, split, tokenizer, evaluation, labels, world, target_prefix=prefix, longest=MAX_NEW_TOKENS)
+    with trainee.answering(weights) as model:
+        predictions = predict(model, split, tokenizer, evaluation, labels, world, target_prefix=prefix, longest=MAX_NEW_TOKENS)
     lines = [json.dumps(dict(record) | {"prediction": text}, ensure_ascii=False) for record, text in zip(records, predictions, strict=True)]
 
     def write() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -101,7 +101,10 @@ class Streamed(_Section):
         return self
 
 
-Placement = decode.tagged(replicated=Replicated, tensor_parallel=TensorParallel, zero3=Zero3, streamed=Streamed)
+if TYPE_CHECKING:
+    Placement = Replicated | TensorParallel | Zero3 | Streamed
+else:
+    Placement = decode.tagged(replicated=Replicated, tensor_parallel=TensorParallel, zero3=Zero3, streamed=Streamed)
 
 
 class BackboneRecipe(_Section):
@@ -109,7 +112,7 @@ class BackboneRecipe(_Section):
     revision: str | None = None
     precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
     max_quantization_error: float | None = Field(default=None, gt=0)  # None: the precision's own
-    placement: Placement = Replicated(name="replicated")  # type: ignore[valid-type]
+    placement: Placement = Replicated(name="replicated")
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -159,6 +162,58 @@ class LstRecipe(_Section):
         if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
             raise ValueError(f"{list(layers)} must be ascending, each block once, at least one; or write all")
         return layers
+
+
+class _InsideRecipe(_Section):
+    """A method that trains inside the backbone."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; trained weights stay float32
+    gradient_checkpointing: bool = False  # keep blocks' inputs and run them again in the backward pass
+
+
+class FullRecipe(_InsideRecipe):
+    """Every weight (the paper: learning rate 3e-4)."""
+
+    name: Literal["full"]
+
+
+class LoraRecipe(_InsideRecipe):
+    """Low-rank updates by peft (the paper: rank 32, alpha 32, dropout 0.1, q and v of every attention, and BitFit's biases)."""
+
+    name: Literal["lora"]
+    rank: Count = 32
+    alpha: Count = 32
+    dropout: Share = 0.1
+    targets: tuple[Literal["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"], ...] = Field(default=("q", "v"), min_length=1)
+    bitfit: bool = False  # the release trains BitFit's biases too
+
+
+class PromptRecipe(_InsideRecipe):
+    """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
+
+    name: Literal["prompt"]
+    num_vectors: Count = 100
+
+
+class AdaptersRecipe(_InsideRecipe):
+    """Houlsby adapters after self-attention and feed-forward, and all norms (the paper: bottleneck 48, learning rate 3e-4)."""
+
+    name: Literal["adapters"]
+    bottleneck: Count = 48
+
+
+class BitfitRecipe(_InsideRecipe):
+    """Biases, which T5 lacks: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
+
+    name: Literal["bitfit"]
+
+
+if TYPE_CHECKING:
+    Method = LstRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
+else:
+    Method = decode.tagged(
+        lst=LstRecipe, full=FullRecipe, lora=LoraRecipe, prompt=PromptRecipe, adapters=AdaptersRecipe, bitfit=BitfitRecipe
+    )
 
 
 class OptimizerRecipe(_Section):
@@ -231,7 +286,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0)
     output_dir: str = "runs"
     backbone: BackboneRecipe
-    method: LstRecipe
+    method: Method
     optimizer: OptimizerRecipe = OptimizerRecipe()
     training: TrainingRecipe = TrainingRecipe()
     data: DataRecipe = DataRecipe()

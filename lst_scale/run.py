@@ -6,7 +6,7 @@ runs/NAME-TASK-seedN/
     metrics.jsonl      numbers: train, validation, gates
     checkpoints/       the newest ones, to resume from
     best/              weights of the best validation score
-    side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it
+    side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it; of other methods: trained/
     result.json        score, time, memory, counts, versions
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lst_scale import distributed
 from lst_scale.assets import load_ds_config
@@ -39,11 +39,10 @@ from lst_scale.distributed import World
 from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
-from lst_scale.methods.lst import build_side_network
+from lst_scale.methods import build_trainee, check_method
+from lst_scale.methods.base import trained_parameters
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.side.loss import shift_right
-from lst_scale.side.model import LadderModel, save_side_network
-from lst_scale.side.network import SideNetwork
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
 from lst_scale.training.evaluation import predict
@@ -65,6 +64,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         LstScaleError: anything the user can mend, in one line.
     """
     ds_config = load_ds_config(recipe.training.deepspeed)
+    check_method(recipe)
     world = distributed.connect()
     folder = Path(recipe.output_dir) / recipe.run_name
     distributed.on_main_rank(world, lambda: _prepare_folder(folder, recipe, resume=resume, overwrite=overwrite))
@@ -88,15 +88,16 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
         }
         distributed.poll_interruption(world)
-        side = build_side_network(recipe.method, backbone, recipe.seed)
+        trainee = build_trainee(recipe, backbone, zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0))
         if backbone.identity.precision in ("int8", "nf4"):
             logger.say(_check_quantization(backbone, splits["train"], recipe))
 
         identity = _identity(recipe, plan, backbone)
         checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
-        progress = _restore_weights(side, checkpoint, logger)
+        progress = _restore_weights(trainee.module, checkpoint, logger)
+        trainable = sum(parameter.numel() for parameter in trained_parameters(trainee.module).values())
         engine = build_engine(
-            side.to(world.device),
+            trainee.module.to(world.device),
             recipe.optimizer,
             ds_config,
             micro_batch_size=plan.micro_batch_size,
@@ -106,16 +107,15 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             restore_moments(engine, checkpoint.snapshot.moments, progress.step)
 
         def score_split(weights: dict[str, Tensor], name: str) -> Scores:
-            model = LadderModel.from_parts(backbone, _copy_of(side, weights).to(world.device))
-            texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world, target_prefix=task.target_prefix)
+            with trainee.answering(weights) as model:
+                texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world, target_prefix=task.target_prefix)
             return score(task, texts, [row.target for row in splits[name].rows])
 
         trainer = Trainer(
             world=world,
             recipe=recipe,
             plan=plan,
-            backbone=backbone,
-            request=side.request,
+            trainee=trainee,
             engine=engine,
             train_split=splits["train"],
             evaluate=lambda weights: score_split(weights, "validation"),
@@ -130,7 +130,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
         test_split = "test" if "test" in splits else "validation"
         scores = score_split(best, test_split)
-        distributed.on_main_rank(world, lambda: save_side_network(folder / "side_network", best, side.config, backbone))
+        distributed.on_main_rank(world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = {
             "name": recipe.name,
             "task": task.name,
@@ -140,7 +140,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             "majority": {name: round(value, 4) for name, value in majority_score(task, splits[test_split].rows).items()},
             "validation_score": progress.best_score,
             "best_step": progress.best_step,
-            **_measurements(progress, world, side, backbone),
+            "method": recipe.method.name,
+            **_measurements(progress, world, trainable, backbone),
+            "saved_bytes": sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
             **loading,
             "versions": _versions(),
             "command": sys.argv,
@@ -191,23 +193,18 @@ def _identity(recipe: Recipe, plan: Plan, backbone: LocalBackbone) -> dict[str, 
     }
 
 
-def _restore_weights(side: SideNetwork, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
+def _restore_weights(module: nn.Module, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
     if checkpoint is None:
         logger.forget_after(0, 0)
         return Progress()
     for broken in checkpoint.skipped:
         logger.say(f"skipped a broken checkpoint: {broken}")
-    side.load_state_dict(checkpoint.snapshot.weights)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(module).items():
+            parameter.copy_(checkpoint.snapshot.weights[name])
     logger.forget_after(checkpoint.progress.step, checkpoint.progress.evaluated_at)
     logger.say(f"resuming at step {checkpoint.progress.step} from {checkpoint.path}")
     return checkpoint.progress
-
-
-def _copy_of(side: SideNetwork, weights: dict[str, Tensor]) -> SideNetwork:
-    """Return a plain side network with `weights`: evaluation needs no engine, so ranks may take unequal numbers of steps."""
-    copy = SideNetwork(side.spec, side.config)
-    copy.load_state_dict(weights)
-    return copy.eval()
 
 
 def _best_path(folder: Path, step: int) -> Path:
@@ -221,8 +218,7 @@ def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
     )
 
 
-def _measurements(progress: Progress, world: World, side: SideNetwork, backbone: LocalBackbone) -> dict[str, Any]:
-    trainable = sum(parameter.numel() for parameter in _copy_shapes(side).parameters())
+def _measurements(progress: Progress, world: World, trainable: int, backbone: LocalBackbone) -> dict[str, Any]:
     tokens = progress.source_tokens + progress.target_tokens
     peaks = distributed.gather(_peak_memory_bytes(world))
     return {
@@ -240,11 +236,6 @@ def _measurements(progress: Progress, world: World, side: SideNetwork, backbone:
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }
-
-
-def _copy_shapes(side: SideNetwork) -> SideNetwork:
-    with torch.device("meta"):  # under ZeRO-3 the live parameters are empty
-        return SideNetwork(side.spec, side.config)
 
 
 def _peak_memory_bytes(world: World) -> int:
@@ -268,5 +259,5 @@ def _closing_sentence(result: dict[str, Any], folder: Path) -> str:
         f"{result['split']} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "
         f"{result['train_seconds']:.0f} s of training, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process "
         f"({result['peak_memory_kind']}), {result['trainable_parameters']:,} trainable parameters "
-        f"({result['trainable_share_percent']} %); side network in {folder / 'side_network'}"
+        f"({result['trainable_share_percent']} %); saved in {folder}"
     )

@@ -6,7 +6,8 @@ from lst_scale import distributed
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run
 
+resume = "--resume" in sys.argv
 for path in sys.argv[1:]:
-    if not path.startswith("--local_rank"):
-        run(load_recipe(path), overwrite=True)
+    if not path.startswith("--"):
+        run(load_recipe(path), resume=resume, overwrite=not resume)
 distributed.disconnect()

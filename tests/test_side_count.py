@@ -16,7 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lst_scale.backbone.checkpoint import spec_of
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.methods.lst import ladder_config
-from lst_scale.recipe import LstRecipe
+from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.count import SHAPES, Shape, backbone_parameters, shape_of, trainable_parameters
 from lst_scale.side.network import SideNetwork
@@ -76,6 +76,24 @@ def test_the_other_designs_have_the_paper_s_counts_and_shares_on_t5_base(options
     smaller = Shape(**{**vars(shape("google-t5/t5-base")), "vocab_size": 32_100})
     assert trainable_parameters(smaller, method) == count
     assert round(100 * trainable_parameters(smaller, method) / backbone_parameters(smaller), 3) == share
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "share"),
+    [
+        (AdaptersRecipe(name="adapters"), 3_625_728, 1.627),
+        (LoraRecipe(name="lora", bitfit=True), 3_821_412, 1.715),
+        (LoraRecipe(name="lora"), 3_538_944, 1.588),
+        (BitfitRecipe(name="bitfit"), 282_468, 0.127),
+        (PromptRecipe(name="prompt"), 76_800, 0.034),
+        (FullRecipe(name="full"), 222_882_048, 100.0),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_rivals_have_the_paper_s_counts_and_shares_on_t5_base(method: Any, count: int, share: float) -> None:
+    smaller = Shape(**{**vars(shape("google-t5/t5-base")), "vocab_size": 32_100})
+    assert trainable_parameters(smaller, method) == count
+    assert round(100 * count / backbone_parameters(smaller), 3) == share
 
 
 @pytest.mark.parametrize(("checkpoint", "share"), [("google-t5/t5-base", 1.740), ("google-t5/t5-large", 1.228), ("google-t5/t5-3b", 0.087)])

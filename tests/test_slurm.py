@@ -222,7 +222,7 @@ def test_failures_are_told_in_one_line_then_resubmitted_then_cancelled(
         cluster.script("submit", "--recipe", str(path), *ON_ONE_CORE)
     cluster.wait_until_idle()
     text = cluster.script("status", "--output-dir", str(tmp_path / "runs"))
-    assert re.search(r"missing-kind-seed0 +FAILED.*data\.jsonl.*no such file", text), text
+    assert re.search(r"missing-kind-seed0 +FAILED.*data\.jsonl is not there", text), text
     assert re.search(r"traceback-kind-seed0 +FAILED .*(Exception|Error): ", text), text
 
     data.write_text((ROOT / "lst_scale/embedded/wordnet/train.jsonl").read_text())
@@ -253,14 +253,13 @@ def test_a_sweep_of_twelve_with_three_killed_ends_with_twelve_results(
     first, second, third = jobs[:3]
     for job in (first, second, third):
         cluster.wait(lambda j=job: last_step(runs[j]) >= 6, 90, f"step 6 of {job}")
-        if job == first:  # a rank that the machine's memory guard kills
-            killed = [p for p in processes_of(cluster, job) if "submitit.core._submit" in p[1]]
-            os.kill(killed[0][0], signal.SIGKILL)
-        elif job == second:  # the batch script's step ends with an error of its own
+        # A rank, as the kernel does when memory runs out; all steps; the batch script.
+        if job == second:
             cluster("scancel", "--signal=KILL", job)
-        else:  # out of time
-            cluster("scontrol", "update", f"jobid={job}", "timelimit=1")
-            cluster("scancel", "--signal=TERM", "--full", job)
+        else:
+            wanted = "submitit.core._submit" if job == first else "slurm_script"
+            victims = [number for number, command in processes_of(cluster, job) if wanted in command and "srun" not in command]
+            os.kill(min(victims), signal.SIGKILL)
     cluster.wait(lambda: all(state == "PENDING" or job not in jobs[:3] for job, state in cluster.queue().items()), 200, "the three to end")
     cluster.wait_until_idle(400)
     found = states(cluster, root)
@@ -290,7 +289,9 @@ def processes_of(cluster: Cluster, job: str) -> list[tuple[int, str]]:
 
 def test_twenty_random_signals_end_bit_identical(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe("signals", training__epochs=1500, training__evaluate_every=2000, training__save_every_steps=50)
-    job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES).split()[-1]
+    patient = tmp_path / "cluster.yaml"  # signals may come faster than ranks start
+    patient.write_text("max_starts_without_progress: 30\n")
+    job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES, "--cluster", str(patient)).split()[-1]
     run = tmp_path / "runs" / "signals-kind-seed0"
     draw = random.Random(0)
     kinds = ["USR1", "USR2", "TERM", "requeue"] * 5
@@ -298,7 +299,7 @@ def test_twenty_random_signals_end_bit_identical(cluster: Cluster, recipe: Calla
     draw.shuffle(kinds)
     for kind in kinds:
         cluster.wait(lambda: cluster.queue().get(job) == "RUNNING", 90, "the job to run again")
-        time.sleep(draw.uniform(0.5, 9.0))
+        time.sleep(draw.uniform(0.5, 12.0))
         assert not (run / "result.json").exists(), "the run ended before the last signal: make it longer"
         if kind == "requeue":
             cluster("scontrol", "requeue", job, check=False)

@@ -32,7 +32,23 @@ MISTAKES = [
     ("method.reduction_factor=0", "method.reduction_factor: 0 should be greater than or equal to 1"),
     ("method.side_layers=[3,1]", "method.side_layers: [3, 1] must be ascending, each block once, at least one; or write all"),
     ("method.side_layers=foo", "method.side_layers: 'foo' is not valid. Valid: all."),
-    ("method.name=lora", "method.name: 'lora' is not valid. Valid: lst."),
+    ("method.name=lara", "method.name: 'lara' is not valid. Did you mean 'lora'?"),
+    (
+        "method.name=lora",
+        "method.side_layers: there is no such key. Valid: alpha, bitfit, dropout, gradient_checkpointing, name, precision, rank, targets.",
+    ),
+    ("method={name: lora, targets: [q, x]}", "method.targets.1: 'x' is not valid. Valid: k, o, q, v, wi, wi_0, wi_1, wo."),
+    (
+        "method={name: lst, design: adapter}",
+        "method: design adapter has no blocks to carve out of the backbone: write initialization: random",
+    ),
+    ("backbone.placement=streamd", "backbone.placement.name: 'streamd' is not valid. Did you mean 'streamed'?"),
+    (
+        "backbone.placement={name: streamed, folder: x}",
+        "backbone.placement: folder has no effect on source host: remove it or write source: disk",
+    ),
+    ("backbone.placement={name: zero3, size: 2}", "backbone.placement.size: there is no such key. Valid: name."),
+    ("backbone.placement={size: 2}", "backbone.placement: needs a name; write name: replicated or tensor_parallel or zero3 or streamed"),
     ("method.dropout=1.0", "method.dropout: 1.0 should be less than 1"),
     (
         "backbone.precision=fp16",

@@ -87,6 +87,10 @@ class LocalBackbone:
         identity = BackboneIdentity(checkpoint=name, revision=None, precision=precision, fingerprint=_live_fingerprint(model))
         return cls(model, spec_of(model.config), identity, _live_weight_source(model), sum(p.numel() for p in model.parameters()))
 
+    def take_model(self) -> Any:
+        """Return the T5 itself, for methods that train inside it."""
+        return self._model
+
     @property
     def device(self) -> torch.device:
         device: torch.device = self._model.shared.weight.device

@@ -1,0 +1,73 @@
+"""recipe.method -> what trains: a side network beside the backbone, or something inside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lst_scale.errors import BackboneError
+from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
+
+if TYPE_CHECKING:
+    from lst_scale.backbone.local import LocalBackbone
+    from lst_scale.methods.base import Trainee
+
+
+def check_method(recipe: Recipe) -> None:
+    """Refuse a backbone that the method can't train in, before anything is loaded.
+
+    Raises:
+        BackboneError: the reason and what to write instead.
+    """
+    if isinstance(recipe.method, LstRecipe):
+        return
+    name, backbone = recipe.method.name, recipe.backbone
+    if backbone.placement.name != "replicated":
+        raise BackboneError(
+            f"method {name} trains inside the backbone, which {backbone.placement.name} runs forward only: "
+            "write backbone.placement=replicated, or method.name=lst"
+        )
+    if backbone.precision in ("int8", "nf4"):
+        raise BackboneError(
+            f"method {name} runs backward through the backbone, whose {backbone.precision} layers here run forward only: "
+            "write backbone.precision=bf16, or method.name=lst"
+        )
+    if isinstance(recipe.method, FullRecipe) and backbone.precision != "fp32":
+        raise BackboneError(
+            f"method full trains the backbone's own weights, which {backbone.precision} would round at every step: "
+            "write backbone.precision=fp32 (method.precision=bf16 computes in bf16)"
+        )
+
+
+def build_trainee(recipe: Recipe, backbone: LocalBackbone, *, zero_stage: int) -> Trainee:
+    """Return the recipe's method on its backbone. The same seed gives the same start on every rank."""
+    method = recipe.method
+    if isinstance(method, LstRecipe):
+        from lst_scale.methods.lst import LadderTrainee
+
+        return LadderTrainee(method, backbone, recipe.seed)
+    return _inside(recipe, backbone, in_step=zero_stage == 3)
+
+
+def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
+    from lst_scale.methods.inside import add_adapters, add_biases
+    from lst_scale.methods.whole import WholeModelTrainee
+    from lst_scale.methods.with_peft import PeftTrainee, with_lora, with_prompt
+
+    method, model, checkpoint = recipe.method, backbone.take_model(), recipe.backbone.checkpoint
+    kind: type[Any] = WholeModelTrainee
+    if isinstance(method, FullRecipe):
+        model.requires_grad_(True)
+    elif isinstance(method, AdaptersRecipe):
+        add_adapters(model, method.bottleneck, recipe.seed)
+    elif isinstance(method, BitfitRecipe):
+        add_biases(model)
+    elif isinstance(method, LoraRecipe):
+        model, kind = with_lora(model, method, checkpoint, recipe.seed), PeftTrainee
+    else:
+        assert isinstance(method, PromptRecipe)
+        model, kind = with_prompt(model, method, checkpoint, recipe.seed), PeftTrainee
+    if method.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    facts = {"method": method.model_dump(mode="json"), "backbone": vars(backbone.identity)}
+    trainee: Trainee = kind(model.train(), backbone, bf16=method.precision == "bf16", in_step=in_step, facts=facts)
+    return trainee

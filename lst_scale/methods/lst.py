@@ -1,12 +1,57 @@
-"""recipe.method -> the side network that trains."""
+"""Ladder side-tuning: the side network trains, the backbone runs forward only and is no part of the module."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from lst_scale.backbone.taps import Backbone, BackboneSpec
+from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_by_pruning, initialize_random
+from lst_scale.side.loss import cross_entropy_sum, shift_right
+from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
+
+
+class LadderTrainee:
+    """A side network beside a backbone held in any placement."""
+
+    FOLDER = "side_network"
+
+    def __init__(self, recipe: LstRecipe, backbone: Backbone, seed: int) -> None:
+        self.backbone = backbone
+        self.module: nn.Module = build_side_network(recipe, backbone, seed)
+        self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec)
+        self.request = SideNetwork.request_of(self._config)
+
+    def nll(self, engine: Any, batch: Batch) -> Tensor:
+        device = self.backbone.device
+        labels_BT = batch.labels_BT.to(device)
+        decoder_input_ids_BT = shift_right(labels_BT, self._spec)
+        taps = self.backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, self.request)
+        nll, _ = cross_entropy_sum(self.backbone.head, engine(taps), labels_BT)
+        return nll
+
+    @contextlib.contextmanager
+    def answering(self, weights: Mapping[str, Tensor]) -> Iterator[LadderModel]:
+        # A copy beside the engine's module: no collective is needed, so ranks may take unequal numbers of steps.
+        with torch.device("meta"):
+            side = SideNetwork(self._spec, self._config)
+        side.load_state_dict({name: tensor.to(self.backbone.device) for name, tensor in weights.items()}, assign=True)
+        yield LadderModel.from_parts(self.backbone, side.eval().requires_grad_(False))
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        save_side_network(folder, weights, self._config, self.backbone)
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        return LadderModel.from_pretrained(folder, self.backbone).side.state_dict()
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

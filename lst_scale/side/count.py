@@ -9,7 +9,7 @@ from typing import Any
 
 from lst_scale.assets import resolve
 from lst_scale.errors import BackboneError, LadderError
-from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
 
@@ -30,7 +30,33 @@ class Shape:
     num_buckets: int = 32
 
 
-def trainable_parameters(shape: Shape, method: LstRecipe) -> int:
+def trainable_parameters(shape: Shape, method: Method) -> int:
+    """Return how many weights a method trains on a backbone of this shape."""
+    attentions = shape.num_layers + 2 * shape.num_decoder_layers
+    inner, d = shape.num_heads * shape.d_kv, shape.d_model
+    norms = 2 * shape.num_layers + 3 * shape.num_decoder_layers + 2
+    if isinstance(method, FullRecipe):
+        return backbone_parameters(shape)
+    if isinstance(method, PromptRecipe):
+        return method.num_vectors * d
+    if isinstance(method, AdaptersRecipe):
+        adapter = 2 * d * method.bottleneck + method.bottleneck + d
+        return 2 * (shape.num_layers + shape.num_decoder_layers) * adapter + norms * d
+    feed_forward = (2 if shape.gated else 1) * shape.d_ff + d
+    biases = attentions * (3 * inner + d) + (shape.num_layers + shape.num_decoder_layers) * feed_forward + norms * d + shape.vocab_size
+    if isinstance(method, BitfitRecipe):
+        return biases
+    if isinstance(method, LoraRecipe):
+        width = {"q": d + inner, "k": d + inner, "v": d + inner, "o": inner + d}
+        wide = {name: d + shape.d_ff for name in ("wi", "wi_0", "wi_1", "wo")}
+        blocks = shape.num_layers + shape.num_decoder_layers
+        there = ("wi_0", "wi_1", "wo") if shape.gated else ("wi", "wo")
+        pairs = sum(attentions * width[t] if t in width else blocks * wide[t] for t in method.targets if t in width or t in there)
+        return method.rank * pairs + (biases if method.bitfit else 0)
+    return _ladder(shape, method)
+
+
+def _ladder(shape: Shape, method: LstRecipe) -> int:
     """Return the weights of a side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
     r = method.reduction_factor
     bad = [f"{name} {value}" for name, value in (("d_model", shape.d_model), ("d_ff", shape.d_ff), ("d_kv", shape.d_kv)) if value % r]

@@ -18,7 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Ge
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, StackTaps
+from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, Replica, StackTaps
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
 from lst_scale.side.config import LadderConfig
@@ -86,6 +86,14 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         )
 
     backbone: Backbone
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return self.backbone.spec
+
+    @property
+    def replica(self) -> Replica:
+        return self.backbone.replica
 
     @property
     def device(self) -> torch.device:

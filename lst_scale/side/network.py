@@ -34,13 +34,18 @@ class SideNetwork(nn.Module):
         config.validate(spec)
         super().__init__()
         self.spec, self.config = spec, config
-        self.request = TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last)
+        self.request = self.request_of(config)
         stack = STACKS[config.design]
         self.encoder = stack(spec, config, is_decoder=False)
         self.decoder = stack(spec, config, is_decoder=True)
         wide = config.design == "adapter"
         self.upsample = nn.Identity() if wide else nn.Linear(spec.d_model // config.reduction_factor, spec.d_model)
         self.merge_gate = Gate(config.gate_temperature) if config.merge_last and not config.start_as_backbone else None
+
+    @staticmethod
+    def request_of(config: LadderConfig) -> TapRequest:
+        """Return which states a side network of this configuration reads."""
+        return TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last)
 
     def forward(self, taps: Taps) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lst_scale.methods.base import trained_parameters
 from lst_scale.recipe import OptimizerRecipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,14 +32,14 @@ class Snapshot:
 
 
 def build_engine(
-    side: nn.Module,
+    module: nn.Module,
     optimizer: OptimizerRecipe,
     ds_config: dict[str, Any],
     *,
     micro_batch_size: int,
     accumulation: int,
 ) -> Any:
-    """Return a DeepSpeed engine over `side` alone. The recipe's values are added to what the file in ds_configs/ says."""
+    """Return a DeepSpeed engine over `module`. The recipe's values are added to those of a file in ds_configs/."""
     import deepspeed
 
     config = ds_config | {
@@ -49,20 +50,20 @@ def build_engine(
         "steps_per_print": 2**31,
     }
     adam = torch.optim.AdamW(
-        parameter_groups(side, optimizer.weight_decay),
+        parameter_groups(module, optimizer.weight_decay),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.epsilon,
     )
-    engine, *_ = deepspeed.initialize(model=side, optimizer=adam, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
     return engine
 
 
-def parameter_groups(side: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Everything with weight decay, except gates, norms and biases: decay would pull a gate to 1/2, whatever it learned."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for name, parameter in side.named_parameters():
+    for name, parameter in trained_parameters(module).items():
         (kept if parameter.ndim < 2 or "gate" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -79,7 +80,7 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     import deepspeed
 
     weights = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module).items():
         partitioned = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
             weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
@@ -95,7 +96,7 @@ def snapshot(engine: Any, *, keep: bool) -> Snapshot:
     weights = full_weights(engine)
     _link_moments(engine)
     moments = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module).items():
         for moment in MOMENTS:
             if _is_sharded(parameter):
                 value = safe_get_full_optimizer_state(parameter, moment)
@@ -114,7 +115,7 @@ def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
         empty = {moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS}
         adam.state[tensor] = empty | adam.state.get(tensor, {}) | {"step": torch.tensor(float(step))}
     _link_moments(engine)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module).items():
         for moment in MOMENTS:
             value = moments[f"{moment}/{name}"].to(parameter.device)
             if hasattr(parameter, "ds_id"):

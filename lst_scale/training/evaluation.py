@@ -17,14 +17,14 @@ from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_pred
 from lst_scale.data.encode import EncodedSplit, answer_in, written_target
 from lst_scale.distributed import World
 from lst_scale.errors import ArgumentError
+from lst_scale.methods.base import Answerer
 from lst_scale.recipe import EvaluationRecipe
 from lst_scale.side.loss import shift_right
-from lst_scale.side.model import LadderModel
 
 
 @torch.no_grad()
 def predict(
-    model: LadderModel,
+    model: Answerer,
     split: EncodedSplit,
     tokenizer: Any,
     recipe: EvaluationRecipe,
@@ -40,10 +40,9 @@ def predict(
     """
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
-    model.eval()
     longest = longest or max(len(target) for target in split.labels)
     mine: list[tuple[int, str]] = []
-    replica = model.backbone.replica
+    replica = model.replica
     batches: Iterator[Batch] = evaluation_batches(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
     )
@@ -62,7 +61,7 @@ def predict(
 
 @torch.no_grad()
 def answer(
-    model: LadderModel,
+    model: Answerer,
     batch: Batch,
     tokenizer: Any,
     recipe: EvaluationRecipe,
@@ -76,7 +75,7 @@ def answer(
     return [answer_in(text, target_prefix) for text in _generate(model, batch, tokenizer, recipe, longest)]
 
 
-def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, longest: int) -> list[str]:
+def _generate(model: Answerer, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, longest: int) -> list[str]:
     output_BT = model.generate(
         input_ids=batch.input_ids_BS.to(model.device),
         attention_mask=batch.attention_mask_BS.to(model.device),
@@ -88,9 +87,9 @@ def _generate(model: LadderModel, batch: Batch, tokenizer: Any, recipe: Evaluati
     return texts
 
 
-def _likeliest(model: LadderModel, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str) -> list[str]:
+def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str) -> list[str]:
     """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
-    device, spec = model.device, model.backbone.spec
+    device, spec = model.device, model.spec
     encoder = model.encode(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
     scores: list[Tensor] = []
     for label in labels:

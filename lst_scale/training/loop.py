@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from lst_scale import distributed
-from lst_scale.backbone.taps import Backbone, TapRequest
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
 from lst_scale.errors import TrainingError
 from lst_scale.logs import Logger
+from lst_scale.methods.base import Trainee
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import Recipe
-from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
@@ -65,7 +64,7 @@ def make_plan(recipe: Recipe, num_rows: int, epochs: int, world_size: int) -> Pl
 
 
 class Trainer:
-    """Trains one side network on one backbone. `run.py` builds the parts, `fit` uses them."""
+    """Trains one method on one backbone. `run.py` builds the parts, `fit` uses them."""
 
     def __init__(
         self,
@@ -73,8 +72,7 @@ class Trainer:
         world: World,
         recipe: Recipe,
         plan: Plan,
-        backbone: Backbone,
-        request: TapRequest,
+        trainee: Trainee,
         engine: Any,
         train_split: EncodedSplit,
         evaluate: Callable[[dict[str, Tensor]], Scores],
@@ -84,7 +82,7 @@ class Trainer:
         identity: dict[str, Any],
     ) -> None:
         self.world, self.recipe, self.plan, self.logger = world, recipe, plan, logger
-        self.backbone, self.request, self.engine, self.train_split = backbone, request, engine, train_split
+        self.trainee, self.engine, self.train_split = trainee, engine, train_split
         self.evaluate, self.save_best = evaluate, save_best
         self.folder, self.identity = folder, identity
 
@@ -156,16 +154,7 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, num_target_tokens: int) -> float:
         """Return this micro-batch's summed negative log-likelihood, in nats."""
-        device = self.backbone.device
-        labels_BT = batch.labels_BT.to(device)
-        taps = self.backbone(
-            batch.input_ids_BS.to(device),
-            batch.attention_mask_BS.to(device),
-            shift_right(labels_BT, self.backbone.spec),
-            self.request,
-        )
-        hidden_BTD = self.engine(taps)
-        nll, _ = cross_entropy_sum(self.backbone.head, hidden_BTD, labels_BT)
+        nll = self.trainee.nll(self.engine, batch)
         # DeepSpeed averages over ranks and micro-batches; undo both, so that every token of the global batch weighs the same.
         scale = self.world.size * self.plan.accumulation / num_target_tokens
         self.engine.backward(nll * scale)

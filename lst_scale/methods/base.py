@@ -1,0 +1,73 @@
+"""What a method gives the harness: the module that DeepSpeed trains, a loss, a model that answers, and a way to save what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lst_scale.backbone.taps import BackboneSpec, Replica
+from lst_scale.data.batches import Batch
+
+
+class Answerer(Protocol):
+    """A model as evaluation uses it."""
+
+    @property
+    def spec(self) -> BackboneSpec: ...
+    @property
+    def replica(self) -> Replica: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Return generated ids (B, T), start token first."""
+        ...
+
+    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Any:
+        """Return what `decode` needs of a source."""
+        ...
+
+    def decode(self, decoder_input_ids_BT: Tensor, state: Any) -> Tensor:
+        """Return logits (B, T, V)."""
+        ...
+
+
+class Trainee(Protocol):
+    """One method on one backbone."""
+
+    FOLDER: str  # below the run's, where `save` puts what was trained
+
+    @property
+    def module(self) -> nn.Module:
+        """What the engine gets. Those of its parameters that require a gradient are trained and checkpointed, no others."""
+        ...
+
+    def nll(self, engine: Any, batch: Batch) -> Tensor:
+        """Return one micro-batch's summed negative log-likelihood in nats, with its gradient."""
+        ...
+
+    def answering(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Answerer]:
+        """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
+        ...
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write what was trained, and nothing else. Rank 0 only."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Return the weights that `save` wrote.
+
+        Raises:
+            LadderError: the folder is not whole, or does not fit this backbone.
+        """
+        ...
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what a module trains, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

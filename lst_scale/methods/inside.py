@@ -1,0 +1,89 @@
+"""What Adapters and BitFit add inside a T5 (Sung et al. 2022, section 4.2, after Houlsby et al. 2019 and Ben Zaken et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
+
+from lst_scale.backbone.precision import replace
+
+ADAPTER_STD = 0.01
+
+
+class WithAdapter(nn.Module):
+    """A sublayer's last linear map, then x + up(gelu_new(down(x)))."""
+
+    def __init__(self, inner: nn.Linear, bottleneck: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.down = nn.Linear(inner.out_features, bottleneck)
+        self.activation = NewGELUActivation()
+        self.up = nn.Linear(bottleneck, inner.out_features)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=ADAPTER_STD)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight  # T5's feed-forward asks for its dtype
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = self.inner(hidden)
+        wide = output.to(self.down.weight.dtype)
+        result: Tensor = (wide + self.up(self.activation(self.down(wide)))).to(output.dtype)
+        return result
+
+
+class WithBias(nn.Module):
+    """A linear map or a norm, plus a bias that starts at zero."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        assert isinstance(inner.weight, Tensor)
+        self.bias = nn.Parameter(torch.zeros(inner.weight.shape[0], device=inner.weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.inner.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = self.inner(hidden)
+        result: Tensor = output + self.bias.to(output.dtype)
+        return result
+
+
+def add_adapters(model: Any, bottleneck: int, seed: int) -> None:
+    """Put an adapter after self-attention and feed-forward of every block, and let all norms train, as the release does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        device = model.device
+        for path, module in list(model.named_modules()):
+            if isinstance(module, T5LayerSelfAttention):
+                replace(model, f"{path}.SelfAttention.o", WithAdapter(module.SelfAttention.o, bottleneck))
+            elif isinstance(module, T5LayerFF):
+                replace(model, f"{path}.DenseReluDense.wo", WithAdapter(module.DenseReluDense.wo, bottleneck))
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, WithAdapter):
+            for linear in (module.down, module.up):
+                linear.requires_grad_(True)
+        elif isinstance(module, T5LayerNorm):
+            module.weight = nn.Parameter(module.weight.detach().float())
+
+
+def add_biases(model: Any) -> None:
+    """Give every linear map, norm and the head a trained bias of zeros: T5 has none."""
+    for path, module in list(model.named_modules()):
+        inside = any(isinstance(module, kind) for kind in (nn.Linear, T5LayerNorm))
+        if inside and not path.endswith(".inner") and "lora_" not in path:
+            replace(model, path, WithBias(module))
+
+
+__all__ = ["T5Attention", "WithAdapter", "WithBias", "add_adapters", "add_biases"]

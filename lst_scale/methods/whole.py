@@ -1,0 +1,130 @@
+"""Methods that train inside the backbone: full fine-tuning, and what is added to it by `inside.py` and by peft.
+
+They run backward through the whole backbone, which is what LST avoids; here they are its rivals in the same harness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.taps import BackboneSpec, Replica
+from lst_scale.data.batches import Batch
+from lst_scale.durable import write_directory
+from lst_scale.errors import LadderError
+from lst_scale.methods.base import trained_parameters
+from lst_scale.side.loss import IGNORED, shift_right
+
+WEIGHTS, CONFIG = "trained.safetensors", "method.json"
+
+
+class WholeModelTrainee:
+    """A T5 with some of its weights, or some added to it, in training.
+
+    Args:
+        model: the T5, changed by the method; what it trains requires a gradient.
+        backbone: where the T5 came from.
+        bf16: compute in bf16 by autocast; trained weights are float32 in any case.
+        in_step: all ranks must run forward equally often (ZeRO-3 gathers weights from all).
+        facts: what is stored beside the weights.
+    """
+
+    FOLDER = "trained"
+
+    def __init__(self, model: Any, backbone: LocalBackbone, *, bf16: bool, in_step: bool, facts: dict[str, Any]) -> None:
+        self.module: nn.Module = model
+        self.backbone, self._bf16, self._facts = backbone, bf16, facts
+        self._replica = Replica(index=backbone.replica.index, count=backbone.replica.count, in_step=in_step)
+        wrong = [name for name, parameter in trained_parameters(model).items() if parameter.dtype != torch.float32]
+        assert trained_parameters(model), "a method that trains nothing"
+        assert not wrong, f"trained weights are float32, but {wrong[0]} is not"
+
+    def nll(self, engine: Any, batch: Batch) -> Tensor:
+        device, spec = self.backbone.device, self.backbone.spec
+        labels_BT = batch.labels_BT.to(device)
+        with self._precision():
+            logits_BTV: Tensor = engine(
+                input_ids=batch.input_ids_BS.to(device),
+                attention_mask=batch.attention_mask_BS.to(device),
+                decoder_input_ids=shift_right(labels_BT, spec),
+                use_cache=False,
+            ).logits
+        return (
+            nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+            + 0.0 * logits_BTV.float().sum()
+        )  # filler rows alone still join the reduction
+
+    @contextlib.contextmanager
+    def answering(self, weights: Mapping[str, Tensor]) -> Iterator[WholeModel]:
+        # The live module: a second copy of a whole model would not fit beside it.
+        self._put(weights)
+        self.module.eval()
+        try:
+            yield WholeModel(self.module, self.backbone.spec, self._replica, self.backbone.device, self._precision)
+        finally:
+            self.module.train()
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        def fill(partial: Path) -> None:
+            save_file(dict(weights), partial / WEIGHTS)
+            (partial / CONFIG).write_text(json.dumps(self._facts, indent=2) + "\n")
+
+        write_directory(folder, fill, lambda whole: load_file(whole / WEIGHTS))
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        try:
+            weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise LadderError(f"{folder} holds no whole {WEIGHTS} ({error}): give the folder of a finished run") from error
+        expected = trained_parameters(self.module)
+        wrong = sorted(weights.keys() ^ expected.keys())
+        wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
+        if wrong:
+            raise LadderError(f"{folder / WEIGHTS} does not fit this method and backbone: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+        return weights
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        import deepspeed
+
+        for name, parameter in trained_parameters(self.module).items():
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else contextlib.nullcontext():
+                if parameter.numel():
+                    parameter.data.copy_(weights[name].view_as(parameter))
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.backbone.device.type, torch.bfloat16) if self._bf16 else contextlib.nullcontext()
+
+
+class WholeModel:
+    """The trained model as evaluation uses it."""
+
+    def __init__(self, model: Any, spec: BackboneSpec, replica: Replica, device: torch.device, precision: Any) -> None:
+        self._model, self.spec, self.replica, self.device, self._precision = model, spec, replica, device, precision
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        together = self.replica.in_step and self.replica.count > 1
+        with self._precision():
+            return self._model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together, **options)
+
+    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return input_ids_BS, attention_mask_BS
+
+    @torch.no_grad()
+    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        input_ids_BS, attention_mask_BS = state
+        with self._precision():
+            logits: Tensor = self._model(
+                input_ids=input_ids_BS, attention_mask=attention_mask_BS, decoder_input_ids=decoder_input_ids_BT, use_cache=False
+            ).logits
+        return logits
