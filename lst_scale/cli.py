@@ -56,6 +56,22 @@ def predict_command(
     typer.echo(f"{count} predictions in {output}")
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders with finished runs, at any depth")],
+    style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
+    plot: Annotated[Path | None, typer.Option(help="also draw score against memory into this .png or .svg")] = None,
+) -> None:
+    """Make the table of finished runs: score over seeds, trainable share, peak memory, time, size on disk."""
+    from lst_scale.compare import compare, find_results
+    from lst_scale.compare import plot as draw
+
+    folders = find_results(runs)
+    typer.echo(compare(folders, style))
+    if plot is not None:
+        draw(folders, plot)
+
+
 app.add_typer(slurm_app, name="slurm")
 
 

@@ -144,7 +144,7 @@ def test_a_sweep_of_four_with_two_at_once_and_its_table(cluster: Cluster, recipe
     names = [f"sweep-reduction_factor-{r}-kind-seed{seed}" for seed in (0, 1) for r in (2, 4)]
     assert states(cluster, tmp_path / "runs") == dict.fromkeys(names, "DONE")
     table = cluster.script("collect", "--output-dir", str(tmp_path / "runs"), "--format", "csv").splitlines()
-    assert [line.split(",")[:3] for line in table[1:]] == [[f"sweep-reduction_factor-{r}", "kind", "2"] for r in (2, 4)]
+    assert {tuple(line.split(",")[:4]) for line in table[1:]} == {(f"sweep-reduction_factor-{r}", "lst", "kind", "2") for r in (2, 4)}
     assert cluster.script("sweep", *command).count("finished") == 4
 
 
@@ -253,13 +253,10 @@ def test_a_sweep_of_twelve_with_three_killed_ends_with_twelve_results(
     first, second, third = jobs[:3]
     for job in (first, second, third):
         cluster.wait(lambda j=job: last_step(runs[j]) >= 6, 90, f"step 6 of {job}")
-        # A rank, as the kernel does when memory runs out; all steps; the batch script.
-        if job == second:
-            cluster("scancel", "--signal=KILL", job)
-        else:
-            wanted = "submitit.core._submit" if job == first else "slurm_script"
-            victims = [number for number, command in processes_of(cluster, job) if wanted in command and "srun" not in command]
-            os.kill(min(victims), signal.SIGKILL)
+        # A rank, as the kernel does when memory runs out; the job's srun; its batch script.
+        wanted = {first: "-m submitit.core._submit", second: "srun --unbuffered", third: "slurm_script"}[job]
+        found = [(number, command) for number, command in processes_of(cluster, job) if wanted in command]
+        os.kill(min(number for number, command in found if job == second or "srun" not in command), signal.SIGKILL)
     cluster.wait(lambda: all(state == "PENDING" or job not in jobs[:3] for job, state in cluster.queue().items()), 200, "the three to end")
     cluster.wait_until_idle(400)
     found = states(cluster, root)
