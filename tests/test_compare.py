@@ -67,9 +67,9 @@ def test_the_command(runs: Path) -> None:
 
 
 def test_mistakes(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="format 'html' is unknown: write text, markdown, csv"):
+    with pytest.raises(ArgumentError, match=r"format 'html' is unknown: write text, markdown, csv"):
         compare(find_results([runs]), "html")
-    with pytest.raises(ArgumentError, match="none of the folders holds a result.json"):
+    with pytest.raises(ArgumentError, match=r"none of the folders holds a result\.json"):
         find_results([tmp_path / "nowhere"])
     with pytest.raises(ArgumentError, match=r"write a file that ends in \.png or \.svg"):
         plot(find_results([runs]), tmp_path / "plot.jpg")
