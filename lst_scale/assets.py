@@ -33,6 +33,11 @@ _OWNED_BY_RECIPE = {
 }
 
 
+def cache_folder(name: str) -> Path:
+    """Return where this machine keeps what can be made again: block files, Fisher information, taps."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lst_scale" / name
+
+
 def resolve(name: str) -> str:
     """Return the path that "embedded:..." stands for; any other name comes back unchanged."""
     if not name.startswith(EMBEDDED):

@@ -38,6 +38,8 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
     rows = [_row(recipe, record, str(source), number) for number, record in enumerate(records, start=1)]
     world = distributed.connect()
     check_method(recipe)
+    method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
+    recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
     trainee = build_trainee(recipe, load_placed(recipe.backbone, world), zero_stage=0)
     weights = trainee.load(run / trainee.FOLDER)
     tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)

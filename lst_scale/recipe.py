@@ -133,7 +133,8 @@ class LstRecipe(_Section):
     design: Literal["transformer", "cross_attention", "adapter"] = "transformer"
     reduction_factor: Count = 8
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
-    initialization: Literal["pruning", "random"] = "pruning"
+    initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
+    fisher_samples: Count = 1024  # training examples that Fisher information is estimated from
     merge_last: bool = False
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
     start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
@@ -154,6 +155,8 @@ class LstRecipe(_Section):
     def _something_to_prune(self) -> LstRecipe:
         if self.design == "adapter" and self.initialization != "random":
             raise ValueError("design adapter has no blocks to carve out of the backbone: write initialization: random")
+        if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
+            raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
         return self
 
     @field_validator("side_layers")

@@ -17,6 +17,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale import distributed
-from lst_scale.assets import load_ds_config
+from lst_scale.assets import cache_folder, load_ds_config
 from lst_scale.backbone.check import check_quantization
+from lst_scale.backbone.checkpoint import open_checkpoint
+from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.data.batches import collate
@@ -41,7 +44,7 @@ from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import trained_parameters
-from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.recipe import LstRecipe, Recipe, to_yaml
 from lst_scale.side.loss import shift_right
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
@@ -88,7 +91,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
         }
         distributed.poll_interruption(world)
-        trainee = build_trainee(recipe, backbone, zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0))
+        importance = _importance(recipe, splits["train"], backbone, world)
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
         if backbone.identity.precision in ("int8", "nf4"):
             logger.say(_check_quantization(backbone, splits["train"], recipe))
 
@@ -166,6 +171,27 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bo
 
 def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
+
+
+def _importance(recipe: Recipe, split: EncodedSplit, backbone: LocalBackbone, world: World) -> Callable[[str], Tensor] | None:
+    """Return the backbone's Fisher information on this task, from an earlier run on this machine where there was one."""
+    method = recipe.method
+    if not isinstance(method, LstRecipe) or method.initialization != "fisher":
+        return None
+    order = torch.randperm(len(split.rows), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
+    examples = [Example(input_ids_S=torch.tensor(split.input_ids[row]), labels_T=torch.tensor(split.labels[row])) for row in order]
+    tree = recipe.model_dump(mode="json")
+    key = {"backbone": backbone.identity.fingerprint, "task": tree["task"], "data": tree["data"], "samples": len(examples)}
+    key |= {"seed": recipe.seed}
+    folder = cache_folder("fisher")
+
+    def make() -> dict[str, Tensor]:
+        return fisher_importance(open_checkpoint(recipe.backbone.checkpoint, recipe.backbone.revision), examples, world.device)
+
+    if world.local_rank == 0:
+        stored_importance(folder, key, make)
+    distributed.barrier()
+    return stored_importance(folder, key, make)
 
 
 def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe) -> str:

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"name": "bitfit"},
     "prompt": {"name": "prompt", "num_vectors": 5},
     "lst-cross": {"name": "lst", "design": "cross_attention", "reduction_factor": 4},
+    "lst-fisher": {"name": "lst", "reduction_factor": 4, "initialization": "fisher", "fisher_samples": 9},
     "lst-adapter": {"name": "lst", "design": "adapter", "reduction_factor": 4, "initialization": "random"},
 }
 INSIDE = [name for name in METHODS if not name.startswith("lst")]
@@ -210,3 +211,16 @@ def test_predictions_of_another_method(trained: dict[str, Path], tmp_path: Path,
     done = launch(["-m", "lst_scale.cli", "predict", str(trained["lora"]), str(inputs), "--output", str(output)], launcher="python")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "prediction" in json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_fisher_information_starts_the_side_network_otherwise_than_magnitude(trained: dict[str, Path]) -> None:
+    first = {name: losses(trained[name])[0] for name in ("lst-fisher", "lst-cross")}
+    assert len(set(first.values())) == 2
+    recipe = recipe_for({"name": "lst", "reduction_factor": 4}, trained["lst-fisher"].parent.parent / "t5")
+    backbone = LocalBackbone.load(recipe.backbone.checkpoint, precision="fp32")
+    plain = build_trainee(recipe, backbone, zero_stage=0).module.state_dict()
+    flipped = build_trainee(
+        recipe, backbone, zero_stage=0, importance=lambda name: 1 / backbone.weight_source(name).abs()
+    ).module.state_dict()
+    assert any(not torch.equal(plain[name], flipped[name]) for name in plain)

@@ -10,7 +10,6 @@ Ends (embedding, head, final norms) are whole on every rank. No rank ever holds 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale import distributed
-from lst_scale.assets import load_ds_config
+from lst_scale.assets import cache_folder, load_ds_config
 from lst_scale.backbone import assemble, streamed, tensor_parallel
 from lst_scale.backbone import precision as precisions
 from lst_scale.backbone.checkpoint import Checkpoint, open_checkpoint
@@ -242,4 +241,4 @@ def blocks_folder(placement: Streamed) -> Path:
     """Return where block files live on this machine."""
     if placement.folder is not None:
         return Path(placement.folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lst_scale" / "blocks"
+    return cache_folder("blocks")

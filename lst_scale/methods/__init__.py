@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
 from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lst_scale.backbone.local import LocalBackbone
     from lst_scale.methods.base import Trainee
 
@@ -38,13 +41,15 @@ def check_method(recipe: Recipe) -> None:
         )
 
 
-def build_trainee(recipe: Recipe, backbone: LocalBackbone, *, zero_stage: int) -> Trainee:
+def build_trainee(
+    recipe: Recipe, backbone: LocalBackbone, *, zero_stage: int, importance: Callable[[str], Tensor] | None = None
+) -> Trainee:
     """Return the recipe's method on its backbone. The same seed gives the same start on every rank."""
     method = recipe.method
     if isinstance(method, LstRecipe):
         from lst_scale.methods.lst import LadderTrainee
 
-        return LadderTrainee(method, backbone, recipe.seed)
+        return LadderTrainee(method, backbone, recipe.seed, importance)
     return _inside(recipe, backbone, in_step=zero_stage == 3)
 
 

@@ -14,7 +14,7 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
-from lst_scale.side.initialize import initialize_by_pruning, initialize_random
+from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initialize_random
 from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
@@ -25,9 +25,9 @@ class LadderTrainee:
 
     FOLDER = "side_network"
 
-    def __init__(self, recipe: LstRecipe, backbone: Backbone, seed: int) -> None:
+    def __init__(self, recipe: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None) -> None:
         self.backbone = backbone
-        self.module: nn.Module = build_side_network(recipe, backbone, seed)
+        self.module: nn.Module = build_side_network(recipe, backbone, seed, importance)
         self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec)
         self.request = SideNetwork.request_of(self._config)
 
@@ -74,10 +74,13 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
     return config
 
 
-def build_side_network(method: LstRecipe, backbone: Backbone, seed: int) -> SideNetwork:
-    """Return a fresh side network on the CPU. The same seed gives the same weights on every rank."""
+def build_side_network(method: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None) -> SideNetwork:
+    """Return a fresh side network on the CPU. The same seed gives the same weights on every rank.
+
+    `importance` guides pruning where the recipe asks for Fisher information; None: weight magnitude.
+    """
     side = SideNetwork(backbone.spec, ladder_config(method, backbone.spec))
     initialize_random(side, seed=seed, weights=backbone.weight_source)
-    if method.initialization == "pruning":
-        initialize_by_pruning(side, backbone.weight_source)
+    if method.initialization != "random":
+        initialize_by_pruning(side, backbone.weight_source, importance)
     return side

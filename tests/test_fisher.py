@@ -1,0 +1,66 @@
+"""Fisher information, streamed, is what autograd gives for the whole model; and pruning by it is stored and reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_t5
+from safetensors.torch import load_file
+from transformers import T5ForConditionalGeneration
+
+from lst_scale.backbone import fisher
+from lst_scale.backbone.checkpoint import open_checkpoint
+from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
+
+
+def examples(count: int) -> list[Example]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        Example(
+            input_ids_S=torch.randint(3, 4000, (4 + i % 5,), generator=draw), labels_T=torch.randint(3, 4000, (1 + i % 3,), generator=draw)
+        )
+        for i in range(count)
+    ]
+
+
+def by_autograd(folder: Path, given: list[Example]) -> dict[str, torch.Tensor]:
+    model: Any = T5ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    stored = load_file(folder / "model.safetensors")
+    if "lm_head.weight" in stored:
+        model.lm_head.weight = torch.nn.Parameter(stored["lm_head.weight"])
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for example in given:
+        model.zero_grad()
+        model(input_ids=example.input_ids_S[None], labels=example.labels_T[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            sums[name] += parameter.grad.square()
+    return sums
+
+
+@pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}], ids=["v1.0", "v1.1"])
+def test_sums_equal_autograd_s_over_the_whole_model(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_t5(tmp_path / "t5", dropout_rate=0.0, num_decoder_layers=2, **changes)
+    monkeypatch.setattr(fisher, "AT_ONCE", 3)  # several walks
+    found, expected = fisher_importance(open_checkpoint(str(folder)), examples(7)), by_autograd(folder, examples(7))
+    matrices = {n for n, p in expected.items() if p.ndim == 2 and "relative" not in n and ".block." in n}
+    assert found.keys() == matrices | {"shared.weight"}
+    for name, sums in found.items():
+        whole = expected[name] if name != "shared.weight" else expected[name].sum(0, keepdim=True)
+        torch.testing.assert_close(sums, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_was_made_once_is_read_afterwards(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"a": torch.ones(2)}
+
+    key = {"backbone": "x", "task": "y", "samples": 4, "seed": 0}
+    for _ in range(2):
+        assert torch.equal(stored_importance(tmp_path, key, make)("a"), torch.ones(2))
+    stored_importance(tmp_path, key | {"seed": 1}, make)
+    assert len(made) == 2
