@@ -4,10 +4,10 @@
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
-A case is METHOD:PRECISION; lst-streamed keeps the backbone's blocks in host memory, and transfer only copies them to the device, the
-floor of its time. Columns: seconds a step (median), the same over the first case's; bytes that the forward pass saved for the
-backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights included. Weights may be random:
-time and memory do not ask what they are. Without a GPU, quote ratios only.
+A case is METHOD:PRECISION; lst-plain is LST without recomputed side blocks, lst-streamed keeps the backbone's blocks in host memory, and
+transfer only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes
+that the forward pass saved for the backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights
+included. Weights may be random: time and memory do not ask what they are. Without a GPU, quote ratios only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METHODS = ("forward", "lst", "lst-streamed", "transfer", "lora", "lora-checkpointed", "full", "full-checkpointed")
-LORA_RANK = 32
+LADDERS = ("forward", "lst", "lst-plain", "lst-streamed", "transfer")
+RIVALS = ("full", "adapters", "lora", "bitfit", "prompt")
+METHODS = (*LADDERS, *RIVALS, *(f"{rival}-checkpointed" for rival in RIVALS))
 Step = Callable[[], Tensor]
 
 
@@ -58,7 +59,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     from lst_scale.recipe import BackboneRecipe, LstRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
-    placement = "replicated" if method in ("forward", "lst") else "streamed"
+    placement = "streamed" if method in ("lst-streamed", "transfer") else "replicated"
     wanted = {"checkpoint": str(options.checkpoint), "precision": precision, "placement": placement}
     backbone = load_placed(BackboneRecipe.model_validate(wanted), distributed.connect())
     if method == "transfer":
@@ -70,6 +71,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
         reduction_factor=options.reduction_factor,
         side_layers=layers,
         initialization="random",
+        recompute=method != "lst-plain",
         precision="fp32" if precision == "fp32" else "bf16",
     )
     side = build_side_network(recipe, backbone, seed=0).to(device).train()
@@ -88,18 +90,26 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
 
 def whole_model_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """The same for methods that train inside the backbone."""
-    from transformers import T5ForConditionalGeneration
+    from lst_scale import distributed
+    from lst_scale.backbone.place import load_placed
+    from lst_scale.data.batches import Batch
+    from lst_scale.methods import build_trainee
+    from lst_scale.recipe import Recipe
 
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model: Any = T5ForConditionalGeneration.from_pretrained(options.checkpoint, dtype=dtype).to(device).train()
-    if method.startswith("lora"):
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=32, lora_dropout=0.1, target_modules=["q", "v"]))
-    if method.endswith("checkpointed"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
-    return lambda: model(**batch, use_cache=False).loss, [p for p in model.parameters() if p.requires_grad], list(model.parameters())
+    name, _, checkpointed = method.partition("-")
+    tree = {
+        "name": "steps",
+        "task": {"kind": "text", "train": "-", "validation": "-", "source": ("a",), "target": "b"},
+        "backbone": {"checkpoint": str(options.checkpoint), "precision": precision},
+        "method": {"name": name, "gradient_checkpointing": bool(checkpointed), "precision": precision},
+    }
+    recipe = Recipe.model_validate(tree)
+    trainee = build_trainee(recipe, load_placed(recipe.backbone, distributed.connect()), zero_stage=0)
+    model = trainee.module.to(device).train()
+    rows = Batch(input_ids_BS=batch["input_ids"], attention_mask_BS=batch["attention_mask"], labels_BT=batch["labels"], indices=())
+    tokens = batch["labels"].numel()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return lambda: trainee.nll(model, rows) / tokens, trained, list(model.parameters())
 
 
 def saved_bytes(loss: Step, known: Set[int]) -> int:
@@ -124,7 +134,7 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batch = make_batch(options, device)
-    if method in ("forward", "lst", "lst-streamed", "transfer"):
+    if method in LADDERS:
         loss, trained, weights = ladder_loss(options, method, precision, device, batch)
     else:
         loss, trained, weights = whole_model_loss(options, method, precision, device, batch)

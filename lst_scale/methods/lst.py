@@ -69,6 +69,7 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
         downsample_rank=method.downsample_rank,
         dropout=method.dropout,
         precision=method.precision,
+        recompute=method.recompute,
     )
     config.validate(spec)
     return config

@@ -20,7 +20,7 @@ from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNor
 from lst_scale.backbone.masks import padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps
 from lst_scale.side.config import LadderConfig
-from lst_scale.side.parts import SideEncoderState, make_gate, narrowed, normalized
+from lst_scale.side.parts import SideEncoderState, entering, fed, make_gate, narrowed, recomputed
 
 
 class SideAdapter(nn.Module):
@@ -71,7 +71,7 @@ class AdapterStack(nn.Module):
     def __init__(self, spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> None:
         super().__init__()
         narrow = narrowed(spec, config, is_decoder=is_decoder)
-        self.normalize_taps = config.normalize_taps
+        self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
         self.dropout = nn.Dropout(narrow.dropout_rate)
         first = spec.num_decoder_layers
         self.blocks = nn.ModuleDict(
@@ -81,8 +81,12 @@ class AdapterStack(nn.Module):
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
         """Return the final side state (B, S or T, D). Nothing attends within a stack, so no mask is needed."""
-        hidden = self.dropout(taps.embedding)
+        hidden = self.dropout(entering(taps.embedding))
         for block, tap in zip(self.blocks.values(), taps.hidden, strict=True):
-            hidden = block(hidden, normalized(tap) if self.normalize_taps else tap, encoder, cache)
+            hidden = recomputed(self.recompute, self._from_tap, block, hidden, tap, encoder, cache)
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
+
+    def _from_tap(self, block: AdapterBlock, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, cache: Any) -> Tensor:
+        result: Tensor = block(hidden, fed(tap, hidden, normalize=self.normalize_taps), encoder, cache)
+        return result

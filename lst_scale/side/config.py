@@ -35,6 +35,8 @@ class LadderConfig:
             pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
             the downsample for the same reason. Not in the paper, hence off.
         gate_temperature: T in mu = sigmoid(alpha / T).
+        recompute: keep only the taps and the side state between blocks for the backward pass, and run each side block again there. Exact
+            in the gradient; a side block is small, its attention maps and dropout masks are not.
         dropout: the side network's dropout rate; None takes the backbone's.
         precision: "fp32", or "bf16" for autocast; weights are float32 in both.
     """
@@ -51,6 +53,7 @@ class LadderConfig:
     gate_temperature: float = GATE_TEMPERATURE
     dropout: float | None = None
     precision: str = "fp32"
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         try:

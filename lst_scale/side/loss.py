@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
 
 IGNORED = -100
+CHUNK = 1024  # tokens whose logits exist at once: 131 MB in float32 for T5's 32,128 pieces
 
 
 def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
@@ -20,13 +23,36 @@ def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
 def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood in nats (float32 scalar) and the number of tokens it covers.
 
-    Positions labelled -100 never meet the head: their logits, the widest tensor of a step, are not made. Without any labelled
-    position the sum is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions.
+    Positions labelled -100 never meet the head. The others meet it CHUNK at a time, and since the head is frozen their gradient is
+    made on the spot: logits, the widest tensor of a step, exist for one chunk and are not kept. Without any labelled position the sum
+    is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions.
     """
     keep_BT = labels_BT != IGNORED
-    logits_NV = head(hidden_BTD[keep_BT])
-    loss = torch.nn.functional.cross_entropy(logits_NV.float(), labels_BT[keep_BT], reduction="sum")
-    return loss + 0.0 * hidden_BTD.float().sum(), int(keep_BT.sum())
+    nll: Tensor = _HeadLoss.apply(hidden_BTD[keep_BT], labels_BT[keep_BT], head)  # type: ignore[no-untyped-call]
+    return nll + 0.0 * hidden_BTD.float().sum(), int(keep_BT.sum())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy over a frozen head. Keeps the gradient of the hidden states, (N, D), in place of the logits, (N, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, labels_N: Tensor, head: FrozenHead) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        gradient_ND = torch.empty_like(hidden_ND)
+        for start in range(0, len(labels_N), CHUNK):
+            part = slice(start, start + CHUNK)
+            with torch.enable_grad():
+                hidden = hidden_ND[part].detach().requires_grad_(True)
+                loss = torch.nn.functional.cross_entropy(head(hidden).float(), labels_N[part], reduction="sum")
+            (gradient_ND[part],) = torch.autograd.grad(loss, hidden)
+            total += loss.detach()
+        ctx.save_for_backward(gradient_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradient.to(gradient_ND.dtype), None, None
 
 
 def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -54,13 +54,13 @@ class SideNetwork(nn.Module):
 
     def encode(self, taps: StackTaps, attention_mask_BS: Tensor) -> SideEncoderState:
         with self._precision(taps):
-            final_BSR = self.encoder(self._cast(taps), None, attention_mask_BS)
+            final_BSR = self.encoder(taps, None, attention_mask_BS)
         return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=attention_mask_BS)
 
     def decode(self, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return hidden states (B, T, D) of the given positions; with a cache, of the new ones."""
         with self._precision(decoder.taps):
-            final_BTR = self.decoder(self._cast(decoder.taps), encoder, None, cache)
+            final_BTR = self.decoder(decoder.taps, encoder, None, cache)
             hidden_BTD: Tensor = self.upsample(final_BTR)
             if self.config.merge_last:
                 assert decoder.final_BTD is not None
@@ -68,13 +68,6 @@ class SideNetwork(nn.Module):
                 # Without a gate the upsample starts at zero, so the first prediction is the backbone's own.
                 hidden_BTD = hidden_BTD + final_BTD if self.merge_gate is None else self.merge_gate(hidden_BTD, final_BTD)
         return hidden_BTD
-
-    def _cast(self, taps: StackTaps) -> StackTaps:
-        """The one cast between backbone and side network. bf16 taps of a bf16 side network stay as they are."""
-        if self.config.precision == "bf16":
-            return taps
-        to = torch.float32
-        return StackTaps(layers=taps.layers, embedding=taps.embedding.to(to), hidden=tuple(tap.to(to) for tap in taps.hidden))
 
     @contextlib.contextmanager
     def _precision(self, taps: StackTaps) -> Iterator[None]:

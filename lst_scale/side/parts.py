@@ -5,10 +5,13 @@ Shapes: B rows, S source tokens, T target tokens, D = d_model, R = d_model / r.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config
 
 from lst_scale.backbone.taps import BackboneSpec
@@ -74,9 +77,29 @@ def make_downsample(config: LadderConfig, d_model: int, width: int) -> nn.Module
     return TwoStepDownsample(d_model, config.downsample_rank, width)
 
 
-def normalized(tap: Tensor) -> Tensor:
-    """Return a tap with root mean square 1 in every position; the downsample after it has the scale."""
-    return nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6)
+def entering(embedding: Tensor) -> Tensor:
+    """Return the embedding as the side state starts from it: float32, unless autocast will choose."""
+    return embedding if torch.is_autocast_enabled(embedding.device.type) else embedding.float()
+
+
+def fed(tap: Tensor, hidden: Tensor, *, normalize: bool) -> Tensor:
+    """Return a tap as its downsample reads it. Cast inside the recomputed part, so that what is kept is the tap as the backbone gave it.
+
+    `normalize`: root mean square 1 in every position; the downsample after it has the scale.
+    """
+    if not torch.is_autocast_enabled(tap.device.type):
+        tap = tap.to(torch.float32)
+    return nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6) if normalize else tap
+
+
+def recomputed(wanted: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function`; when `wanted` and in training, keep its inputs alone for the backward pass and call it again there.
+
+    Dropout draws the same numbers both times.
+    """
+    if wanted and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps
 from lst_scale.side.config import LadderConfig
-from lst_scale.side.parts import SideEncoderState, make_downsample, make_gate, narrowed, normalized
+from lst_scale.side.parts import SideEncoderState, entering, fed, make_downsample, make_gate, narrowed, recomputed
 
 
 class TransformerStack(nn.Module):
@@ -30,7 +30,7 @@ class TransformerStack(nn.Module):
         narrow = narrowed(spec, config, is_decoder=is_decoder)
         width, keys = narrow.d_model, [str(layer) for layer in config.side_layers]
         self.is_decoder = is_decoder
-        self.normalize_taps = config.normalize_taps
+        self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
         # In a cache the backbone's blocks come first, the side blocks after them.
         self.first_cache_layer = spec.num_decoder_layers
         self.dropout = nn.Dropout(narrow.dropout_rate)
@@ -50,14 +50,19 @@ class TransformerStack(nn.Module):
 
         `mask_BS` is the padding mask of the encoder's own tokens; a decoder masks the future instead.
         """
-        hidden = self.first_downsample(self.dropout(taps.embedding))
+        hidden = self.first_downsample(self.dropout(entering(taps.embedding)))
         self_mask = self._self_mask(hidden, mask_BS, cache)
         bias = None
         for key, tap in zip(self.blocks, taps.hidden, strict=True):
-            narrow_tap = self.downsamples[key](normalized(tap) if self.normalize_taps else tap)
-            hidden, bias = self._rung(key, hidden, narrow_tap, encoder, self_mask, bias, cache)
+            hidden, bias = recomputed(self.recompute, self._from_tap, key, hidden, tap, encoder, self_mask, bias, cache)
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
+
+    def _from_tap(
+        self, key: str, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, self_mask: Tensor, bias: Any, cache: Any
+    ) -> tuple[Tensor, Any]:
+        narrow_tap = self.downsamples[key](fed(tap, hidden, normalize=self.normalize_taps))
+        return self._rung(key, hidden, narrow_tap, encoder, self_mask, bias, cache)
 
     def _rung(
         self, key: str, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, self_mask: Tensor, bias: Any, cache: Any

