@@ -31,7 +31,9 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = os.environ | {"SLURM_CONF": str(folder / "etc" / "slurm.conf"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-        self.environment.pop("OMP_NUM_THREADS", None)
+        for name in ("OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            self.environment.pop(name, None)
+        self.environment["MASTER_PORT"] = "22"  # left over in somebody's shell: jobs must not heed it
 
     def __call__(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120, check=False)

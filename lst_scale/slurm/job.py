@@ -6,6 +6,7 @@ node failure run that first pickle again: where to continue is looked up on disk
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -85,12 +86,18 @@ def export_ranks(*, cpu: bool, threads: int) -> None:
     """Set what torch and DeepSpeed read: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
     from submitit.helpers import TorchDistributedEnvironment
 
+    os.environ["MASTER_PORT"] = str(port_of(os.environ.get("SLURM_JOB_ID", str(os.getppid()))))
     # Not set_cuda_visible_devices: Slurm has chosen the devices already, and DeepSpeed counts on seeing all of a node's.
     environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ["MASTER_ADDR"] = reachable(environment.master_addr)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def port_of(job: str) -> int:
+    """Return a port that all ranks of a job derive alike, below the range from which systems draw ports for outgoing connections."""
+    return 10000 + int(hashlib.sha256(job.encode()).hexdigest(), 16) % 11000
 
 
 def reachable(host: str) -> str:

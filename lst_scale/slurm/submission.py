@@ -150,11 +150,10 @@ def _largest_array() -> int:
 @contextlib.contextmanager
 def _outside_any_job() -> Iterator[None]:
     """Hide the variables of a surrounding job from sbatch; submitit would hide SLURM_CONF too, and find no cluster."""
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith(("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF"
-    }
+    prefixes = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    wanted = [name for name in os.environ if (name.startswith(prefixes) or name in names) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in wanted}
     try:
         yield
     finally:
