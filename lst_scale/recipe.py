@@ -277,6 +277,14 @@ class EvaluationRecipe(_Section):
         return self
 
 
+class CacheRecipe(_Section):
+    """Taps remembered on disk, so that no row is run through the backbone twice."""
+
+    enabled: bool = False
+    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    folder: str | None = None  # None: ~/.cache/lst_scale/taps
+
+
 class LoggingRecipe(_Section):
     tensorboard: bool = False
     log_every_steps: Count = 10
@@ -295,6 +303,7 @@ class Recipe(_Section):
     training: TrainingRecipe = TrainingRecipe()
     data: DataRecipe = DataRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    cache: CacheRecipe = CacheRecipe()
     logging: LoggingRecipe = LoggingRecipe()
 
     @field_validator("name")

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from lst_scale import distributed
 from lst_scale.assets import cache_folder, load_ds_config
+from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.checkpoint import open_checkpoint
 from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
 from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.place import load_placed
+from lst_scale.backbone.place import load_caching, load_placed
+from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
@@ -44,13 +46,16 @@ from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import trained_parameters
+from lst_scale.methods.lst import ladder_config
 from lst_scale.recipe import LstRecipe, Recipe, to_yaml
 from lst_scale.side.loss import shift_right
+from lst_scale.side.network import SideNetwork
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
 from lst_scale.training.evaluation import predict
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 
+AnyBackbone = LocalBackbone | CachingBackbone
 RESULT, RECIPE = "result.json", "recipe.yaml"
 CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
 
@@ -85,7 +90,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
 
         distributed.poll_interruption(world)
         start = time.perf_counter()
-        backbone = load_placed(recipe.backbone, world)
+        backbone = _backbone(recipe, splits, world, logger)
         loading = {
             "loading_seconds": round(time.perf_counter() - start, 3),
             "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
@@ -94,7 +99,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         importance = _importance(recipe, splits["train"], backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
-        if backbone.identity.precision in ("int8", "nf4"):
+        if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
             logger.say(_check_quantization(backbone, splits["train"], recipe))
 
         identity = _identity(recipe, plan, backbone)
@@ -149,6 +154,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
             **_measurements(progress, world, trainable, backbone),
             "saved_bytes": sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
             **loading,
+            **_cache_facts(backbone),
             "versions": _versions(),
             "command": sys.argv,
             "recipe": recipe.model_dump(mode="json"),
@@ -173,7 +179,39 @@ def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> En
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
 
 
-def _importance(recipe: Recipe, split: EncodedSplit, backbone: LocalBackbone, world: World) -> Callable[[str], Tensor] | None:
+def _backbone(recipe: Recipe, splits: dict[str, EncodedSplit], world: World, logger: Logger) -> AnyBackbone:
+    """Load the backbone, or open its tap cache and load it only if a row is missing there."""
+    if not recipe.cache.enabled:
+        return load_placed(recipe.backbone, world)
+    method = recipe.method
+    assert isinstance(method, LstRecipe), "checked by check_method"
+
+    def check(live: LocalBackbone) -> None:
+        logger.say("some rows are not in the tap cache: the backbone is loaded")
+        if live.identity.precision in QUANTIZED:
+            logger.say(_check_quantization(live, splits["train"], recipe))
+
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: SideNetwork.request_of(ladder_config(method, spec)), check)
+    rows = list(zip(splits["train"].input_ids, splits["train"].labels, strict=True))
+    missing = [(s, t) for s, t in rows if not backbone.known(torch.tensor(s), _decoder_ids(t, backbone))]
+    backbone.cache.refuse_if_too_large(sum(len(s) for s, _ in missing), sum(len(t) for _, t in missing))
+    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there")
+    return backbone
+
+
+def _decoder_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
+    return shift_right(torch.tensor([labels]), backbone.spec)[0]
+
+
+def _cache_facts(backbone: AnyBackbone) -> dict[str, Any]:
+    if isinstance(backbone, LocalBackbone):
+        return {}
+    backbone.cache.flush()
+    facts = {"rows_read": backbone.rows_read, "rows_run": backbone.rows_run, "backbone_loaded": backbone.is_loaded}
+    return {"cache": facts | {"damaged": backbone.cache.damaged}}
+
+
+def _importance(recipe: Recipe, split: EncodedSplit, backbone: AnyBackbone, world: World) -> Callable[[str], Tensor] | None:
     """Return the backbone's Fisher information on this task, from an earlier run on this machine where there was one."""
     method = recipe.method
     if not isinstance(method, LstRecipe) or method.initialization != "fisher":
@@ -204,7 +242,7 @@ def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Re
     return report.sentence
 
 
-def _identity(recipe: Recipe, plan: Plan, backbone: LocalBackbone) -> dict[str, Any]:
+def _identity(recipe: Recipe, plan: Plan, backbone: AnyBackbone) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
     return {
         "task": recipe.model_dump(mode="json")["task"],
@@ -244,7 +282,7 @@ def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
     )
 
 
-def _measurements(progress: Progress, world: World, trainable: int, backbone: LocalBackbone) -> dict[str, Any]:
+def _measurements(progress: Progress, world: World, trainable: int, backbone: AnyBackbone) -> dict[str, Any]:
     tokens = progress.source_tokens + progress.target_tokens
     peaks = distributed.gather(_peak_memory_bytes(world))
     return {

@@ -48,7 +48,7 @@ class LocalBackbone:
         self.spec, self.identity, self.weight_source = spec, identity, weight_source
         self.replica, self.conveyor = replica or Replica(), conveyor
         self.num_parameters = num_parameters  # as published, whatever they are held in; a tied head counts once
-        self.head = FrozenHead(weight_VD=model.lm_head.weight, scale=spec.d_model**-0.5 if spec.scale_decoder_outputs else 1.0)
+        self.head = head_of(model, spec)
 
     @classmethod
     def load(cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None) -> LocalBackbone:
@@ -142,6 +142,11 @@ class LocalBackbone:
         encoder = self.encode(input_ids_BS, attention_mask_BS, request)
         decoder = self.decode(decoder_input_ids_BT, encoder, request)
         return Taps(encoder=encoder.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
+
+
+def head_of(model: Any, spec: BackboneSpec) -> FrozenHead:
+    """Return a T5's output head, scaled where this T5 scales."""
+    return FrozenHead(weight_VD=model.lm_head.weight, scale=spec.d_model**-0.5 if spec.scale_decoder_outputs else 1.0)
 
 
 @contextlib.contextmanager

@@ -21,14 +21,16 @@ from lst_scale import distributed
 from lst_scale.assets import cache_folder, load_ds_config
 from lst_scale.backbone import assemble, streamed, tensor_parallel
 from lst_scale.backbone import precision as precisions
+from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.checkpoint import Checkpoint, open_checkpoint
 from lst_scale.backbone.conveyor import Conveyor, empty
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.local import LocalBackbone, head_of
 from lst_scale.backbone.partitioned import PartitionedSource
-from lst_scale.backbone.taps import BackboneIdentity, Replica, StackTaps, TapRequest, Taps
+from lst_scale.backbone.tap_cache import CacheKey, TapCache
+from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec, Replica, StackTaps, TapRequest, Taps
 from lst_scale.distributed import Group, World
 from lst_scale.errors import ArgumentError, BackboneError
-from lst_scale.recipe import BackboneRecipe, Streamed, TensorParallel, Zero3
+from lst_scale.recipe import BackboneRecipe, CacheRecipe, Streamed, TensorParallel, Zero3
 
 Opened = tuple[Checkpoint, BackboneIdentity, Any]  # with the model on the meta device
 
@@ -242,3 +244,67 @@ def blocks_folder(placement: Streamed) -> Path:
     if placement.folder is not None:
         return Path(placement.folder).expanduser()
     return cache_folder("blocks")
+
+
+# Remembered
+
+
+def load_caching(
+    recipe: BackboneRecipe,
+    cache: CacheRecipe,
+    world: World,
+    request: Callable[[BackboneSpec], TapRequest],
+    check: Callable[[LocalBackbone], None],
+) -> CachingBackbone:
+    """Open the tap cache of this backbone; the backbone itself is loaded when a row is not in it, and then given to `check`.
+
+    Raises:
+        BackboneError: the checkpoint can't be used, or its placement needs all ranks at once.
+    """
+    if recipe.placement.name not in ("replicated", "streamed"):
+        raise distributed.same_everywhere(
+            BackboneError(
+                f"a tap cache needs a backbone that each rank runs by itself, which placement {recipe.placement.name} is not: "
+                "write backbone.placement=streamed, or cache.enabled=false"
+            )
+        )
+    checkpoint, identity, model = distributed.agree(world, lambda: _open(recipe))
+    _refuse_different(identity, world)
+    count = assemble.count_parameters(model, checkpoint)
+    assemble.fill_ends(model, checkpoint, identity.precision, world.device)
+    wanted = request(checkpoint.spec)
+    key = CacheKey(
+        fingerprint=identity.fingerprint,
+        precision=identity.precision,
+        layers=wanted.layers,
+        decoder_final=wanted.decoder_final,
+        d_model=checkpoint.spec.d_model,
+        dtype=cache.dtype,
+    )
+    root = Path(cache.folder).expanduser() if cache.folder is not None else cache_folder("taps")
+    alone = World(rank=0, size=1, local_rank=world.local_rank, device=world.device)  # ranks load when they must, not together
+
+    def load() -> LocalBackbone:
+        backbone = load_alone(recipe, alone)
+        check(backbone)
+        return backbone
+
+    return CachingBackbone(
+        cache=TapCache(root, key),
+        spec=checkpoint.spec,
+        identity=identity,
+        head=head_of(model, checkpoint.spec),
+        embedding_VD=model.shared.weight,
+        weight_source=checkpoint.tensor,
+        replica=Replica(index=world.rank, count=world.size),
+        load=load,
+        num_parameters=count,
+    )
+
+
+def load_alone(recipe: BackboneRecipe, world: World) -> LocalBackbone:
+    """Load a replicated or streamed backbone without a word to other ranks."""
+    opened = _open(recipe)
+    if isinstance(recipe.placement, Streamed):
+        return _streamed(opened, recipe.placement, world)
+    return _replicated(opened, world)

@@ -24,6 +24,8 @@ def check_method(recipe: Recipe) -> None:
     if isinstance(recipe.method, LstRecipe):
         return
     name, backbone = recipe.method.name, recipe.backbone
+    if recipe.cache.enabled:
+        raise BackboneError(f"method {name} changes the backbone, so its states can't be remembered: write cache.enabled=false")
     if backbone.placement.name != "replicated":
         raise BackboneError(
             f"method {name} trains inside the backbone, which {backbone.placement.name} runs forward only: "
@@ -41,9 +43,7 @@ def check_method(recipe: Recipe) -> None:
         )
 
 
-def build_trainee(
-    recipe: Recipe, backbone: LocalBackbone, *, zero_stage: int, importance: Callable[[str], Tensor] | None = None
-) -> Trainee:
+def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance: Callable[[str], Tensor] | None = None) -> Trainee:
     """Return the recipe's method on its backbone. The same seed gives the same start on every rank."""
     method = recipe.method
     if isinstance(method, LstRecipe):

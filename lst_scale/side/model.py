@@ -168,6 +168,16 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
         return self.backbone.head(self.side.decode(decoder, state[1], cache))
 
+    @property
+    def runs_whole_rows(self) -> bool:
+        """Whether the backbone remembers whole rows, so that several targets of one source are better asked for one by one."""
+        return hasattr(self.backbone, "cache")
+
+    def logits(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Tensor:
+        """Return logits (B, T, V) in one go, as training does."""
+        taps = self.backbone(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, self.side.request)
+        return self.backbone.head(self.side(taps))
+
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, use_cache: bool = True, **options: Any) -> Any:
         """Return generated ids (B, T), start token first; `options` are those of transformers' `generate`.

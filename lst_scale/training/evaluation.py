@@ -90,12 +90,15 @@ def _generate(model: Answerer, batch: Batch, tokenizer: Any, recipe: EvaluationR
 def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str) -> list[str]:
     """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
     device, spec = model.device, model.spec
-    encoder = model.encode(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
+    source = (batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
+    whole: Any = model if getattr(model, "runs_whole_rows", False) else None
+    encoder = None if whole is not None else model.encode(*source)
     scores: list[Tensor] = []
     for label in labels:
         target_1T = torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device)
         labels_BT = target_1T.expand(len(batch.indices), -1)
-        logits_BTV = model.decode(shift_right(labels_BT, spec), encoder)
+        decoder_input_ids_BT = shift_right(labels_BT, spec)
+        logits_BTV = whole.logits(*source, decoder_input_ids_BT) if whole is not None else model.decode(decoder_input_ids_BT, encoder)
         token_scores_BT = logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0]
         scores.append(token_scores_BT.sum(-1))
     return [labels[int(best)] for best in torch.stack(scores, -1).argmax(-1)]

@@ -1,0 +1,203 @@
+"""Taps on disk, found by what they were computed from: the same text on the same backbone is never run twice.
+
+    FOLDER/KEY/key.json          the backbone's fingerprint, precision, kept layers, storage dtype
+    FOLDER/KEY/WRITER.taps       payloads, one after another, no padding
+    FOLDER/KEY/WRITER.index      32 bytes a payload: digest of its token ids, offset, tokens, CRC-32
+
+A row's encoder taps are found by its source ids, its decoder taps by source and decoder ids, so a change of tokenizer, text format or
+truncation finds nothing, and a change of weights or precision looks in another folder: there is nothing that could be stale. Each
+process appends to files of its own, data before index; a killed writer leaves whole payloads behind, and any number of processes and
+ranks read them. A payload whose checksum is wrong counts as missing and is made again.
+
+Shapes: L tokens (source or target), K states, D = d_model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+import uuid
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lst_scale.durable import write_file
+from lst_scale.errors import BackboneError
+
+FORMAT = 1
+RECORD = struct.Struct("<16sQII")  # digest, offset, tokens, CRC-32 of the payload
+STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """All that a row's taps depend on, but for its token ids."""
+
+    fingerprint: str
+    precision: str  # of the backbone
+    layers: tuple[int, ...]
+    decoder_final: bool
+    d_model: int
+    dtype: str  # of storage: bf16, fp32, or int8 with one scale a token
+
+    @property
+    def folder(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self) | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:20]
+
+    def bytes_of(self, source_tokens: int, target_tokens: int) -> int:
+        """Return what rows with so many tokens take on disk."""
+        width = {"bf16": 2 * self.d_model, "fp32": 4 * self.d_model, "int8": self.d_model + 4}[self.dtype]
+        decoder_states = len(self.layers) + self.decoder_final
+        return width * (source_tokens * len(self.layers) + target_tokens * decoder_states)
+
+
+def encoder_digest(input_ids: Tensor) -> bytes:
+    """Return the name of a row's encoder taps; `input_ids` without padding."""
+    return hashlib.blake2b(b"e" + _id_bytes(input_ids), digest_size=16).digest()
+
+
+def decoder_digest(input_ids: Tensor, decoder_input_ids: Tensor) -> bytes:
+    """Return the name of a row's decoder taps."""
+    both = _id_bytes(input_ids) + b"|" + _id_bytes(decoder_input_ids)
+    return hashlib.blake2b(b"d" + both, digest_size=16).digest()
+
+
+class TapCache:
+    """One key's payloads: what all writers have left, and what this process adds."""
+
+    def __init__(self, root: Path, key: CacheKey) -> None:
+        self.key, self.folder = key, root / key.folder
+        self.damaged: list[str] = []  # payloads that were passed over, named for the log
+        self._where: dict[bytes, tuple[Path, int, int, int]] = {}
+        self._maps: dict[Path, Any] = {}
+        self._data: BinaryIO | None = None
+        self._index: BinaryIO | None = None
+        self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.taps"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key.json").exists():
+            write_file(self.folder / "key.json", json.dumps(asdict(key) | {"format": FORMAT}, indent=2) + "\n")
+        self.refresh()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def refresh(self) -> None:
+        """Look again for what other processes have written."""
+        for index in sorted(self.folder.glob("*.index"), key=lambda path: path.stat().st_mtime_ns):  # what was made again comes later
+            path = index.with_suffix(".taps")
+            if not path.exists():
+                continue
+            size, raw = path.stat().st_size, index.read_bytes()
+            for start in range(0, len(raw) - RECORD.size + 1, RECORD.size):  # a record cut short by a kill is left out
+                digest, offset, tokens, checksum = RECORD.unpack_from(raw, start)
+                if offset + tokens * self._bytes_a_token() * len(self.key.layers) <= size:
+                    self._where[digest] = (path, offset, tokens, checksum)
+
+    def read(self, digest: bytes, states: int) -> list[Tensor] | None:
+        """Return `states` tensors (L, D) in the storage's floating dtype, or None when they are missing or damaged."""
+        found = self._where.get(digest)
+        if found is None:
+            return None
+        path, offset, tokens, checksum = found
+        width = self.key.d_model
+        count = states * tokens * self._bytes_a_token()
+        if path not in self._maps or len(self._maps[path]) < offset + count:
+            try:
+                self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
+            except (OSError, ValueError):
+                self._give_up(digest, path, offset)
+                return None
+        raw = np.array(self._maps[path][offset : offset + count])
+        if len(raw) != count or zlib.crc32(raw.data) != checksum:
+            self._give_up(digest, path, offset)
+            return None
+        buffer = torch.from_numpy(raw)
+        if self.key.dtype != "int8":
+            return list(buffer.view(STORAGE[self.key.dtype]).view(states, tokens, width))
+        values = buffer[: states * tokens * width].view(torch.int8).view(states, tokens, width)
+        scales = buffer[states * tokens * width :].view(torch.float32).view(states, tokens, 1)
+        return list((values.float() * scales).to(torch.bfloat16))
+
+    def write(self, digest: bytes, states: list[Tensor]) -> None:
+        """Append one row's states, each (L, D)."""
+        if digest in self._where:
+            return
+        payload = self._payload(torch.stack([state.detach().to("cpu") for state in states]))
+        try:
+            if self._data is None:
+                self._data = self._path.open("ab")
+                self._index = self._path.with_suffix(".index").open("ab")
+            assert self._index is not None
+            offset = self._data.tell()
+            self._data.write(payload)
+            self._data.flush()
+            checksum = zlib.crc32(payload)
+            self._index.write(RECORD.pack(digest, offset, states[0].shape[0], checksum))
+            self._index.flush()
+        except OSError as error:
+            raise BackboneError(
+                f"could not write taps to {self.folder}: {error.strerror or error}; free space, choose another cache.folder, "
+                "or write cache.dtype=int8"
+            ) from error
+        self._where[digest] = (self._path, offset, states[0].shape[0], checksum)
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        for file in (self._data, self._index):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close what this process writes to."""
+        for file in (self._data, self._index):
+            if file is not None:
+                file.close()
+        self._data = self._index = None
+
+    __del__ = close
+
+    def refuse_if_too_large(self, source_tokens: int, target_tokens: int) -> None:
+        """Stop before the first payload when the disk can't take so many tokens.
+
+        Raises:
+            BackboneError: says what is needed and what is free.
+        """
+        needed, free = self.key.bytes_of(source_tokens, target_tokens), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise BackboneError(
+                f"taps need {needed / 1e9:.2f} GB in {self.folder}, where {free / 1e9:.2f} GB are free: free space, choose another "
+                "cache.folder, write cache.dtype=int8, or cache.enabled=false"
+            )
+
+    def _payload(self, states_KLD: Tensor) -> bytes:
+        if self.key.dtype != "int8":
+            return bytes(states_KLD.to(STORAGE[self.key.dtype]).contiguous().view(torch.uint8).numpy().data)
+        values = states_KLD.float()
+        scales = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        packed = (values / scales).round().clamp(-127, 127).to(torch.int8)
+        return bytes(packed.view(torch.uint8).contiguous().numpy().data) + bytes(scales.contiguous().view(torch.uint8).numpy().data)
+
+    def _bytes_a_token(self) -> int:
+        return {"bf16": 2 * self.key.d_model, "fp32": 4 * self.key.d_model, "int8": self.key.d_model + 4}[self.key.dtype]
+
+    def _give_up(self, digest: bytes, path: Path, offset: int) -> None:
+        """Forget a payload that can't be used, and remember where it was."""
+        self.damaged.append(f"{path} at byte {offset}")
+        del self._where[digest]
+
+
+def _id_bytes(ids: Tensor) -> bytes:
+    return bytes(ids.to("cpu", torch.int32).contiguous().numpy().data)

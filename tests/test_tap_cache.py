@@ -1,0 +1,228 @@
+"""Taps on disk: nothing is run twice, nothing wrong is used, and training is what it is without."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, launch, make_t5, recipe_writer
+from safetensors.torch import load_file, save_file
+from test_training import final_weights, losses
+
+from lst_scale.backbone.tap_cache import RECORD, CacheKey, TapCache, decoder_digest, encoder_digest
+from lst_scale.errors import BackboneError
+
+KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")
+
+
+def states(tokens: int, seed: int = 0) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, 8, generator=draw) * 5 for _ in range(2)]
+
+
+def key(**changes: Any) -> CacheKey:
+    return CacheKey(**{**KEY.__dict__, **changes})
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 1 / 100)])
+def test_what_is_written_is_read_by_any_process(dtype: str, allowed: float, tmp_path: Path) -> None:
+    writer = TapCache(tmp_path, key(dtype=dtype))
+    for row in range(5):
+        writer.write(encoder_digest(torch.tensor([row])), states(3 + row, row))
+    reader = TapCache(tmp_path, key(dtype=dtype))
+    assert len(reader) == 5
+    for row in range(5):
+        found = reader.read(encoder_digest(torch.tensor([row])), 2)
+        assert found is not None
+        for mine, theirs in zip(found, states(3 + row, row), strict=True):
+            assert (mine.float() - theirs).abs().max() <= allowed * theirs.abs().max()
+    assert reader.read(encoder_digest(torch.tensor([9])), 2) is None
+
+
+def test_anything_that_taps_depend_on_finds_another_place(tmp_path: Path) -> None:
+    folders = {key(**c).folder for c in ({}, {"fingerprint": "g"}, {"precision": "int8"}, {"layers": (0,)}, {"decoder_final": True})}
+    assert len(folders) == 5
+    ids, other = torch.tensor([5, 6, 7]), torch.tensor([5, 6])
+    assert len({encoder_digest(ids), encoder_digest(other), decoder_digest(ids, other), decoder_digest(other, ids)}) == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate data", "truncate index", "delete data"])
+def test_damage_is_found_and_named_and_the_rest_is_used(damage: str, tmp_path: Path) -> None:
+    writer = TapCache(tmp_path, KEY)
+    for row in range(4):
+        writer.write(encoder_digest(torch.tensor([row])), states(6, row))
+    (data,) = writer.folder.glob("*.taps")
+    if damage == "flip":
+        raw = bytearray(data.read_bytes())
+        raw[6 * 8 * 4 * 2 + 17] ^= 1  # in the second payload
+        data.write_bytes(raw)
+    elif damage == "truncate data":
+        data.write_bytes(data.read_bytes()[:-5])
+    elif damage == "truncate index":
+        index = data.with_suffix(".index")
+        index.write_bytes(index.read_bytes()[: -RECORD.size + 3])
+    else:
+        data.unlink()
+    reader = TapCache(tmp_path, KEY)
+    found = [reader.read(encoder_digest(torch.tensor([row])), 2) for row in range(4)]
+    lost = {"flip": [1], "truncate data": [3], "truncate index": [3], "delete data": [0, 1, 2, 3]}[damage]
+    assert [row for row in range(4) if found[row] is None] == lost
+    for row in set(range(4)) - set(lost):
+        assert torch.equal(found[row][0], states(6, row)[0])  # type: ignore[index]
+    assert bool(reader.damaged) == (damage == "flip")
+    for row in lost:
+        reader.write(encoder_digest(torch.tensor([row])), states(6, row))
+    again = TapCache(tmp_path, KEY)
+    readable = [again.read(encoder_digest(torch.tensor([row])), 2) for row in range(4)]
+    assert all(r is not None for r in readable), "what was made again is found"
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_payload(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"taps need \d+\.\d\d GB in .* GB are free: .*cache.dtype=int8"):
+        TapCache(tmp_path, KEY).refuse_if_too_large(10**13, 0)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_one_line(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=True)
+    try:
+        cache = TapCache(small, KEY)
+        with pytest.raises(BackboneError, match=r"could not write taps to .*: No space left on device; free space"):
+            for row in range(2000):
+                cache.write(encoder_digest(torch.tensor([row])), states(20, row))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# Training
+
+
+def cached(write: Callable[..., Path], folder: Path, name: str, **changes: Any) -> Path:
+    common = {"cache__enabled": True, "cache__dtype": "fp32", "cache__folder": str(folder), "evaluation__method": "likelihood"}
+    return write(name, **(common | changes))
+
+
+def train(*recipes: Path, processes: int = 1) -> str:
+    done = launch(["tests/run_recipes.py", *map(str, recipes)], processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "runs" / f"{name}-kind-seed0" / "result.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_training_from_disk_is_live_training_bit_for_bit_and_loads_no_backbone(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    once = {"training__epochs": 1}  # the same batches in all three
+    plain = write_recipe("live", evaluation__method="likelihood", **once)
+    train(plain, cached(write_recipe, tmp_path / "taps", "first", **once), cached(write_recipe, tmp_path / "taps", "second", **once))
+    assert result(tmp_path, "first")["cache"]["backbone_loaded"] is True
+    assert result(tmp_path, "second")["cache"] == {"rows_read": 22 + 3 * 8 * 7, "rows_run": 0, "backbone_loaded": False, "damaged": []} | {
+        "rows_read": result(tmp_path, "second")["cache"]["rows_read"]
+    }
+    expected = final_weights(runs / "live-kind-seed0")
+    for name in ("first", "second"):
+        found = final_weights(runs / f"{name}-kind-seed0")
+        assert all(torch.equal(found[n], expected[n]) for n in expected), name
+        assert losses(runs / f"{name}-kind-seed0") == losses(runs / "live-kind-seed0")
+        assert result(tmp_path, name)["scores"] == result(tmp_path, "live")["scores"]
+
+
+@pytest.mark.slow
+def test_a_cache_of_two_ranks_serves_one_and_later_epochs_differ_by_rounding_alone(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    train(cached(write_recipe, tmp_path / "taps", "two"), processes=2)
+    train(cached(write_recipe, tmp_path / "taps", "one"), write_recipe("live", evaluation__method="likelihood"))
+    assert result(tmp_path, "one")["cache"]["backbone_loaded"] is False
+    expected = final_weights(tmp_path / "runs" / "live-kind-seed0")
+    for name in ("one", "two"):
+        for parameter, weight in final_weights(tmp_path / "runs" / f"{name}-kind-seed0").items():
+            torch.testing.assert_close(weight, expected[parameter], rtol=1e-3, atol=2e-4)  # as two processes against one
+
+
+@pytest.mark.slow
+def test_bf16_and_int8_taps_train_to_nearly_the_same_losses(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    train(
+        write_recipe("live", evaluation__method="likelihood"),
+        *(cached(write_recipe, tmp_path / "taps", dtype, cache__dtype=dtype) for dtype in ("bf16", "int8")),
+    )
+    expected = torch.tensor(losses(tmp_path / "runs" / "live-kind-seed0"))
+    for dtype, allowed in (("bf16", 0.01), ("int8", 0.03)):  # relative: 8 bits of mantissa, and 8 bits in all
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / "runs" / f"{dtype}-kind-seed0")), expected, rtol=allowed, atol=0)
+
+
+@pytest.mark.slow
+def test_other_weights_and_another_tokenizer_find_nothing(tmp_path: Path) -> None:
+    folder = make_t5(tmp_path / "t5", dropout_rate=0.0)
+    make = recipe_writer(tmp_path, folder)
+    train(cached(make, tmp_path / "taps", "first"))
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.block.0.layer.1.DenseReluDense.wo.weight"][0, 0] += 0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "0 of 22 training rows are there" in train(cached(make, tmp_path / "taps", "weights"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[300:4000] = [*vocabulary[301:4000], vocabulary[300]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    seen = train(cached(make, tmp_path / "taps", "tokenizer"))
+    assert "22 of 22" not in seen
+
+
+@pytest.mark.slow
+def test_a_writer_killed_twenty_times_leaves_a_usable_part(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"training__epochs": 2, "data__max_train_rows": 600, "training__global_batch_size": 4}
+    path = cached(write_recipe, tmp_path / "taps", "killed", **changes)
+    draw, sizes = random.Random(0), []
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lst_scale.train", "--recipe", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = sum(sizes[-1:])
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and entries(tmp_path) <= before:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        sizes.append(entries(tmp_path))
+    assert sizes == sorted(sizes) and sizes[-1] > sizes[0] > 0
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    train(path, write_recipe("live", evaluation__method="likelihood", **changes))
+    live = torch.tensor(losses(tmp_path / "runs" / "live-kind-seed0"))
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "runs" / "killed-kind-seed0")), live, rtol=1e-3, atol=1e-4)
+    assert result(tmp_path, "killed")["cache"]["damaged"] == []
+
+
+def entries(tmp_path: Path) -> int:
+    return sum(index.stat().st_size // RECORD.size for index in (tmp_path / "taps").rglob("*.index"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone__placement": "zero3"}, "a tap cache needs a backbone that each rank runs by itself, which placement zero3 is not"),
+        ({"method": {"name": "lora"}}, "method lora changes the backbone, so its states can't be remembered: write cache.enabled=false"),
+    ],
+)
+def test_what_can_not_be_remembered_is_refused(
+    changes: dict[str, Any], message: str, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = cached(write_recipe, tmp_path / "taps", "refused", **changes)
+    done = launch(["-m", "lst_scale.train", "--recipe", str(path)], launcher="python")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
