@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lst_scale import assets, train
+from lst_scale.cache_cli import app as cache_app
 from lst_scale.errors import LstScaleError
 from lst_scale.slurm.cli import app as slurm_app
 
@@ -73,6 +74,7 @@ def compare_command(
 
 
 app.add_typer(slurm_app, name="slurm")
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from lst_scale.backbone.fisher import Example, fisher_importance, stored_importa
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_caching, load_placed
 from lst_scale.backbone.precision import QUANTIZED
-from lst_scale.data.batches import collate
+from lst_scale.data.batches import collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
 from lst_scale.data.tasks import load_task
@@ -162,6 +162,29 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         distributed.on_main_rank(world, lambda: _write_result(folder, result))
         logger.say(_closing_sentence(result, folder))
         return result
+
+
+def build_cache(recipe: Recipe) -> tuple[int, Path]:
+    """Run the training rows that are not in the tap cache through the backbone; return how many rows there are, and the cache's folder.
+
+    Ranks share the rows. Batches are evaluation's: neighbours in length together.
+    """
+    check_method(recipe)
+    world = distributed.connect()
+    with Logger(None) as logger:
+        task = load_task(recipe)
+        tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+        split = _encode(task.train, tokenizer, recipe, task.target_prefix)
+        backbone = _backbone(recipe, {"train": split}, world, logger)
+        assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
+        request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
+        size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
+        for batch in evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size):
+            decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
+            backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
+        backbone.cache.flush()
+    distributed.barrier()
+    return len(split.rows), backbone.cache.folder
 
 
 def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -156,6 +156,28 @@ def test_a_cache_of_two_ranks_serves_one_and_later_epochs_differ_by_rounding_alo
 
 
 @pytest.mark.slow
+def test_the_commands_build_list_verify_and_remove(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = cached(write_recipe, tmp_path / "taps", "built")
+    folder = ["--folder", str(tmp_path / "taps")]
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return launch(["-m", "lst_scale.cli", "cache", *arguments], launcher="python")
+
+    assert "22 rows are in" in command("build", "--recipe", str(path)).stdout
+    assert "22 of 22 training rows are there" in train(path)
+    listed = command("list", *folder).stdout
+    assert "layers 0,2  fp32" in listed and command("verify", *folder).returncode == 0
+    data = max((tmp_path / "taps").rglob("*.taps"), key=lambda file: file.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    raw[100] ^= 1
+    data.write_bytes(raw)
+    verified = command("verify", *folder)
+    assert verified.returncode == 1 and "1 damaged payloads" in verified.stdout
+    assert "is the beginning of 0 caches" in command("remove", "nothing", *folder).stderr
+    assert "removed" in command("remove", listed.split()[0], *folder).stdout and not command("list", *folder).stdout
+
+
+@pytest.mark.slow
 def test_bf16_and_int8_taps_train_to_nearly_the_same_losses(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     train(
         write_recipe("live", evaluation__method="likelihood"),

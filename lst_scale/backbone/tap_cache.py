@@ -22,6 +22,7 @@ import socket
 import struct
 import uuid
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -197,6 +198,23 @@ class TapCache:
         """Forget a payload that can't be used, and remember where it was."""
         self.damaged.append(f"{path} at byte {offset}")
         del self._where[digest]
+
+
+def damaged_payloads(folder: Path) -> Iterator[str]:
+    """Yield the place of every payload of one cache whose checksum is wrong, or which is not there."""
+    width = {"bf16": 2, "fp32": 4, "int8": 1}
+    key = json.loads((folder / "key.json").read_text())
+    token = key["d_model"] * width[key["dtype"]] + (4 if key["dtype"] == "int8" else 0)
+    layers, finals = len(key["layers"]), int(key["decoder_final"])
+    for index in sorted(folder.glob("*.index")):
+        path, raw = index.with_suffix(".taps"), index.read_bytes()
+        data = np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and path.stat().st_size else np.zeros(0, np.uint8)
+        for start in range(0, len(raw) - RECORD.size + 1, RECORD.size):
+            _, offset, tokens, checksum = RECORD.unpack_from(raw, start)
+            # A record does not say which stack it is of: decoders may have one state more.
+            sizes = {states * tokens * token for states in (layers, layers + finals)}
+            if all(zlib.crc32(data[offset : offset + size].tobytes()) != checksum for size in sizes):
+                yield f"{path} at byte {offset}"
 
 
 def _id_bytes(ids: Tensor) -> bytes:
