@@ -109,7 +109,7 @@ def whole_model_loss(options: argparse.Namespace, method: str, precision: str, d
     rows = Batch(input_ids_BS=batch["input_ids"], attention_mask_BS=batch["attention_mask"], labels_BT=batch["labels"], indices=())
     tokens = batch["labels"].numel()
     trained = [p for p in model.parameters() if p.requires_grad]
-    return lambda: trainee.nll(model, rows) / tokens, trained, list(model.parameters())
+    return lambda: trainee.nll(model, rows, None) / tokens, trained, list(model.parameters())
 
 
 def saved_bytes(loss: Step, known: Set[int]) -> int:

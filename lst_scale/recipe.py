@@ -262,6 +262,7 @@ class DataRecipe(_Section):
     max_target_length: Count | None = None  # None: the longest target
     max_train_rows: Count | None = None
     max_eval_rows: Count | None = None
+    shuffle_seed: Annotated[int, Field(ge=0)] | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
 
 
 class EvaluationRecipe(_Section):

@@ -59,7 +59,7 @@ def batch() -> Batch:
 def test_what_is_added_changes_nothing_at_first_and_everything_that_trains_gets_a_gradient(name: str, tiny_gated_t5_dir: Path) -> None:
     trainee = trainee_of(name, tiny_gated_t5_dir)
     trainee.module.eval()
-    nll = trainee.nll(trainee.module, batch())
+    nll = trainee.nll(trainee.module, batch(), None)
     stored = load_file(tiny_gated_t5_dir / "model.safetensors")
     plain = T5ForConditionalGeneration.from_pretrained(tiny_gated_t5_dir).eval()
     plain.lm_head.weight = torch.nn.Parameter(stored["lm_head.weight"])
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(name: str, tmp_path: Pat
     for checkpointed in (False, True):
         changes = {"dropout": 0.0} if "lora" in name else {}
         trainee = trainee_of(name, folder, gradient_checkpointing=checkpointed, **changes)
-        trainee.nll(trainee.module, batch()).backward()
+        trainee.nll(trainee.module, batch(), None).backward()
         gradients.append({n: p.grad for n, p in trained_parameters(trainee.module).items()})
     for parameter, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][parameter], gradient, rtol=1e-4, atol=1e-6, msg=parameter)

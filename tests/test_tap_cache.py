@@ -101,6 +101,10 @@ def test_a_full_disk_stops_with_one_line(tmp_path: Path) -> None:
         with pytest.raises(BackboneError, match=r"could not write taps to .*: No space left on device; free space"):
             for row in range(2000):
                 cache.write(encoder_digest(torch.tensor([row])), states(20, row))
+        cache.close()
+        whole = TapCache(small, KEY)
+        assert len(whole) > 0 and whole.read(encoder_digest(torch.tensor([0])), 2) is not None
+        del whole
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

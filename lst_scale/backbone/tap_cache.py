@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +80,8 @@ class TapCache:
         self.damaged: list[str] = []  # payloads that were passed over, named for the log
         self._where: dict[bytes, tuple[Path, int, int, int]] = {}
         self._maps: dict[Path, Any] = {}
-        self._data: BinaryIO | None = None
-        self._index: BinaryIO | None = None
+        self._data: Any = None
+        self._index: Any = None
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.taps"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
@@ -138,15 +138,14 @@ class TapCache:
         payload = self._payload(torch.stack([state.detach().to("cpu") for state in states]))
         try:
             if self._data is None:
-                self._data = self._path.open("ab")
-                self._index = self._path.with_suffix(".index").open("ab")
+                # Unbuffered: data is with the system before its index record is, and nothing is left to write when the disk is full.
+                self._data = self._path.open("ab", buffering=0)
+                self._index = self._path.with_suffix(".index").open("ab", buffering=0)
             assert self._index is not None
             offset = self._data.tell()
-            self._data.write(payload)
-            self._data.flush()
             checksum = zlib.crc32(payload)
-            self._index.write(RECORD.pack(digest, offset, states[0].shape[0], checksum))
-            self._index.flush()
+            _write_all(self._data, payload)
+            _write_all(self._index, RECORD.pack(digest, offset, states[0].shape[0], checksum))
         except OSError as error:
             raise BackboneError(
                 f"could not write taps to {self.folder}: {error.strerror or error}; free space, choose another cache.folder, "
@@ -158,7 +157,6 @@ class TapCache:
         """Force what was written to the disk."""
         for file in (self._data, self._index):
             if file is not None:
-                file.flush()
                 os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -198,6 +196,12 @@ class TapCache:
         """Forget a payload that can't be used, and remember where it was."""
         self.damaged.append(f"{path} at byte {offset}")
         del self._where[digest]
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while len(view):  # a disk that fills up takes a part first
+        view = view[file.write(view) :]
 
 
 def damaged_payloads(folder: Path) -> Iterator[str]:

@@ -47,7 +47,11 @@ class Trainee(Protocol):
         """What the engine gets. Those of its parameters that require a gradient are trained and checkpointed, no others."""
         ...
 
-    def nll(self, engine: Any, batch: Batch) -> Tensor:
+    def prepare(self, batch: Batch) -> Any:
+        """Return what can be known of a micro-batch before anything that trains: the taps, or None."""
+        ...
+
+    def nll(self, engine: Any, batch: Batch, prepared: Any) -> Tensor:
         """Return one micro-batch's summed negative log-likelihood in nats, with its gradient."""
         ...
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import Backbone, BackboneSpec
+from lst_scale.backbone.taps import Backbone, BackboneSpec, StackTaps, TapRequest, Taps
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -31,12 +31,12 @@ class LadderTrainee:
         self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec)
         self.request = SideNetwork.request_of(self._config)
 
-    def nll(self, engine: Any, batch: Batch) -> Tensor:
-        device = self.backbone.device
-        labels_BT = batch.labels_BT.to(device)
-        decoder_input_ids_BT = shift_right(labels_BT, self._spec)
-        taps = self.backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, self.request)
-        nll, _ = cross_entropy_sum(self.backbone.head, engine(taps), labels_BT)
+    def prepare(self, batch: Batch) -> Taps:
+        return taps_of(self.backbone, batch, self.request)
+
+    def nll(self, engine: Any, batch: Batch, prepared: Taps) -> Tensor:
+        labels_BT = batch.labels_BT.to(self.backbone.device)
+        nll, _ = cross_entropy_sum(self.backbone.head, engine(selected(prepared, self.request)), labels_BT)
         return nll
 
     @contextlib.contextmanager
@@ -52,6 +52,32 @@ class LadderTrainee:
 
     def load(self, folder: Path) -> dict[str, Tensor]:
         return LadderModel.from_pretrained(folder, self.backbone).side.state_dict()
+
+
+def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
+    """Run the frozen backbone on one micro-batch."""
+    device = backbone.device
+    decoder_input_ids_BT = shift_right(batch.labels_BT.to(device), backbone.spec)
+    return backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, request)
+
+
+def union(requests: Sequence[TapRequest]) -> TapRequest:
+    """Return the request that serves all."""
+    layers = sorted({layer for request in requests for layer in request.layers})
+    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests))
+
+
+def selected(taps: Taps, request: TapRequest) -> Taps:
+    """Return the part of `taps` that `request` asks for: the same tensors, no copies."""
+    if taps.encoder.layers == request.layers and (taps.decoder_final_BTD is not None) == request.decoder_final:
+        return taps
+
+    def stack(whole: StackTaps) -> StackTaps:
+        hidden = tuple(whole.hidden[whole.layers.index(layer)] for layer in request.layers)
+        return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
+
+    final = taps.decoder_final_BTD if request.decoder_final else None
+    return Taps(encoder=stack(taps.encoder), decoder=stack(taps.decoder), attention_mask_BS=taps.attention_mask_BS, decoder_final_BTD=final)
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

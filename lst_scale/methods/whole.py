@@ -48,7 +48,10 @@ class WholeModelTrainee:
         assert trained_parameters(model), "a method that trains nothing"
         assert not wrong, f"trained weights are float32, but {wrong[0]} is not"
 
-    def nll(self, engine: Any, batch: Batch) -> Tensor:
+    def prepare(self, batch: Batch) -> None:
+        return None
+
+    def nll(self, engine: Any, batch: Batch, prepared: Any = None) -> Tensor:
         device, spec = self.backbone.device, self.backbone.spec
         labels_BT = batch.labels_BT.to(device)
         with self._precision():

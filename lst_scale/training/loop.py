@@ -6,8 +6,9 @@ tokens of the global batch (the paper's, on one GPU), so that one process and ei
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def make_plan(recipe: Recipe, num_rows: int, epochs: int, world_size: int) -> Pl
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A session's question: what does the frozen backbone make of this micro-batch?"""
+
+    step: int
+    index: int  # of the micro-batch within the step
+    batch: Batch
+
+
+Session = Generator[Ask, Any, Progress]
+
+
 class Trainer:
     """Trains one method on one backbone. `run.py` builds the parts, `fit` uses them."""
 
@@ -88,6 +101,11 @@ class Trainer:
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
+        (finished,) = fit_together([self.session(progress)], self.trainee.prepare)
+        return finished
+
+    def session(self, progress: Progress) -> Session:
+        """The same as a generator: it asks for what the frozen backbone makes of each micro-batch, and ends with the last progress."""
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
         self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
@@ -111,7 +129,12 @@ class Trainer:
             if progress.step // plan.steps_per_epoch != epoch:
                 epoch = progress.step // plan.steps_per_epoch
                 steps = self._steps_of(epoch)
-            progress = self._train_step(steps[progress.step % plan.steps_per_epoch], progress)
+            try:
+                progress = yield from self._train_step(steps[progress.step % plan.steps_per_epoch], progress)
+            except Interrupted:  # thrown in while others left: this step was not taken
+                if progress != saved_at and progress.step > 0:
+                    self._save(progress)
+                raise
 
     def _evaluation_is_due(self, progress: Progress) -> bool:
         last = progress.step == self.plan.total_steps
@@ -121,22 +144,23 @@ class Trainer:
         return training_steps(
             self.train_split,
             epoch=epoch,
-            seed=self.recipe.seed,
+            seed=self.recipe.seed if self.recipe.data.shuffle_seed is None else self.recipe.data.shuffle_seed,
             global_batch_size=self.recipe.training.global_batch_size,
             micro_batch_size=self.plan.micro_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
         )
 
-    def _train_step(self, step: Step, progress: Progress) -> Progress:
+    def _train_step(self, step: Step, progress: Progress) -> Session:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
         start = time.perf_counter()
-        torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank))
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
         nll, source_tokens = 0.0, 0
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
-            nll += self._forward_backward(batch, step.num_target_tokens)
+            prepared = yield Ask(step=progress.step, index=index, batch=batch)
+            torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
+            nll += self._forward_backward(batch, prepared, step.num_target_tokens)
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
                 loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
@@ -152,9 +176,9 @@ class Trainer:
         self._log_step(progress, loss, rate, time.perf_counter() - start)
         return progress
 
-    def _forward_backward(self, batch: Batch, num_target_tokens: int) -> float:
+    def _forward_backward(self, batch: Batch, prepared: Any, num_target_tokens: int) -> float:
         """Return this micro-batch's summed negative log-likelihood, in nats."""
-        nll = self.trainee.nll(self.engine, batch)
+        nll = self.trainee.nll(self.engine, batch, prepared)
         # DeepSpeed averages over ranks and micro-batches; undo both, so that every token of the global batch weighs the same.
         scale = self.world.size * self.plan.accumulation / num_target_tokens
         self.engine.backward(nll * scale)
@@ -225,6 +249,42 @@ def gate_openings(weights: dict[str, Tensor], temperature: float = 0.1) -> dict[
     }
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Derive the dropout seed of one step on one rank: a resume needs no random state. Odd constants keep neighbours apart."""
-    return (seed * 1_000_003 + step * 8_191 + rank * 131 + 1) % 2**63
+def fit_together(sessions: Sequence[Session], prepare: Callable[[Batch], Any]) -> list[Progress]:
+    """Run sessions side by side to their ends: what `prepare` makes of a micro-batch is made once for all that ask for it.
+
+    Sessions must ask for the same micro-batches in the same order. One that starts behind the others catches up first; one that
+    ends is let go. When one is interrupted, all are, and save.
+    """
+    finished: dict[int, Progress] = {}
+    asking: dict[int, Ask] = {}
+
+    def resume(number: int, answer: Any) -> None:
+        asking.pop(number, None)
+        try:
+            asking[number] = sessions[number].send(answer)  # None starts it
+        except StopIteration as end:
+            finished[number] = end.value
+
+    try:
+        for number in range(len(sessions)):
+            resume(number, None)
+        while asking:
+            first = min((ask.step, ask.index) for ask in asking.values())
+            together = [number for number, ask in asking.items() if (ask.step, ask.index) == first]
+            batch = asking[together[0]].batch
+            assert all(asking[number].batch.indices == batch.indices for number in together), "sessions ask for different batches"
+            prepared = prepare(batch)
+            for number in together:
+                resume(number, prepared)
+    except Interrupted as interrupted:
+        for number in asking:
+            with contextlib.suppress(Interrupted):
+                sessions[number].throw(interrupted)
+        raise
+    return [finished[number] for number in range(len(sessions))]
+
+
+def _step_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """Derive the dropout seed of one micro-batch on one rank: a resume needs no random state, and members that train side by side do
+    not disturb each other. Odd constants keep neighbours apart."""
+    return (seed * 1_000_003 + step * 8_191 + rank * 131 + micro_batch * 65_537 + 1) % 2**63
