@@ -306,6 +306,7 @@ class Recipe(_Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     cache: CacheRecipe = CacheRecipe()
     logging: LoggingRecipe = LoggingRecipe()
+    members: tuple[str, ...] | None = Field(default=None, min_length=1)  # overrides, a line each: trained together on one backbone pass
 
     @field_validator("name")
     @classmethod

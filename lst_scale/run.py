@@ -12,12 +12,14 @@ runs/NAME-TASK-seedN/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,133 +37,199 @@ from lst_scale.backbone.fisher import Example, fisher_importance, stored_importa
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_caching, load_placed
 from lst_scale.backbone.precision import QUANTIZED
-from lst_scale.data.batches import collate, evaluation_batches
+from lst_scale.backbone.taps import BackboneSpec, TapRequest, Taps
+from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import majority_score, score
-from lst_scale.data.tasks import load_task
+from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
 from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import ArgumentError
 from lst_scale.logs import Logger
+from lst_scale.members import members_of
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import trained_parameters
-from lst_scale.methods.lst import ladder_config
+from lst_scale.methods.lst import ladder_config, taps_of, union
 from lst_scale.recipe import LstRecipe, Recipe, to_yaml
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
 from lst_scale.training.evaluation import predict
-from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
+from lst_scale.training.loop import Plan, Scores, Session, Trainer, fit_together, make_plan
 
 AnyBackbone = LocalBackbone | CachingBackbone
 RESULT, RECIPE = "result.json", "recipe.yaml"
 CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Carry out one recipe on this process and its peers, and return what result.json holds.
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
+    """Carry out one recipe, or its members side by side, on this process and its peers, and return what each result.json holds.
 
     Args:
         recipe: what to do.
-        resume: continue from the newest whole checkpoint of this recipe's folder, or start when there is none.
-        overwrite: throw away what the folder holds.
+        resume: continue from the newest whole checkpoint of each folder, or start when there is none.
+        overwrite: throw away what the folders hold.
 
     Raises:
         LstScaleError: anything the user can mend, in one line.
     """
+    recipes = [recipe] if recipe.members is None else members_of(recipe)
     ds_config = load_ds_config(recipe.training.deepspeed)
-    check_method(recipe)
+    for each in recipes:
+        check_method(each)
     world = distributed.connect()
-    folder = Path(recipe.output_dir) / recipe.run_name
-    distributed.on_main_rank(world, lambda: _prepare_folder(folder, recipe, resume=resume, overwrite=overwrite))
+    folders = [Path(each.output_dir) / each.run_name for each in recipes]
 
-    with Logger(folder if world.is_main else None, tensorboard=recipe.logging.tensorboard) as logger:
-        # Data first: a wrong file is found before any weight is read.
-        task = load_task(recipe)
-        tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
-        splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
-        plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or task.epochs, world.size)
+    def prepare_folders() -> None:
+        for each, folder in zip(recipes, folders, strict=True):
+            _prepare_folder(folder, each, resume=resume, overwrite=overwrite)
+
+    distributed.on_main_rank(world, prepare_folders)
+    with contextlib.ExitStack() as stack:
+        loggers = [
+            stack.enter_context(Logger(folder if world.is_main else None, tensorboard=each.logging.tensorboard))
+            for each, folder in zip(recipes, folders, strict=True)
+        ]
+        shared = _load_shared(recipes, world, loggers[0])
+        members = [
+            Member(each, folder, logger, shared, ds_config, resume=resume)
+            for each, folder, logger in zip(recipes, folders, loggers, strict=True)
+        ]
+        progresses = fit_together([member.session() for member in members], shared.prepare or members[0].trainee.prepare)
+        return [member.finish(progress) for member, progress in zip(members, progresses, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all members of a run have in common: data, and one backbone."""
+
+    world: World
+    task: TaskData
+    tokenizer: Any
+    splits: dict[str, EncodedSplit]
+    backbone: AnyBackbone
+    loading: dict[str, Any]
+    prepare: Callable[[Batch], Taps] | None  # taps for all members; None: a single run asks its own method
+
+
+def _load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
+    """Load data and backbone. Data first: a wrong file is found before any weight is read."""
+    recipe = recipes[0]
+    task = load_task(recipe)
+    tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    distributed.poll_interruption(world)
+    start = time.perf_counter()
+    backbone = _backbone(recipes, splits, world, logger)
+    loading = {
+        "loading_seconds": round(time.perf_counter() - start, 3),
+        "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
+    }
+    distributed.poll_interruption(world)
+    if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
+        logger.say(_check_quantization(backbone, splits["train"], recipe))
+    request = _request(recipes, backbone.spec) if len(recipes) > 1 else None
+    return Shared(
+        world=world,
+        task=task,
+        tokenizer=tokenizer,
+        splits=splits,
+        backbone=backbone,
+        loading=loading,
+        prepare=None if request is None else lambda batch: taps_of(backbone, batch, request),
+    )
+
+
+def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
+    """Return which taps serve all members."""
+    configs = [ladder_config(recipe.method, spec) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
+    return union([SideNetwork.request_of(config) for config in configs])
+
+
+class Member:
+    """One run of one recipe on a shared backbone: own method, optimizer, schedule, checkpoints, scores and folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
+        self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
+        world, splits, backbone = shared.world, shared.splits, shared.backbone
+        plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or shared.task.epochs, world.size)
         logger.say(
             f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
-
-        distributed.poll_interruption(world)
-        start = time.perf_counter()
-        backbone = _backbone(recipe, splits, world, logger)
-        loading = {
-            "loading_seconds": round(time.perf_counter() - start, 3),
-            "peak_memory_bytes_after_loading_by_rank": distributed.gather(_peak_memory_bytes(world)),
-        }
-        distributed.poll_interruption(world)
         importance = _importance(recipe, splits["train"], backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
-        if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
-            logger.say(_check_quantization(backbone, splits["train"], recipe))
-
+        self.trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
         identity = _identity(recipe, plan, backbone)
         checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
-        progress = _restore_weights(trainee.module, checkpoint, logger)
-        trainable = sum(parameter.numel() for parameter in trained_parameters(trainee.module).values())
+        self._start = _restore_weights(self.trainee.module, checkpoint, logger)
+        self._trainable = sum(parameter.numel() for parameter in trained_parameters(self.trainee.module).values())
         engine = build_engine(
-            trainee.module.to(world.device),
+            self.trainee.module.to(world.device),
             recipe.optimizer,
             ds_config,
             micro_batch_size=plan.micro_batch_size,
             accumulation=plan.accumulation,
         )
         if checkpoint is not None:
-            restore_moments(engine, checkpoint.snapshot.moments, progress.step)
-
-        def score_split(weights: dict[str, Tensor], name: str) -> Scores:
-            with trainee.answering(weights) as model:
-                texts = predict(model, splits[name], tokenizer, recipe.evaluation, task.labels, world, target_prefix=task.target_prefix)
-            return score(task, texts, [row.target for row in splits[name].rows])
-
-        trainer = Trainer(
+            restore_moments(engine, checkpoint.snapshot.moments, self._start.step)
+        self._trainer = Trainer(
             world=world,
             recipe=recipe,
             plan=plan,
-            trainee=trainee,
+            trainee=self.trainee,
             engine=engine,
             train_split=splits["train"],
-            evaluate=lambda weights: score_split(weights, "validation"),
+            evaluate=lambda weights: self._score(weights, "validation"),
             save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
             logger=logger,
             folder=folder,
             identity=identity,
         )
-        progress = trainer.fit(progress)
 
+    def session(self) -> Session:
+        """Train to the end, asking for taps on the way."""
+        return self._trainer.session(self._start)
+
+    def finish(self, progress: Progress) -> dict[str, Any]:
+        """Score the best weights on the test split, save them, and write and return result.json."""
         assert progress.best_step is not None, "a run ends with an evaluation"
+        recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
         best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
-        test_split = "test" if "test" in splits else "validation"
-        scores = score_split(best, test_split)
-        distributed.on_main_rank(world, lambda: trainee.save(folder / trainee.FOLDER, best))
+        split = "test" if "test" in shared.splits else "validation"
+        scores = self._score(best, split)
+        distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = {
             "name": recipe.name,
-            "task": task.name,
+            "task": shared.task.name,
             "seed": recipe.seed,
-            "split": test_split,
+            "split": split,
             "scores": {name: round(value, 4) for name, value in scores.items()},
-            "majority": {name: round(value, 4) for name, value in majority_score(task, splits[test_split].rows).items()},
+            "majority": {name: round(value, 4) for name, value in majority_score(shared.task, shared.splits[split].rows).items()},
             "validation_score": progress.best_score,
             "best_step": progress.best_step,
             "method": recipe.method.name,
-            **_measurements(progress, world, trainable, backbone),
+            **_measurements(progress, shared.world, self._trainable, shared.backbone),
             "saved_bytes": sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
-            **loading,
-            **_cache_facts(backbone),
+            **shared.loading,
+            **_cache_facts(shared.backbone),
             "versions": _versions(),
             "command": sys.argv,
             "recipe": recipe.model_dump(mode="json"),
         }
-        distributed.on_main_rank(world, lambda: _write_result(folder, result))
-        logger.say(_closing_sentence(result, folder))
+        distributed.on_main_rank(shared.world, lambda: _write_result(folder, result))
+        self.logger.say(_closing_sentence(result, folder))
         return result
+
+    def _score(self, weights: dict[str, Tensor], name: str) -> Scores:
+        task, split, recipe = self.shared.task, self.shared.splits[name], self.recipe
+        with self.trainee.answering(weights) as model:
+            texts = predict(
+                model, split, self.shared.tokenizer, recipe.evaluation, task.labels, self.shared.world, target_prefix=task.target_prefix
+            )
+        return score(task, texts, [row.target for row in split.rows])
 
 
 def build_cache(recipe: Recipe) -> tuple[int, Path]:
@@ -175,7 +243,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         task = load_task(recipe)
         tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
         split = _encode(task.train, tokenizer, recipe, task.target_prefix)
-        backbone = _backbone(recipe, {"train": split}, world, logger)
+        backbone = _backbone([recipe], {"train": split}, world, logger)
         assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
         request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
@@ -202,19 +270,18 @@ def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> En
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
 
 
-def _backbone(recipe: Recipe, splits: dict[str, EncodedSplit], world: World, logger: Logger) -> AnyBackbone:
+def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> AnyBackbone:
     """Load the backbone, or open its tap cache and load it only if a row is missing there."""
+    recipe = recipes[0]
     if not recipe.cache.enabled:
         return load_placed(recipe.backbone, world)
-    method = recipe.method
-    assert isinstance(method, LstRecipe), "checked by check_method"
 
     def check(live: LocalBackbone) -> None:
         logger.say("some rows are not in the tap cache: the backbone is loaded")
         if live.identity.precision in QUANTIZED:
             logger.say(_check_quantization(live, splits["train"], recipe))
 
-    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: SideNetwork.request_of(ladder_config(method, spec)), check)
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _request(recipes, spec), check)
     rows = list(zip(splits["train"].input_ids, splits["train"].labels, strict=True))
     missing = [(s, t) for s, t in rows if not backbone.known(torch.tensor(s), _decoder_ids(t, backbone))]
     backbone.cache.refuse_if_too_large(sum(len(s) for s, _ in missing), sum(len(t) for _, t in missing))

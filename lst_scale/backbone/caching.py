@@ -27,6 +27,7 @@ from lst_scale.backbone.taps import (
     StackTaps,
     TapRequest,
     Taps,
+    selected,
 )
 
 
@@ -88,14 +89,16 @@ class CachingBackbone:
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
         sources = [row[mask.bool()] for row, mask in zip(input_ids_BS.cpu(), attention_mask_BS.cpu(), strict=True)]
         targets = [_without_padding(row, self.spec.pad_token_id) for row in decoder_input_ids_BT.cpu()]
-        found = self._read(sources, targets, request)
+        # Rows are stored with the taps of all members of a run; each is given its own.
+        whole = TapRequest(layers=self.cache.key.layers, decoder_final=self.cache.key.decoder_final)
+        found = self._read(sources, targets, whole)
         if found is not None:
             self.rows_read += len(sources)
-            return self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT, request)
-        taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, request)
+            return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT, whole), request)
+        taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, whole)
         self.rows_run += len(sources)
         self._write(sources, targets, taps)
-        return taps
+        return selected(taps, request)
 
     def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""

@@ -97,6 +97,19 @@ class Taps:
     decoder_final_BTD: Tensor | None = None
 
 
+def selected(taps: Taps, request: TapRequest) -> Taps:
+    """Return the part of `taps` that `request` asks for: the same tensors, no copies."""
+    if taps.encoder.layers == request.layers and (taps.decoder_final_BTD is not None) == request.decoder_final:
+        return taps
+
+    def stack(whole: StackTaps) -> StackTaps:
+        hidden = tuple(whole.hidden[whole.layers.index(layer)] for layer in request.layers)
+        return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
+
+    final = taps.decoder_final_BTD if request.decoder_final else None
+    return Taps(encoder=stack(taps.encoder), decoder=stack(taps.decoder), attention_mask_BS=taps.attention_mask_BS, decoder_final_BTD=final)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrozenHead:
     """The backbone's output head: logits = (hidden * scale) @ weight.T. Needed downstream even when no backbone is in memory."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import Backbone, BackboneSpec, StackTaps, TapRequest, Taps
+from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, Taps, selected
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -65,19 +65,6 @@ def union(requests: Sequence[TapRequest]) -> TapRequest:
     """Return the request that serves all."""
     layers = sorted({layer for request in requests for layer in request.layers})
     return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests))
-
-
-def selected(taps: Taps, request: TapRequest) -> Taps:
-    """Return the part of `taps` that `request` asks for: the same tensors, no copies."""
-    if taps.encoder.layers == request.layers and (taps.decoder_final_BTD is not None) == request.decoder_final:
-        return taps
-
-    def stack(whole: StackTaps) -> StackTaps:
-        hidden = tuple(whole.hidden[whole.layers.index(layer)] for layer in request.layers)
-        return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
-
-    final = taps.decoder_final_BTD if request.decoder_final else None
-    return Taps(encoder=stack(taps.encoder), decoder=stack(taps.decoder), attention_mask_BS=taps.attention_mask_BS, decoder_final_BTD=final)
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

@@ -12,10 +12,10 @@ import typer
 
 from lst_scale.compare import compare
 from lst_scale.errors import ArgumentError, LstScaleError, RecipeError
+from lst_scale.members import expand, load_members, read_list
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import ClusterOptions, load_options
-from lst_scale.slurm.sweep import expand, load_members, read_list
 
 app = typer.Typer(
     help="Submit recipes to Slurm, watch them, resubmit what failed, collect the table.",

@@ -1,13 +1,14 @@
-"""A sweep: the product of overrides with several values, or a list of members, each a whole recipe with a name of its own."""
+"""Many recipes out of one: lists of overrides, products of values, and a name for each that says what distinguishes it. No torch."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 
 from lst_scale.errors import RecipeError
-from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.recipe import Recipe, load_recipe, parse_recipe, to_yaml
 
 _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
 
@@ -23,24 +24,39 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 def read_list(text: str) -> list[list[str]]:
     """Return the members of a list file: one a line, overrides divided by spaces; empty lines and # comments are skipped."""
-    import shlex
-
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [shlex.split(line) for line in lines if line]
 
 
 def load_members(recipe: str, members: Sequence[Sequence[str]]) -> list[Recipe]:
-    """Return every member's recipe, named by what distinguishes it.
+    """Return every member of a shipped recipe or a file, named by what distinguishes it.
 
     Raises:
         RecipeError: the mistakes of all members, each said once.
     """
+    return _named(members, lambda member: load_recipe(recipe, member))
+
+
+def members_of(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes that `members:` of one recipe stands for.
+
+    Raises:
+        RecipeError: the mistakes of all members, or members that can't share a backbone pass.
+    """
+    assert recipe.members is not None
+    text = to_yaml(recipe.model_copy(update={"members": None}))
+    found = _named([shlex.split(line) for line in recipe.members], lambda member: parse_recipe(text, "members", member))
+    _refuse_what_can_not_share(found)
+    return found
+
+
+def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Recipe]) -> list[Recipe]:
     swept = _swept_keys(members)
     found: list[Recipe] = []
     problems: list[str] = []
     for member in members:
         try:
-            loaded = load_recipe(recipe, member)
+            loaded = load(member)
         except RecipeError as error:
             problems += [line for line in str(error).split("\n") if line.strip() not in (seen.strip() for seen in problems)]
             continue
@@ -51,6 +67,35 @@ def load_members(recipe: str, members: Sequence[Sequence[str]]) -> list[Recipe]:
     if problems:
         raise RecipeError("\n       ".join(line.strip() for line in problems))
     return found
+
+
+def _refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
+    """Members train on the same taps: what taps and batches depend on must be one value for all."""
+    first = members[0]
+
+    def shared(member: Recipe) -> dict[str, object]:
+        return {
+            "task": member.task,
+            "backbone": member.backbone,
+            "data": member.data,
+            "cache": member.cache,
+            "training.global_batch_size": member.training.global_batch_size,
+            "training.micro_batch_size": member.training.micro_batch_size,
+            "training.deepspeed": member.training.deepspeed,
+        }
+
+    problems = []
+    for member in members:
+        problems += [f"members: {key} must be the same for all" for key, value in shared(member).items() if value != shared(first)[key]]
+        if member.method.name != "lst":
+            problems.append(f"members: method {member.method.name} changes the backbone and can't share its pass: write method.name=lst")
+        if member.seed != first.seed and member.data.shuffle_seed is None:
+            problems.append("members: seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
+    folders = [member.run_name for member in members]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    problems += [f"members: two of them would share the folder {folder}: write name= for one" for folder in twice]
+    if problems:
+        raise RecipeError("\n       ".join(dict.fromkeys(problems)))
 
 
 def _swept_keys(members: Sequence[Sequence[str]]) -> list[str]:
