@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def write_directory(path: Path, fill: Callable[[Path], None], check: Callable[[P
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` in one move."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Replace the file `path` by `text` in one move; of several writers at once the last one's stays."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.write_text(text)
     flush(partial)
     os.replace(partial, path)

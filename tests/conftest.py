@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "lst_scale" / "embedded"
 
@@ -109,7 +110,10 @@ def launch(
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port],
         "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", port],
     }[launcher]
+    return subprocess.run([*prefix, *arguments], cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def fresh() -> dict[str, str]:
+    """Return the environment of a shell in which nothing distributed has run; tests in this process may have left theirs."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run([*prefix, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return {name: value for name, value in environment.items() if name not in DISTRIBUTED}

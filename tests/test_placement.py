@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_t5, recipe_writer
+from conftest import ROOT, fresh, launch, make_t5, recipe_writer
 from safetensors.torch import load_file, save_file
 from test_training import final_weights, losses
 
@@ -235,7 +235,7 @@ def start_ranks(recipe_of_rank: Callable[[int], Path], count: int, **environment
     port = str(29400 + os.getpid() % 150)
     processes = []
     for rank in range(count):
-        env = os.environ | {name: of_rank(rank) for name, of_rank in environment.items()}
+        env = fresh() | {name: of_rank(rank) for name, of_rank in environment.items()}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(recipe_of_rank(rank)), "--overwrite"]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))

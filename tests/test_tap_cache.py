@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_t5, recipe_writer
+from conftest import ROOT, fresh, launch, make_t5, recipe_writer
 from safetensors.torch import load_file, save_file
 from test_training import final_weights, losses
 
@@ -217,7 +217,11 @@ def test_a_writer_killed_twenty_times_leaves_a_usable_part(write_recipe: Callabl
     for _ in range(20):
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "lst_scale.train", "--recipe", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "lst_scale.train", "--recipe", str(path)],
+            cwd=ROOT,
+            env=fresh(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         before = sum(sizes[-1:])
         deadline = time.monotonic() + 60

@@ -110,7 +110,8 @@ def test_all_mistakes_are_told_at_once() -> None:
 def test_three_e_minus_three_is_a_number_and_a_resolved_recipe_loads_back_equal() -> None:
     for name in available_recipes():
         recipe = load_recipe(name)
-        assert recipe.optimizer.learning_rate == 0.003
+        if recipe.method.name == "lst":
+            assert recipe.optimizer.learning_rate == 0.003
         assert parse_recipe(to_yaml(recipe), name) == recipe
 
 

@@ -88,7 +88,7 @@ class CachingBackbone:
     @torch.no_grad()
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
         sources = [row[mask.bool()] for row, mask in zip(input_ids_BS.cpu(), attention_mask_BS.cpu(), strict=True)]
-        targets = [_without_padding(row, self.spec.pad_token_id) for row in decoder_input_ids_BT.cpu()]
+        targets = [_without_padding(row, self.spec) for row in decoder_input_ids_BT.cpu()]
         # Rows are stored with the taps of all members of a run; each is given its own.
         whole = TapRequest(layers=self.cache.key.layers, decoder_final=self.cache.key.decoder_final)
         found = self._read(sources, targets, whole)
@@ -149,7 +149,12 @@ class CachingBackbone:
         return batch.to(self.device, non_blocking=True)
 
 
-def _without_padding(decoder_input_ids_T: Tensor, pad: int) -> Tensor:
-    """Cut padding off the right end; the start token, which may be the padding id, stays."""
-    real = (decoder_input_ids_T[1:] != pad).nonzero()
-    return decoder_input_ids_T[: int(real[-1]) + 2 if len(real) else 1]
+def _without_padding(decoder_input_ids_T: Tensor, spec: BackboneSpec) -> Tensor:
+    """Cut a row to the positions whose output is a label: the same ids whatever the batch's width.
+
+    Labels moved right lose their last column, so the end token stays in rows that are shorter than their batch and goes from the longest.
+    The start token, which may be the padding id, stays.
+    """
+    real = (decoder_input_ids_T[1:] != spec.pad_token_id).nonzero()
+    length = int(real[-1]) + 2 if len(real) else 1
+    return decoder_input_ids_T[: length - 1 if length > 1 and decoder_input_ids_T[length - 1] == spec.eos_token_id else length]
