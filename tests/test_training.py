@@ -142,7 +142,9 @@ def test_kill_9_at_ten_random_moments_and_resume_ends_bit_identical(write_recipe
     command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(victim), "--resume"]
     deadline = time.monotonic() + 400
     while kills < 10:
-        process = subprocess.Popen(command, cwd=ROOT, env=fresh(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=fresh(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         before = _newest_step(folder)
         while _newest_step(folder) <= before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
