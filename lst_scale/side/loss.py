@@ -10,7 +10,7 @@ from torch import Tensor
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
 
 IGNORED = -100
-CHUNK = 1024  # tokens whose logits exist at once: 131 MB in float32 for T5's 32,128 pieces
+CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,128 pieces, and as much for softmax and gradient each
 
 
 def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
@@ -27,9 +27,15 @@ def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -
     made on the spot: logits, the widest tensor of a step, exist for one chunk and are not kept. Without any labelled position the sum
     is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions.
     """
-    keep_BT = labels_BT != IGNORED
-    nll: Tensor = _HeadLoss.apply(hidden_BTD[keep_BT], labels_BT[keep_BT], head)  # type: ignore[no-untyped-call]
-    return nll + 0.0 * hidden_BTD.float().sum(), int(keep_BT.sum())
+    kept_N = labelled_positions(labels_BT)
+    hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[kept_N], labels_BT.flatten()[kept_N]
+    nll: Tensor = _HeadLoss.apply(hidden_ND, labels_N, head)  # type: ignore[no-untyped-call]
+    return nll + 0.0 * hidden_BTD.float().sum(), len(kept_N)
+
+
+def labelled_positions(labels_BT: Tensor) -> Tensor:
+    """Return which of the B * T positions, counted row by row, have a label."""
+    return (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
 
 
 class _HeadLoss(torch.autograd.Function):
