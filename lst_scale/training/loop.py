@@ -161,6 +161,7 @@ class Trainer:
             prepared = yield Ask(step=progress.step, index=index, batch=batch)
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
             nll += self._forward_backward(batch, prepared, step.num_target_tokens)
+            del prepared  # or the next micro-batch's taps would be made beside these
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
                 loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
@@ -276,6 +277,7 @@ def fit_together(sessions: Sequence[Session], prepare: Callable[[Batch], Any]) -
             prepared = prepare(batch)
             for number in together:
                 resume(number, prepared)
+            del prepared
     except Interrupted as interrupted:
         for number in asking:
             with contextlib.suppress(Interrupted):
