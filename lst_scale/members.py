@@ -81,6 +81,7 @@ def _refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
             "cache": member.cache,
             "training.global_batch_size": member.training.global_batch_size,
             "training.micro_batch_size": member.training.micro_batch_size,
+            "method.tap_storage": getattr(member.method, "tap_storage", None),
             "training.deepspeed": member.training.deepspeed,
         }
 

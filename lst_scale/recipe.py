@@ -135,6 +135,7 @@ class LstRecipe(_Section):
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
+    tap_storage: Literal["exact", "bf16", "int8"] = "exact"  # how taps are held until the backward pass
     fisher_samples: Count = 1024  # training examples that Fisher information is estimated from
     merge_last: bool = False
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled

@@ -119,8 +119,8 @@ class CachingBackbone:
     def _write(self, sources: list[Tensor], targets: list[Tensor], taps: Taps) -> None:
         final = [] if taps.decoder_final_BTD is None else [taps.decoder_final_BTD]
         for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            self.cache.write(encoder_digest(source), [tap[row, : len(source)] for tap in taps.encoder.hidden])
-            self.cache.write(decoder_digest(source, target), [tap[row, : len(target)] for tap in (*taps.decoder.hidden, *final)])
+            self.cache.write(encoder_digest(source), [tap[row, : len(source)] for tap in taps.encoder.tensors])
+            self.cache.write(decoder_digest(source, target), [tap[row, : len(target)] for tap in (*taps.decoder.tensors, *final)])
 
     def _assemble(
         self,

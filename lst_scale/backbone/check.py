@@ -66,9 +66,9 @@ def check_quantization(
 
     reference = _Reference(backbone)
     states, final_BSD = reference.stack("encoder", encoder.taps.embedding, None, mask_BS)
-    errors = {f"encoder block {i}": _error(q, r, mask_BS) for i, (q, r) in enumerate(zip(encoder.taps.hidden, states, strict=True))}
+    errors = {f"encoder block {i}": _error(q, r, mask_BS) for i, (q, r) in enumerate(zip(encoder.taps.tensors, states, strict=True))}
     states, _ = reference.stack("decoder", decoder.taps.embedding, final_BSD, mask_BS)
-    errors |= {f"decoder block {i}": _error(q, r, None) for i, (q, r) in enumerate(zip(decoder.taps.hidden, states, strict=True))}
+    errors |= {f"decoder block {i}": _error(q, r, None) for i, (q, r) in enumerate(zip(decoder.taps.tensors, states, strict=True))}
 
     for name, error in errors.items():
         if not error <= allowed:

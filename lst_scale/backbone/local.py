@@ -24,8 +24,10 @@ from lst_scale.backbone.taps import (
     FrozenHead,
     Replica,
     StackTaps,
+    Tap,
     TapRequest,
     Taps,
+    stored,
 )
 from lst_scale.errors import BackboneError
 
@@ -115,7 +117,7 @@ class LocalBackbone:
         """Run the encoder on token ids (B, S); mask 1 = token, 0 = padding."""
         stack = self._model.encoder
         embedding_BSD = self._model.shared(input_ids_BS)
-        with _capture(stack.block, request.layers) as hidden:
+        with _capture(stack.block, request) as hidden:
             final_BSD = stack(inputs_embeds=embedding_BSD, attention_mask=attention_mask_BS).last_hidden_state
         taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
         return EncoderState(taps=taps, final_BSD=final_BSD, attention_mask_BS=attention_mask_BS)
@@ -126,7 +128,7 @@ class LocalBackbone:
         stack = self._model.decoder
         embedding_BTD = self._model.shared(decoder_input_ids_BT)
         needed = len(stack.block) if request.decoder_final else request.layers[-1] + 1
-        with _shortened(stack, needed), _capture(stack.block, request.layers) as hidden:
+        with _shortened(stack, needed), _capture(stack.block, request) as hidden:
             final_BTD = stack(
                 inputs_embeds=embedding_BTD,
                 encoder_hidden_states=encoder.final_BSD,
@@ -150,10 +152,14 @@ def head_of(model: Any, spec: BackboneSpec) -> FrozenHead:
 
 
 @contextlib.contextmanager
-def _capture(blocks: nn.ModuleList, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of `layers` in order while the body runs one forward pass."""
-    hidden: list[Tensor] = []
-    handles = [blocks[layer].register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0])) for layer in layers]
+def _capture(blocks: nn.ModuleList, request: TapRequest) -> Iterator[list[Tap]]:
+    """Collect the outputs that are asked for, in order, while the body runs one forward pass."""
+    hidden: list[Tap] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden.append(stored(output[0], request.storage))  # at once: the block's own output lives only until the next has read it
+
+    handles = [blocks[layer].register_forward_hook(keep) for layer in request.layers]
     try:
         yield hidden
     finally:

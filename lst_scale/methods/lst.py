@@ -64,7 +64,8 @@ def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
 def union(requests: Sequence[TapRequest]) -> TapRequest:
     """Return the request that serves all."""
     layers = sorted({layer for request in requests for layer in request.layers})
-    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests))
+    (storage,) = {request.storage for request in requests}
+    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests), storage=storage)
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
@@ -83,6 +84,7 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
         dropout=method.dropout,
         precision=method.precision,
         recompute=method.recompute,
+        tap_storage=method.tap_storage,
     )
     config.validate(spec)
     return config

@@ -18,7 +18,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNorm
 
 from lst_scale.backbone.masks import padding_mask
-from lst_scale.backbone.taps import BackboneSpec, StackTaps
+from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.parts import SideEncoderState, entering, fed, make_gate, narrowed, recomputed
 
@@ -81,12 +81,16 @@ class AdapterStack(nn.Module):
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
         """Return the final side state (B, S or T, D). Nothing attends within a stack, so no mask is needed."""
-        hidden = self.dropout(entering(taps.embedding))
+        hidden = recomputed(self.recompute, self._enter, taps.embedding)
         for block, tap in zip(self.blocks.values(), taps.hidden, strict=True):
             hidden = recomputed(self.recompute, self._from_tap, block, hidden, tap, encoder, cache)
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
 
-    def _from_tap(self, block: AdapterBlock, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, cache: Any) -> Tensor:
-        result: Tensor = block(hidden, fed(tap, hidden, normalize=self.normalize_taps), encoder, cache)
+    def _enter(self, embedding: Tensor) -> Tensor:
+        entered: Tensor = self.dropout(entering(embedding))
+        return entered
+
+    def _from_tap(self, block: AdapterBlock, hidden: Tensor, tap: Tap, encoder: SideEncoderState | None, cache: Any) -> Tensor:
+        result: Tensor = block(hidden, fed(tap, normalize=self.normalize_taps), encoder, cache)
         return result

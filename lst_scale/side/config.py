@@ -13,6 +13,7 @@ from lst_scale.errors import LadderError, did_you_mean
 DESIGNS = ("transformer", "cross_attention", "adapter")
 GATES = ("learnable", "per_channel", "fixed", "none")
 PRECISIONS = ("fp32", "bf16")
+TAP_STORAGES = ("exact", "bf16", "int8")
 GATE_TEMPERATURE = 0.1  # the paper's, for every gate
 
 
@@ -37,6 +38,9 @@ class LadderConfig:
         gate_temperature: T in mu = sigmoid(alpha / T).
         recompute: keep only the taps and the side state between blocks for the backward pass, and run each side block again there. Exact
             in the gradient; a side block is small, its attention maps and dropout masks are not.
+        tap_storage: how taps are held until the backward pass: "exact" (as computed), "bf16", or "int8" with one scale a position.
+            Packed as the backbone makes them, so what is read forward and what the downsample's gradient is made of are the same: the
+            gradient is exact for taps that are off by at most 1/254 of a position's largest value.
         dropout: the side network's dropout rate; None takes the backbone's.
         precision: "fp32", or "bf16" for autocast; weights are float32 in both.
     """
@@ -54,6 +58,7 @@ class LadderConfig:
     dropout: float | None = None
     precision: str = "fp32"
     recompute: bool = True
+    tap_storage: str = "exact"
 
     def __post_init__(self) -> None:
         try:
@@ -69,6 +74,8 @@ class LadderConfig:
         self._refuse_what_has_no_effect()
         if self.precision not in PRECISIONS:
             raise LadderError(f"side network precision {self.precision!r} is unknown: write fp32 or bf16 (fp16 overflows in T5)")
+        if self.tap_storage not in TAP_STORAGES:
+            raise LadderError(f"tap_storage {self.tap_storage!r} is unknown.{did_you_mean(self.tap_storage, TAP_STORAGES)}")
         layers = self.side_layers
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise LadderError(f"side_layers {list(layers)} must be 0-based block numbers, ascending, each once, at least one")

@@ -45,7 +45,7 @@ class SideNetwork(nn.Module):
     @staticmethod
     def request_of(config: LadderConfig) -> TapRequest:
         """Return which states a side network of this configuration reads."""
-        return TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last)
+        return TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last, storage=config.tap_storage)
 
     def forward(self, taps: Taps) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""

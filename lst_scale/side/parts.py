@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config
 
-from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.backbone.taps import BackboneSpec, PackedTap, Tap
 from lst_scale.side.config import LadderConfig
 
 
@@ -82,11 +82,13 @@ def entering(embedding: Tensor) -> Tensor:
     return embedding if torch.is_autocast_enabled(embedding.device.type) else embedding.float()
 
 
-def fed(tap: Tensor, hidden: Tensor, *, normalize: bool) -> Tensor:
+def fed(tap: Tap, *, normalize: bool) -> Tensor:
     """Return a tap as its downsample reads it. Cast inside the recomputed part, so that what is kept is the tap as the backbone gave it.
 
     `normalize`: root mean square 1 in every position; the downsample after it has the scale.
     """
+    if isinstance(tap, PackedTap):
+        tap = tap.unpack()
     if not torch.is_autocast_enabled(tap.device.type):
         tap = tap.to(torch.float32)
     return nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6) if normalize else tap
@@ -97,9 +99,21 @@ def recomputed(wanted: bool, function: Callable[..., Any], *arguments: Any) -> A
 
     Dropout draws the same numbers both times.
     """
-    if wanted and torch.is_grad_enabled():
-        return checkpoint(function, *arguments, use_reentrant=False)
-    return function(*arguments)
+    if not (wanted and torch.is_grad_enabled()):
+        return function(*arguments)
+    # The two halves of a packed tap go in by themselves: autograd keeps account of tensors only.
+    packed = [isinstance(argument, PackedTap) for argument in arguments]
+    tensors = [half for argument in arguments for half in _halves(argument)]
+
+    def call(*parts: Any) -> Any:
+        rest = iter(parts)
+        return function(*(PackedTap(values_BSD=next(rest), scale_BS1=next(rest)) if pair else next(rest) for pair in packed))
+
+    return checkpoint(call, *tensors, use_reentrant=False)
+
+
+def _halves(argument: Any) -> tuple[Any, ...]:
+    return (argument.values_BSD, argument.scale_BS1) if isinstance(argument, PackedTap) else (argument,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from lst_scale.backbone.masks import causal_mask, padding_mask
-from lst_scale.backbone.taps import BackboneSpec, StackTaps
+from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.parts import SideEncoderState, entering, fed, make_downsample, make_gate, narrowed, recomputed
 
@@ -50,7 +50,7 @@ class TransformerStack(nn.Module):
 
         `mask_BS` is the padding mask of the encoder's own tokens; a decoder masks the future instead.
         """
-        hidden = self.first_downsample(self.dropout(entering(taps.embedding)))
+        hidden = recomputed(self.recompute, self._enter, taps.embedding)
         self_mask = self._self_mask(hidden, mask_BS, cache)
         bias = None
         for key, tap in zip(self.blocks, taps.hidden, strict=True):
@@ -58,10 +58,14 @@ class TransformerStack(nn.Module):
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
 
+    def _enter(self, embedding: Tensor) -> Tensor:
+        narrow: Tensor = self.first_downsample(self.dropout(entering(embedding)))
+        return narrow
+
     def _from_tap(
-        self, key: str, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, self_mask: Tensor, bias: Any, cache: Any
+        self, key: str, hidden: Tensor, tap: Tap, encoder: SideEncoderState | None, self_mask: Tensor, bias: Any, cache: Any
     ) -> tuple[Tensor, Any]:
-        narrow_tap = self.downsamples[key](fed(tap, hidden, normalize=self.normalize_taps))
+        narrow_tap = self.downsamples[key](fed(tap, normalize=self.normalize_taps))
         return self._rung(key, hidden, narrow_tap, encoder, self_mask, bias, cache)
 
     def _rung(
