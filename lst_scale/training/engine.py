@@ -49,6 +49,7 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+    _size_buckets(config, sum(parameter.numel() for parameter in trained_parameters(module).values()))
     adam = torch.optim.AdamW(
         parameter_groups(module, optimizer.weight_decay),
         lr=optimizer.learning_rate,
@@ -57,6 +58,14 @@ def build_engine(
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
     return engine
+
+
+def _size_buckets(config: dict[str, Any], trained: int) -> None:
+    """Let ZeRO's communication buffers hold what trains, where the file does not say: DeepSpeed's own 5e8 elements are 2 GB in float32."""
+    zero = dict(config.get("zero_optimization", {}))
+    largest = max(min(trained, 500_000_000), 1)
+    names = ("reduce_bucket_size", *(("stage3_prefetch_bucket_size",) if zero.get("stage") == 3 else ("allgather_bucket_size",)))
+    config["zero_optimization"] = {name: largest for name in names} | zero
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
