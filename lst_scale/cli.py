@@ -12,6 +12,7 @@ import typer
 from lst_scale import assets, train
 from lst_scale.cache_cli import app as cache_app
 from lst_scale.errors import LstScaleError
+from lst_scale.plan_cli import plan_command
 from lst_scale.slurm.cli import app as slurm_app
 
 app = typer.Typer(
@@ -73,6 +74,7 @@ def compare_command(
         draw(folders, plot)
 
 
+app.command("plan")(plan_command)
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(cache_app, name="cache")
 

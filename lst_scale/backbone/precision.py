@@ -49,6 +49,11 @@ class QuantizedLinear(nn.Module):
         """Quantize one matrix (out_features, in_features) and return what stands for it."""
         raise NotImplementedError
 
+    @staticmethod
+    def sized(out_features: int, in_features: int) -> dict[str, Tensor]:
+        """Return tensors as `pack` would, of the same sizes and without contents."""
+        raise NotImplementedError
+
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features) in `dtype`."""
         raise NotImplementedError
@@ -71,6 +76,10 @@ class Int8Linear(QuantizedLinear):
         # activations) never leave.
         packed_OI, largest_O, _ = int8_vectorwise_quant(weight_OI.to(torch.float16))
         return {"packed": packed_OI, "scale": largest_O.float() / 127}
+
+    @staticmethod
+    def sized(out_features: int, in_features: int) -> dict[str, Tensor]:
+        return {"packed": torch.empty(out_features, in_features, dtype=torch.int8), "scale": torch.empty(out_features)}
 
     @classmethod
     def of_part(cls, weight_OI: Tensor, largest_O: Tensor) -> Int8Linear:
@@ -105,6 +114,18 @@ class Nf4Linear(QuantizedLinear):
         packed, state = quantize_4bit(weight_OI.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
         nested = {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
         return {"packed": packed, "absmax": state.absmax, "code": state.code} | nested
+
+    @staticmethod
+    def sized(out_features: int, in_features: int) -> dict[str, Tensor]:
+        blocks = -(-out_features * in_features // NF4_BLOCK)
+        return {
+            "packed": torch.empty(-(-out_features * in_features // 2), 1, dtype=torch.uint8),
+            "absmax": torch.empty(blocks, dtype=torch.uint8),
+            "code": torch.empty(16),
+            "offset": torch.empty(()),
+            "nested_absmax": torch.empty(-(-blocks // NF4_NESTED_BLOCK)),
+            "nested_code": torch.empty(256),
+        }
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -141,6 +162,12 @@ def empty_quantized_linear(like: nn.Linear, precision: str) -> QuantizedLinear:
     """Return a layer of the right kind and size that holds nothing yet."""
     kind = _LAYERS[precision]
     return kind(like.out_features, like.in_features, dict.fromkeys(kind.pack(torch.ones(64, 64)), torch.empty(0)))
+
+
+def sized_quantized_linear(like: nn.Linear, precision: str) -> QuantizedLinear:
+    """Return a layer of the right kind whose tensors have their sizes and no contents."""
+    kind = _LAYERS[precision]
+    return kind(like.out_features, like.in_features, kind.sized(like.out_features, like.in_features))
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -22,7 +22,7 @@ class Life:
     """One storage: its size, the phase that made it, and between which events it lived."""
 
     bytes: int
-    phase: str
+    phase: str | None
     born: int
     died: int | None = None
 
@@ -37,14 +37,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     phase: str = ""
     lives: list[Life] = field(default_factory=list)
     now: int = 0
-    peak: int = 0
-    peak_at: int = 0  # the event at which it was reached
-    peak_phase: str = ""
+    peaks: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each phase: bytes, and the event at which they were reached
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
-        self._events = 0
+        self._events = self._mark = 0
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -64,15 +62,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         life = Life(bytes=storage.nbytes(), phase=self.phase, born=self._events)
         self.lives.append(life)
         self.now += life.bytes
-        if self.now > self.peak:
-            self.peak, self.peak_at, self.peak_phase = self.now, self._events, self.phase
+        if self.now > self.peaks.get(self.phase, (0, 0))[0]:
+            self.peaks[self.phase] = self.now, self._events
         weakref.finalize(storage, self._gone, address, life).atexit = False
 
     def _gone(self, address: int, life: Life) -> None:
         self._known.discard(address)
         self._events += 1
         life.died = self._events
-        self.now -= life.bytes
+        if life.phase is not None:
+            self.now -= life.bytes
+
+    def forget(self) -> None:
+        """Count nothing of what was seen so far."""
+        for life in self.lives:
+            life.phase = None
+        self.lives, self.now, self.peaks = [], 0, {}
 
     def enter_phase(self, phase: str, *, survivors: str | None = None) -> None:
         """Begin a phase; what the one before made and is still alive belongs to `survivors` from now on."""
@@ -82,11 +87,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     life.phase = survivors
         self.phase = phase
 
-    def at_peak(self) -> dict[str, int]:
-        """Return the bytes of each phase at the moment of the peak."""
+    def at_peak(self, phase: str) -> dict[str, int]:
+        """Return what was alive at the worst point of a phase, in bytes by the phase that made it."""
+        return self._alive_at(self.peaks.get(phase, (0, 0))[1])
+
+    def mark(self) -> None:
+        """Remember this point for `at_mark`."""
+        self._mark = self._events
+
+    def at_mark(self) -> dict[str, int]:
+        """Return what was alive at the mark."""
+        return self._alive_at(self._mark)
+
+    def _alive_at(self, event: int) -> dict[str, int]:
         parts: Counter[str] = Counter()
         for life in self.lives:
-            if life.born <= self.peak_at and (life.died is None or life.died > self.peak_at):
+            if life.phase is not None and life.born <= event and (life.died is None or life.died > event):
                 parts[life.phase] += life.bytes
         return dict(parts)
 

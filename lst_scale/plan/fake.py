@@ -1,0 +1,141 @@
+"""The real model code on fake tensors: a backbone of a recipe's shape, and the method on it, with no weights anywhere.
+
+Call everything inside one `torch._subclasses.FakeTensorMode`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lst_scale.backbone import precision as precisions
+from lst_scale.backbone.assemble import compute_dtype, places
+from lst_scale.backbone.checkpoint import spec_of
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.taps import BackboneIdentity
+from lst_scale.data.batches import Batch
+from lst_scale.methods import build_trainee
+from lst_scale.methods.base import Trainee
+from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.side import loss
+from lst_scale.side.count import Shape
+
+
+def config_of(shape: Shape, *, shards: int = 1) -> T5Config:
+    """Return the configuration of a backbone of this shape, or of one rank's share of its matrices."""
+    config = T5Config(
+        vocab_size=shape.vocab_size,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff // shards,
+        d_kv=shape.d_kv,
+        num_heads=shape.num_heads // shards,
+        num_layers=shape.num_layers,
+        num_decoder_layers=shape.num_decoder_layers,
+        relative_attention_num_buckets=shape.num_buckets,
+        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
+    """Return a backbone whose weights take the room that the recipe's precision gives them."""
+    config = config_of(shape, shards=shards)
+    precision = recipe.backbone.precision
+    with _created_as(compute_dtype(precision)):
+        model = T5ForConditionalGeneration(config)
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    if not shape.own_head:
+        model.lm_head.weight = model.shared.weight
+    for place in places(model):
+        block = place.get(model)
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and precision in precisions.QUANTIZED:
+                precisions.replace(block, name, precisions.sized_quantized_linear(module, precision))
+    identity = BackboneIdentity(checkpoint=recipe.backbone.checkpoint, revision=None, precision=precision, fingerprint="")
+
+    def weight(name: str) -> Tensor:
+        """Position tables, which a ladder starts from; nothing else is asked of random initialisation."""
+        found: Tensor = model.get_parameter(name).float()
+        return found
+
+    return LocalBackbone(model, spec_of(config), identity, weight, num_parameters=0)
+
+
+@contextlib.contextmanager
+def _created_as(dtype: torch.dtype) -> Iterator[None]:
+    """Create parameters in `dtype`; casting fake ones afterwards is refused by torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def trainee(recipe: Recipe, on: LocalBackbone) -> Trainee:
+    """Return the recipe's method. Weights are drawn, not carved out of the backbone: they take the same room."""
+    if isinstance(recipe.method, LstRecipe):
+        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"initialization": "random"})})
+    with _unmoved():
+        found = build_trainee(recipe, on, zero_stage=0)
+    found.module.train()
+    return found
+
+
+@contextlib.contextmanager
+def _unmoved() -> Iterator[None]:
+    """Let `Module.to` do nothing: peft moves what it adds to where it is already, and torch refuses to move modules of fake tensors."""
+    to = nn.Module.to
+    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = to  # type: ignore[method-assign]
+
+
+def batch(rows: int, source: int, target: int) -> Batch:
+    """Return one micro-batch without padding: the largest of its width."""
+    return Batch(
+        input_ids_BS=torch.ones(rows, source, dtype=torch.long),
+        attention_mask_BS=torch.ones(rows, source, dtype=torch.long),
+        labels_BT=torch.ones(rows, target, dtype=torch.long),
+        indices=(),
+    )
+
+
+@contextlib.contextmanager
+def all_labelled() -> Iterator[None]:
+    """Let every position count as labelled: which ones are is a matter of contents, and all is the most."""
+    real = loss.labelled_positions
+    loss.labelled_positions = lambda labels_BT: torch.arange(labels_BT.numel())
+    try:
+        yield
+    finally:
+        loss.labelled_positions = real
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention with dropout keep what a GPU's fused kernels keep: no score maps and no masks, which the CPU's stores.
+
+    The kernels draw the mask again in the backward pass from a stored seed.
+    """
+    attention = nn.functional.scaled_dot_product_attention
+
+    def without_mask(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        result: Tensor = attention(query, key, value, **(kwargs | {"dropout_p": 0.0}))
+        return result
+
+    nn.functional.scaled_dot_product_attention = without_mask  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = attention

@@ -1,0 +1,172 @@
+"""One training step of a recipe, run on fake tensors: what is alive when, and where the peak is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lst_scale.assets import load_ds_config
+from lst_scale.backbone.assemble import places
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.precision import held_tensors
+from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, stored
+from lst_scale.data.batches import Batch
+from lst_scale.methods.base import Trainee, trained_parameters
+from lst_scale.plan import fake
+from lst_scale.plan.engine import EngineBytes, engine_bytes
+from lst_scale.plan.live import LiveBytes, nbytes
+from lst_scale.recipe import LstRecipe, Recipe, Streamed, TensorParallel, Zero3
+from lst_scale.side.count import Shape
+
+# The parts of a step, in the order in which a table shows them.
+WEIGHTS, TRAINED, OPTIMIZER = "backbone weights", "trained weights", "optimizer and engine"
+TAPS, SAVED, GRADIENTS = "taps", "saved for backward", "gradients"
+FORWARD, METHOD, BACKWARD, STEP = "backbone forward", "forward and loss", "backward", "optimizer step"
+PARTS = (WEIGHTS, TRAINED, OPTIMIZER, TAPS, SAVED, GRADIENTS, FORWARD, METHOD, BACKWARD, STEP)
+# Where a peak can be.
+MOMENTS = (FORWARD, METHOD, BACKWARD, STEP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a step depends on beside the recipe: micro-batch and lengths in tokens, ranks, and whose kernels run."""
+
+    rows: int
+    source: int
+    target: int
+    world_size: int = 1
+    on_gpu: bool = True
+    cached: bool = False  # taps come from disk, and no backbone is in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of one rank during one step."""
+
+    parts: dict[str, int]  # at the peak
+    where: str  # which moment that is
+    kept: int  # what the forward pass leaves for the backward pass, taps included
+    trainable: int  # parameters
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
+    """Return what one step of one run needs on each rank."""
+    with FakeTensorMode(), fake.all_labelled(), fake.fused_attention() if setting.on_gpu else contextlib.nullcontext():
+        placement = recipe.backbone.placement
+        shards = (placement.size or setting.world_size) if isinstance(placement, TensorParallel) else 1
+        backbone = fake.backbone(shape, recipe, shards=shards)
+        trainee = fake.trainee(recipe, backbone)
+        trained = trained_parameters(trainee.module)
+        stage = load_ds_config(recipe.training.deepspeed).get("zero_optimization", {}).get("stage", 0)
+        engine = engine_bytes([p.numel() for p in trained.values()], stage=stage, world_size=setting.world_size)
+        # What trains inside the backbone is counted with the engine, the rest of the module with the backbone.
+        weights = _resident(recipe, backbone, trainee, setting)
+        live = LiveBytes()
+        with live:
+            for tensor in (*held_tensors(backbone._model), *held_tensors(trainee.module)):
+                live.see(tensor)
+            batch = fake.batch(setting.rows, setting.source, setting.target)
+            live.forget()
+            kept = _step(trainee, batch, live, setting, shards)
+    static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}
+    moments = {moment: static | _at(live, moment, engine) for moment in MOMENTS}
+    where = max(moments, key=lambda moment: sum(moments[moment].values()))
+    return Footprint(parts=moments[where], where=where, kept=kept, trainable=sum(p.numel() for p in trained.values()))
+
+
+def _step(trainee: Trainee, batch: Batch, live: LiveBytes, setting: Setting, shards: int) -> int:
+    """Run a step on fake tensors and return the bytes that its forward pass leaves alive."""
+    live.enter_phase(FORWARD)
+    prepared = _prepare(trainee, batch, setting, shards)
+    live.enter_phase(METHOD, survivors=TAPS)
+    nll = trainee.nll(trainee.module, batch, prepared)
+    live.enter_phase(BACKWARD, survivors=SAVED)
+    kept = live.alive(TAPS) + live.alive(SAVED)
+    nll.backward()  # type: ignore[no-untyped-call]
+    del nll
+    live.enter_phase(STEP, survivors=GRADIENTS)
+    live.mark()
+    return kept
+
+
+def _prepare(trainee: Trainee, batch: Batch, setting: Setting, shards: int) -> Any:
+    request = getattr(trainee, "request", None)
+    if request is None:
+        return trainee.prepare(batch)
+    backbone: LocalBackbone = trainee.backbone  # type: ignore[attr-defined]
+    if setting.cached:
+        return _read_taps(backbone, batch, request)
+    if shards == 1:
+        return trainee.prepare(batch)
+    # A group runs the rows of all its ranks, and each keeps copies of its own.
+    everyone = trainee.prepare(fake.batch(setting.rows * shards, setting.source, setting.target))
+    return _own_rows(everyone, slice(0, setting.rows))
+
+
+def _own_rows(taps: Taps, own: slice) -> Taps:
+    def stack(whole: StackTaps) -> StackTaps:
+        return replace(whole, embedding=whole.embedding[own].clone(), hidden=tuple(tap[own].clone() for tap in whole.hidden))
+
+    final = taps.decoder_final_BTD
+    return Taps(
+        encoder=stack(taps.encoder),
+        decoder=stack(taps.decoder),
+        attention_mask_BS=taps.attention_mask_BS[own].clone(),
+        decoder_final_BTD=None if final is None else final[own].clone(),
+    )
+
+
+def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Taps:
+    """Return taps as they come from disk: nothing was computed for them."""
+    dtype = backbone.head.weight_VD.dtype
+
+    def stack(ids: Tensor) -> StackTaps:
+        states = [stored(torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), request.storage) for _ in request.layers]
+        return StackTaps(layers=request.layers, embedding=torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), hidden=tuple(states))
+
+    final = torch.empty(*batch.labels_BT.shape, backbone.spec.d_model, dtype=dtype) if request.decoder_final else None
+    return Taps(
+        encoder=stack(batch.input_ids_BS),
+        decoder=stack(batch.labels_BT),
+        attention_mask_BS=batch.attention_mask_BS,
+        decoder_final_BTD=final,
+    )
+
+
+def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting: Setting) -> int:
+    """Return the bytes of frozen weights on a rank: all, its share, or the blocks that are there at a time."""
+    model, placement = backbone._model, recipe.backbone.placement
+    blocks = [nbytes(held_tensors(place.get(model))) for place in places(model)]
+    if isinstance(recipe.method, LstRecipe):
+        ends = nbytes(held_tensors(model)) - sum(blocks)
+        if setting.cached:
+            return ends
+        if isinstance(placement, Streamed):
+            return ends + 2 * max(blocks) + (max(blocks) if placement.source == "disk" and not setting.on_gpu else 0)
+        if isinstance(placement, Zero3):
+            return ends + -(-sum(blocks) // setting.world_size) + 2 * max(blocks)
+        return ends + sum(blocks)
+    return nbytes(tensor for tensor in _frozen(trainee.module))
+
+
+def _frozen(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor for tensor in held_tensors(module) if not tensor.requires_grad)
+
+
+def _at(live: LiveBytes, moment: str, engine: EngineBytes) -> dict[str, int]:
+    """Return what came and went, by part, at the worst point of one moment of the step."""
+    if moment == STEP:
+        # Gradients are where ZeRO has put them: counted with the step.
+        return {part: size for part, size in live.at_mark().items() if part != GRADIENTS} | {STEP: engine.step}
+    found = live.at_peak(moment)
+    return found | ({GRADIENTS: found.get(GRADIENTS, 0) + engine.gradients} if moment == BACKWARD else {})

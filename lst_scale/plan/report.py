@@ -1,0 +1,283 @@
+"""A recipe next to its rivals: what each needs, whether it fits, and the largest micro-batch that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lst_scale.assets import resolve
+from lst_scale.errors import ArgumentError
+from lst_scale.members import members_of
+from lst_scale.plan.footprint import (
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    METHOD,
+    OPTIMIZER,
+    PARTS,
+    SAVED,
+    STEP,
+    TAPS,
+    TRAINED,
+    WEIGHTS,
+    Footprint,
+    Setting,
+    footprint,
+)
+from lst_scale.recipe import FileTask, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe, parse_recipe
+from lst_scale.side.count import Shape
+
+# Training rows of GLUE (Wang et al. 2019, as on the Hugging Face hub).
+GLUE_ROWS = {"cola": 8551, "mnli": 392702, "mrpc": 3668, "qnli": 104743, "qqp": 363846, "rte": 2490, "sst2": 67349, "stsb": 5749}
+TARGET = 8  # tokens of a target when the recipe leaves it open: a label and its end
+MOST_ROWS = 1 << 16
+TRIES = 8
+# What a table has room for; the picture shows every part.
+COLUMNS = {
+    "backbone": (WEIGHTS,),
+    "trained": (TRAINED,),
+    "optimizer": (OPTIMIZER,),
+    "taps": (TAPS,),
+    "saved": (SAVED,),
+    "gradients": (GRADIENTS,),
+    "working": (FORWARD, METHOD, BACKWARD, STEP),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a GPU's memory is needed for beside tensors. Typical values: not measured on a GPU yet.
+
+    context: bytes of the CUDA context, cuBLAS's workspace and NCCL's buffers.
+    fragmentation: share of the tensors' bytes that the caching allocator holds and nobody uses.
+    """
+
+    context: int = 900_000_000
+    fragmentation: float = 0.05
+
+    def needed(self, tensors: int) -> int:
+        return self.context + int(tensors * (1 + self.fragmentation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One way to train: its name, its footprint, and with a memory limit the largest micro-batch (0: not even one row)."""
+
+    name: str
+    found: Footprint
+    largest: int | None = None
+
+
+def setting_of(recipe: Recipe, *, world_size: int, on_gpu: bool, target: int | None) -> Setting:
+    """Return the micro-batch that training would run, full rows of the longest lengths."""
+    a_rank = -(-recipe.training.global_batch_size // world_size)
+    return Setting(
+        rows=min(recipe.training.micro_batch_size or a_rank, a_rank),
+        source=recipe.data.max_source_length,
+        target=target or recipe.data.max_target_length or TARGET,
+        world_size=world_size,
+        on_gpu=on_gpu,
+    )
+
+
+def lines(recipe: Recipe, shape: Shape, setting: Setting, *, memory: int | None = None, gpu: Gpu | None = None) -> Iterator[Line]:
+    """Yield the recipe, the recipe on remembered taps where it asks for a cache, and its rivals on the same batch."""
+    members = [recipe] if recipe.members is None else members_of(recipe)
+    for name, ways, where in _ways(members, setting):
+        distinct, count = _distinct(ways), len(ways)
+        peak = cache(partial(_peak, distinct, count, shape))
+        yield Line(name=name, found=peak(where), largest=None if memory is None else largest_rows(peak, where, memory, gpu))
+
+
+def _peak(distinct: Sequence[Recipe], count: int, shape: Shape, setting: Setting) -> Footprint:
+    return together([footprint(way, shape, setting) for way in distinct], count)
+
+
+def together(found: Sequence[Footprint], count: int) -> Footprint:
+    """Return what members need that train one after the other on the same taps: the largest's step, and everybody's weights and moments."""
+    worst = max(found, key=lambda each: each.peak)
+    if count == 1:
+        return worst
+    # Members of one shape were run once: count each as the largest.
+    parts = worst.parts | {part: worst.parts[part] * count for part in (TRAINED, OPTIMIZER)}
+    return replace(worst, parts=parts, trainable=worst.trainable * count)
+
+
+def largest_rows(peak: Callable[[Setting], Footprint], setting: Setting, memory: int, gpu: Gpu | None) -> int:
+    """Return the most rows a micro-batch may have; 0: not even one.
+
+    A peak grows almost as a straight line in the rows: each try is where the line through the last two meets the limit.
+    """
+
+    def needed(rows: int) -> int:
+        tensors = peak(replace(setting, rows=rows)).peak
+        return tensors if gpu is None else gpu.needed(tensors)
+
+    low, low_bytes = 1, needed(1)  # fits
+    if low_bytes > memory:
+        return 0
+    high, high_bytes = max(setting.rows, 9), needed(max(setting.rows, 9))
+    for _ in range(TRIES):
+        slope = max((high_bytes - low_bytes) / (high - low), 1.0)
+        room = int((memory - low_bytes) / slope)
+        if high_bytes <= memory:
+            low, low_bytes = high, high_bytes
+            high = min(MOST_ROWS, low + int((memory - low_bytes) / slope) + 1)
+            if high <= low:
+                return low
+            high_bytes = needed(high)
+        elif room < 1 or high - low == 1:
+            return low
+        else:
+            middle = min(low + room, high - 1)
+            size = needed(middle)
+            if size <= memory:
+                low, low_bytes = middle, size
+            else:
+                high, high_bytes = middle, size
+    return low
+
+
+def _ways(members: Sequence[Recipe], setting: Setting) -> Iterator[tuple[str, Sequence[Recipe], Setting]]:
+    """Yield what is compared: a name, the recipes that train together, the setting."""
+    first = members[0]
+    name = first.method.name if len(members) == 1 else f"{len(members)} members"
+    if isinstance(first.method, LstRecipe) and first.cache.enabled:
+        yield f"{name}, first epoch", members, setting
+        yield f"{name}, taps from disk", members, replace(setting, cached=True)
+    else:
+        yield name, members, setting
+    frozen = "fp32" if first.backbone.precision == "fp32" else "bf16"
+    arithmetic: Any = frozen
+    rivals: list[tuple[str, Method, str]] = [
+        (f"LoRA, {frozen}", LoraRecipe(name="lora", precision=arithmetic), frozen),
+        (f"LoRA, {frozen}, checkpointed", LoraRecipe(name="lora", precision=arithmetic, gradient_checkpointing=True), frozen),
+        ("full", FullRecipe(name="full", precision=arithmetic), "fp32"),
+    ]
+    for name, method, precision in rivals:
+        if method.name == first.method.name and getattr(method, "gradient_checkpointing", 0) == getattr(
+            first.method, "gradient_checkpointing", 0
+        ):
+            continue
+        yield name, [as_rival(first, method, precision)], setting
+
+
+def as_rival(recipe: Recipe, method: Method, precision: str) -> Recipe:
+    """Return the recipe with another method, on a whole backbone on every rank: what methods that run backward through it need."""
+    tree = recipe.model_dump(mode="json")
+    tree["backbone"] |= {"precision": precision, "placement": {"name": "replicated"}, "max_quantization_error": None}
+    tree |= {"method": method.model_dump(mode="json"), "members": None, "cache": {"enabled": False}}
+    return parse_recipe(yaml.safe_dump(tree), "rival")
+
+
+def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
+    """Return one recipe of each method's shape: learning rates and seeds take no room."""
+    return list({way.method.model_dump_json(): way for way in ways}.values())
+
+
+def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, int, bool]:
+    """Return training rows, the bytes of their taps on disk at most (every row at full length), and whether the rows are really known."""
+    assert isinstance(recipe.method, LstRecipe)
+    from lst_scale.backbone.tap_cache import CacheKey
+
+    depth = min(shape.num_layers, shape.num_decoder_layers)
+    layers = tuple(range(depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
+    key = CacheKey(
+        fingerprint="",
+        precision=recipe.backbone.precision,
+        layers=layers,
+        decoder_final=recipe.method.merge_last,
+        d_model=shape.d_model,
+        dtype=recipe.cache.dtype,
+    )
+    rows = _train_rows(recipe)
+    counted = rows or 1000
+    return counted, key.bytes_of(counted * setting.source, counted * setting.target), rows is not None
+
+
+def _train_rows(recipe: Recipe) -> int | None:
+    most = recipe.data.max_train_rows
+    rows: int | None
+    if isinstance(recipe.task, FileTask):
+        path = Path(resolve(recipe.task.train))
+        rows = sum(1 for _ in path.open("rb")) if path.suffix == ".jsonl" and path.is_file() else most
+    else:
+        rows = GLUE_ROWS[recipe.task]
+    return rows if most is None or rows is None else min(rows, most)
+
+
+def as_table(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list[list[str]]:
+    """Return the table's cells, header first; memory in GB (10^9 bytes)."""
+    header = ["method", "trainable", *COLUMNS, "peak", "where"]
+    if memory is not None:
+        header += ["fits", "largest batch"]
+    table = [header]
+    for line in found:
+        sizes = (sum(line.found.parts.get(part, 0) for part in parts) for parts in COLUMNS.values())
+        cells = [line.name, f"{line.found.trainable:,}", *(_gb(size) for size in sizes)]
+        cells += [_gb(line.found.peak), line.found.where]
+        if memory is not None:
+            needed = line.found.peak if gpu is None else gpu.needed(line.found.peak)
+            cells += ["yes" if needed <= memory else f"no: {_gb(needed)}", str(line.largest)]
+        table.append(cells)
+    return table
+
+
+def draw(found: Sequence[Line], path: Path, memory: int | None) -> None:
+    """Draw the peaks as stacked bars into a .png or .svg.
+
+    Raises:
+        ArgumentError: the file's ending is another, or matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ArgumentError(f"{path}: write a file that ends in .png or .svg")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ArgumentError("--plot needs matplotlib: pip install 'lst_scale[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.6 * len(found)))
+    names = [line.name for line in found]
+    left = [0.0] * len(found)
+    for part in PARTS:
+        widths = [line.found.parts.get(part, 0) / 1e9 for line in found]
+        if any(widths):
+            axes.barh(names, widths, left=left, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    if memory is not None:
+        axes.axvline(memory / 1e9, color="black", linestyle="--", label="memory")
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory of tensors, GB")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of "16GB", "80GiB", "500MB".
+
+    Raises:
+        ArgumentError: it is none of those.
+    """
+    units = {"GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6}
+    for unit, size in units.items():
+        number = text.upper().removesuffix(unit)
+        if number != text.upper():
+            try:
+                value = float(number)
+            except ValueError:
+                break
+            if value > 0:
+                return int(value * size)
+    raise ArgumentError(f"{text!r} is no size of memory: write for example 16GB or 80GiB")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}" if size else "0"
