@@ -3,8 +3,9 @@
     python benchmarks/planned.py
     python benchmarks/planned.py --recipes t5-3b t5-3b-8bit --batches 1 2
 
-Each measurement has a process of its own. Weights are not read from anywhere: a step takes the same room whatever they are. The step is training's own: taps, loss, DeepSpeed's backward pass and optimizer step; the
-second one is measured, when Adam's moments are there. On a GPU the figure is torch.cuda.max_memory_allocated.
+Each measurement has a process of its own. Weights are not read from anywhere: a step takes the same room whatever they are. The step is
+training's own: taps, loss, DeepSpeed's backward pass and optimizer step; the second one is measured, when Adam's moments are there. On a
+GPU the figure is torch.cuda.max_memory_allocated.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def plan_command(
 
     loaded = load_recipe(recipe, overrides or ())
     memory = None if gpu_memory is None else report.parse_memory(gpu_memory)
+    if plot is not None:
+        report.check_picture(plot)
     if loaded.members is None:
         check_method(loaded)
     shape = shape_of(loaded.backbone.checkpoint)
@@ -45,7 +47,8 @@ def plan_command(
     found = list(report.lines(loaded, shape, setting, memory=memory, gpu=gpu))
     typer.echo(
         f"{loaded.name} on {loaded.backbone.checkpoint}: one step of {setting.rows} rows, {setting.source} source and {setting.target} "
-        f"target tokens each, on each of {gpus} rank{'s' if gpus > 1 else ''}; GB of tensors at the peak (working: what is neither kept nor stored)"
+        f"target tokens each, on each of {gpus} rank{'s' if gpus > 1 else ''}; GB of tensors at the peak "
+        "(working: what is neither kept nor stored)"
     )
     header, *cells = report.as_table(found, memory, gpu)
     table = Table(*header)

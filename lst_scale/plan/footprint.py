@@ -152,7 +152,7 @@ def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting
         if setting.cached:
             return ends
         if isinstance(placement, Streamed):
-            return ends + 2 * max(blocks) + (max(blocks) if placement.source == "disk" and not setting.on_gpu else 0)
+            return ends + 2 * max(blocks)
         if isinstance(placement, Zero3):
             return ends + -(-sum(blocks) // setting.world_size) + 2 * max(blocks)
         return ends + sum(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -228,18 +229,24 @@ def as_table(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list
     return table
 
 
-def draw(found: Sequence[Line], path: Path, memory: int | None) -> None:
-    """Draw the peaks as stacked bars into a .png or .svg.
+def check_picture(path: Path) -> None:
+    """Refuse a picture that can't be drawn, before anything is computed for it.
 
     Raises:
-        ArgumentError: the file's ending is another, or matplotlib is missing.
+        ArgumentError: the file's ending is another, its folder is missing, or matplotlib is.
     """
     if path.suffix not in (".png", ".svg"):
         raise ArgumentError(f"{path}: write a file that ends in .png or .svg")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ArgumentError("--plot needs matplotlib: pip install 'lst_scale[plot]'") from error
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("--plot needs matplotlib: pip install 'lst_scale[plot]'")
+
+
+def draw(found: Sequence[Line], path: Path, memory: int | None) -> None:
+    """Draw the peaks as stacked bars into a .png or .svg that `check_picture` let pass."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,0 +1,175 @@
+"""The planner says what a step will need, from shapes alone: compared with torch's own account of real steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, fresh
+from torch import nn
+
+from lst_scale import distributed
+from lst_scale.backbone.place import load_placed
+from lst_scale.backbone.precision import quantized_linear, sized_quantized_linear
+from lst_scale.errors import ArgumentError
+from lst_scale.plan import report
+from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint
+from lst_scale.plan.live import LiveBytes
+from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.side.count import shape_of
+
+SMALL = Setting(rows=4, source=32, target=8, on_gpu=False)
+
+
+def planned(recipe: Recipe, setting: Setting = SMALL) -> Footprint:
+    shape = shape_of(recipe.backbone.checkpoint)
+    assert shape is not None
+    return footprint(recipe, shape, setting)
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "lst_scale.cli", "plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "batches"),
+    [
+        (["training.deepspeed=zero0"], (2, 32)),
+        (["training.deepspeed=zero2", "backbone.precision=int8"], (2, 32)),
+        (["training.deepspeed=zero3", "backbone.precision=nf4", "method.tap_storage=int8"], (2, 32)),
+        (["method={name: lora, rank: 4, gradient_checkpointing: true}"], (2, 32)),
+        (["method={name: full}"], (2, 32)),
+    ],
+    ids=str,
+)
+def test_a_real_step_needs_what_was_planned(overrides: list[str], batches: tuple[int, int]) -> None:
+    script = ["benchmarks/planned.py", "--one", "quickstart"]
+    for rows in batches:
+        command = [sys.executable, "-W", "ignore", *script, str(rows), "--set", "backbone.precision=fp32", *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        assert found["planned"] == pytest.approx(found["measured"], rel=0.05), found
+
+
+def test_a_storage_counts_once_and_until_its_end() -> None:
+    weight = torch.ones(100)
+    with LiveBytes() as live:
+        live.see(weight)
+        live.forget()
+        live.enter_phase("first")
+        doubled = weight * 2
+        view = doubled[:10]
+        assert live.now == 400
+        live.enter_phase("second", survivors="kept")
+        del doubled
+        tripled = weight.reshape(10, 10) * 3
+        assert live.now == 800 and live.alive("kept") == 400
+        del view
+        assert live.now == 400
+        del tripled
+    assert live.now == 0 and live.at_peak("second") == {"kept": 400, "second": 400}
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_layers_without_contents_have_the_sizes_of_real_ones(precision: str) -> None:
+    real = quantized_linear(torch.randn(96, 160, dtype=torch.bfloat16), precision)
+    sized = sized_quantized_linear(nn.Linear(160, 96, bias=False), precision)
+    assert {n: (t.numel(), t.dtype) for n, t in sized.named_buffers()} == {n: (t.numel(), t.dtype) for n, t in real.named_buffers()}
+
+
+@pytest.mark.parametrize("placement", [{"name": "replicated"}, {"name": "streamed"}])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_planned_backbone_weights_are_those_that_loading_reports(placement: dict[str, Any], precision: str) -> None:
+    text = json.dumps(placement)
+    recipe = load_recipe("quickstart", [f"backbone.placement={text}", f"backbone.precision={precision}"])
+    loaded = load_placed(recipe.backbone, distributed.connect()).weight_bytes()
+    assert planned(recipe).parts[WEIGHTS] == pytest.approx(loaded, rel=1e-3)  # streamed tensors start at rounded addresses
+
+
+def test_each_rank_of_a_group_holds_its_share() -> None:
+    whole = planned(load_recipe("t5-base"))
+    halved = planned(load_recipe("t5-base", ["backbone.placement=tensor_parallel"]), replace(SMALL, world_size=2))
+    third = planned(load_recipe("t5-base", ["backbone.placement=zero3"]), replace(SMALL, world_size=3))
+    ends = 32128 * 768 * 4
+    assert halved.parts[WEIGHTS] - ends == pytest.approx((whole.parts[WEIGHTS] - ends) / 2, rel=0.01)
+    assert third.parts[WEIGHTS] < 0.6 * whole.parts[WEIGHTS]
+
+
+def test_taps_from_disk_need_no_backbone() -> None:
+    recipe = load_recipe("t5-base", ["cache.enabled=true"])
+    shape = shape_of(recipe.backbone.checkpoint)
+    assert shape is not None
+    live, cached, *_ = report.lines(recipe, shape, SMALL)
+    assert cached.found.parts[WEIGHTS] == 32128 * 768 * 4 < 0.2 * live.found.parts[WEIGHTS]
+    assert cached.found.parts[TAPS] == live.found.parts[TAPS]
+
+
+def test_members_keep_their_own_weights_and_share_the_taps() -> None:
+    one = load_recipe("quickstart")
+    four = load_recipe("quickstart", ["data.shuffle_seed=0", 'members=["seed=0", "seed=1", "seed=2", "seed=3"]'])
+    shape = shape_of(one.backbone.checkpoint)
+    assert shape is not None
+    alone, together = (next(iter(report.lines(recipe, shape, SMALL))).found for recipe in (one, four))
+    assert together.parts[TRAINED] == 4 * alone.parts[TRAINED] and together.trainable == 4 * alone.trainable
+    assert together.parts[TAPS] == alone.parts[TAPS]
+
+
+def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
+    recipe = load_recipe("quickstart")
+
+    def peak(setting: Setting) -> Footprint:
+        return planned(recipe, setting)
+
+    memory = 2 * peak(SMALL).peak
+    rows = report.largest_rows(peak, SMALL, memory, None)
+    assert peak(replace(SMALL, rows=rows)).peak <= memory < peak(replace(SMALL, rows=rows + 1)).peak
+    assert report.largest_rows(peak, SMALL, 1000, None) == 0
+
+
+def test_planning_leaves_torch_as_it_was() -> None:
+    before = nn.functional.scaled_dot_product_attention, nn.Module.to, torch.get_default_dtype()
+    planned(load_recipe("quickstart", ["method={name: lora}"]), replace(SMALL, on_gpu=True))
+    assert (nn.functional.scaled_dot_product_attention, nn.Module.to, torch.get_default_dtype()) == before
+    assert float(nn.Linear(2, 2).to(torch.bfloat16).weight.sum()) == pytest.approx(0, abs=4)
+
+
+@pytest.mark.slow
+def test_the_command_answers_with_a_table_a_picture_and_the_cache(tmp_path: Path) -> None:
+    done = plan("--recipe", "quickstart", "--gpu-memory", "16GB", "--plot", str(tmp_path / "plan.png"))
+    assert done.returncode == 0, done.stderr
+    for name in ("lst", "LoRA, fp32", "LoRA, fp32, checkpointed", "full"):
+        assert re.search(rf"│ {name} +│ [\d,]+ .*│ yes +│ \d+ +│", done.stdout), (name, done.stdout)
+    assert "4,800 training rows" in done.stdout and (tmp_path / "plan.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "quickstart", "--gpu-memory", "much"], "error: 'much' is no size of memory: write for example 16GB or 80GiB"),
+        (["--recipe", "quickstart", "--plot", "plan.doc"], "error: plan.doc: write a file that ends in .png or .svg"),
+        (["--recipe", "t5-base", "backbone.checkpoint=owner/unknown"], "error: the shape of owner/unknown is unknown here"),
+        (["--recipe", "t5-base", "method.reduction_factor=5"], "error: reduction_factor 5 must divide d_model 768"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments: list[str], message: str) -> None:
+    done = plan(*arguments)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sizes_of_memory_are_read_with_their_units() -> None:
+    assert [report.parse_memory(text) for text in ("16GB", "1.5GiB", "500mb")] == [16 * 10**9, 3 * 2**29, 500 * 10**6]
+    for wrong in ("16", "GB", "-1GB", "0GB"):
+        with pytest.raises(ArgumentError):
+            report.parse_memory(wrong)
