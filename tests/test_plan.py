@@ -110,7 +110,7 @@ def test_taps_from_disk_need_no_backbone() -> None:
     shape = shape_of(recipe.backbone.checkpoint)
     assert shape is not None
     live, cached, *_ = report.lines(recipe, shape, SMALL)
-    assert cached.found.parts[WEIGHTS] == 32128 * 768 * 4 < 0.2 * live.found.parts[WEIGHTS]
+    assert cached.found.parts[WEIGHTS] == (32128 + 2) * 768 * 4 < 0.2 * live.found.parts[WEIGHTS]
     assert cached.found.parts[TAPS] == live.found.parts[TAPS]
 
 
@@ -140,7 +140,7 @@ def test_planning_leaves_torch_as_it_was() -> None:
     before = nn.functional.scaled_dot_product_attention, nn.Module.to, torch.get_default_dtype()
     planned(load_recipe("quickstart", ["method={name: lora}"]), replace(SMALL, on_gpu=True))
     assert (nn.functional.scaled_dot_product_attention, nn.Module.to, torch.get_default_dtype()) == before
-    assert float(nn.Linear(2, 2).to(torch.bfloat16).weight.sum()) == pytest.approx(0, abs=4)
+    assert nn.Linear(2, 2).to(torch.bfloat16).weight.dtype == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
     with _created_as(compute_dtype(precision)):
         model = T5ForConditionalGeneration(config)
     model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    model.name_or_path = recipe.backbone.checkpoint  # peft asks
     if not shape.own_head:
         model.lm_head.weight = model.shared.weight
     for place in places(model):
