@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,13 +44,13 @@ from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
 from lst_scale.durable import write_directory, write_file
-from lst_scale.errors import ArgumentError
+from lst_scale.folder import RESULT, prepare_folder
 from lst_scale.logs import Logger
 from lst_scale.members import members_of
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import trained_parameters
 from lst_scale.methods.lst import ladder_config, taps_of, union
-from lst_scale.recipe import LstRecipe, Recipe, to_yaml
+from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
@@ -60,7 +59,6 @@ from lst_scale.training.evaluation import predict
 from lst_scale.training.loop import Plan, Scores, Session, Trainer, fit_together, make_plan
 
 AnyBackbone = LocalBackbone | CachingBackbone
-RESULT, RECIPE = "result.json", "recipe.yaml"
 CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
 
 
@@ -84,7 +82,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
 
     def prepare_folders() -> None:
         for each, folder in zip(recipes, folders, strict=True):
-            _prepare_folder(folder, each, resume=resume, overwrite=overwrite)
+            prepare_folder(folder, each, resume=resume, overwrite=overwrite)
 
     distributed.on_main_rank(world, prepare_folders)
     with contextlib.ExitStack() as stack:
@@ -253,17 +251,6 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         backbone.cache.flush()
     distributed.barrier()
     return len(split.rows), backbone.cache.folder
-
-
-def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ArgumentError("--resume and --overwrite exclude each other: write one of them")
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    elif not resume and (folder / RECIPE).exists():
-        raise ArgumentError(f"{folder} already holds a run: add --resume to continue it, --overwrite to start again, or change name=")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(to_yaml(recipe))
 
 
 def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
