@@ -19,8 +19,9 @@ from lst_scale import distributed
 from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.place import load_caching, load_placed
+from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
+from lst_scale.backbone.remembered import load_caching
 from lst_scale.backbone.taps import BackboneSpec, TapRequest, Taps
 from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
