@@ -24,7 +24,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import Int8Linear
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe import BackboneRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
 
 pytestmark = pytest.mark.slow
 DISK = {"name": "streamed", "source": "disk"}

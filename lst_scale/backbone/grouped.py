@@ -16,7 +16,7 @@ from lst_scale.backbone.opened import Opened, finish
 from lst_scale.backbone.taps import Replica, StackTaps, TapRequest, Taps
 from lst_scale.distributed import Group, World
 from lst_scale.errors import ArgumentError
-from lst_scale.recipe import TensorParallel
+from lst_scale.recipe_backbone import TensorParallel
 
 
 class GroupedBackbone(LocalBackbone):

@@ -14,7 +14,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity, Replica
 from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
-from lst_scale.recipe import BackboneRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from lst_scale.backbone.opened import Opened, finish, open_alone, open_together
 from lst_scale.backbone.partitioned import PartitionedSource
 from lst_scale.backbone.taps import BackboneIdentity, Replica
 from lst_scale.distributed import World
-from lst_scale.recipe import BackboneRecipe, Streamed, TensorParallel, Zero3
+from lst_scale.recipe_backbone import BackboneRecipe, Streamed, TensorParallel, Zero3
 
 
 def load_placed(recipe: BackboneRecipe, world: World) -> LocalBackbone:

@@ -16,7 +16,8 @@ from lst_scale.backbone.tap_cache import CacheKey, TapCache
 from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
-from lst_scale.recipe import BackboneRecipe, CacheRecipe
+from lst_scale.recipe import CacheRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
 
 
 def load_caching(
