@@ -51,11 +51,25 @@ class _Arrival:
         self.event.synchronize()
 
 
-class HostSource:
+class _Waiting:
+    """Blocks that take no memory of the device but the slots."""
+
+    layouts: list[Layout]
+
+    @property
+    def device_bytes(self) -> int:
+        return 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return max(layout.nbytes for layout in self.layouts)
+
+
+class HostSource(_Waiting):
     """All blocks in host memory, pinned where the device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.layouts: list[Layout] = []
+        self.layouts = []
         self._buffers: list[Tensor] = []
         self._pinned = device.type == "cuda"
         self._copies = CopyStream(device)
@@ -67,20 +81,12 @@ class HostSource:
         self.layouts.append(layout)
         self._buffers.append(layout.pack(tensors, torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._pinned)))
 
-    @property
-    def device_bytes(self) -> int:
-        return 0
-
-    @property
-    def slot_bytes(self) -> int:
-        return max(layout.nbytes for layout in self.layouts)
-
     def start(self, index: int, slot: Tensor, free: Any | None) -> Pending:
         buffer = self._buffers[index]
         return self._copies.copy(slot[: buffer.numel()], buffer, free)
 
 
-class DiskSource:
+class DiskSource(_Waiting):
     """Each block in a safetensors file of its own, mapped while it is read: no block stays in host memory."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -92,14 +98,6 @@ class DiskSource:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._copies = CopyStream(device)
         self._staging: dict[int, tuple[Tensor, Any]] = {}
-
-    @property
-    def device_bytes(self) -> int:
-        return 0
-
-    @property
-    def slot_bytes(self) -> int:
-        return max(layout.nbytes for layout in self.layouts)
 
     def start(self, index: int, slot: Tensor, free: Any | None) -> Pending:
         return _Read(self._worker.submit(self._read, index, slot, free))
