@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lst_scale.compare import compare
-from lst_scale.errors import ArgumentError, LstScaleError, RecipeError
+from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.members import expand, load_members, read_list
 from lst_scale.recipe import Recipe, load_recipe
@@ -232,9 +232,6 @@ def main(command: str | None = None) -> None:
     arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
     try:
         app(arguments, prog_name=f"slurm/{command}.py" if command else "lst-scale slurm")
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except LstScaleError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
