@@ -15,7 +15,6 @@ from lst_scale.folder import RECIPE
 from lst_scale.recipe import Recipe
 
 JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING", "STAGE_OUT")
 
 
 @dataclass(frozen=True, kw_only=True)
