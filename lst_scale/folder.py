@@ -23,5 +23,10 @@ def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
         shutil.rmtree(folder, ignore_errors=True)
     elif not resume and (folder / RECIPE).exists():
         raise ArgumentError(f"{folder} already holds a run: add --resume to continue it, --overwrite to start again, or change name=")
+    write_recipe(folder, recipe)
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe into the folder, made first where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(to_yaml(recipe))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE, RESULT
-from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.folder import RESULT, write_recipe
+from lst_scale.recipe import Recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.job import TrainJob
 from lst_scale.slurm.options import ClusterOptions
@@ -44,8 +44,7 @@ def _start(recipe: Recipe, options: ClusterOptions) -> Any:
     import submitit
 
     folder = runs.folder_of(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(to_yaml(recipe))
+    write_recipe(folder, recipe)
     executor = submitit.LocalExecutor(folder=folder / "slurm" / "local")
     # submitit hides all GPUs unless told how many there are.
     executor.update_parameters(

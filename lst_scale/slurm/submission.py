@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE, RESULT
+from lst_scale.folder import RECIPE, RESULT, write_recipe
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.slurm import runs, snapshot
 from lst_scale.slurm.job import TrainJob
@@ -73,9 +73,7 @@ def submit(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, 
         part = recipes[start : start + limit]
         executor = make_executor(root, options, setup, at_most=at_most, name=part[0].name)
         for recipe in part:
-            folder = runs.folder_of(recipe)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECIPE).write_text(to_yaml(recipe))
+            write_recipe(runs.folder_of(recipe), recipe)
         with _sbatch_errors(), _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
             submitted = [executor.submit(_job(recipe, options)) for recipe in part]
         for recipe, job in zip(part, submitted, strict=True):
