@@ -56,7 +56,8 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     from lst_scale.backbone.place import load_placed
     from lst_scale.backbone.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
-    from lst_scale.recipe import BackboneRecipe, LstRecipe
+    from lst_scale.recipe import LstRecipe
+    from lst_scale.recipe_backbone import BackboneRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
     placement = "streamed" if method in ("lst-streamed", "transfer") else "replicated"

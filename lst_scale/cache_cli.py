@@ -61,7 +61,7 @@ def build_command(
 ) -> None:
     """Run a recipe's training rows through its backbone, ahead of the first epoch; with several processes by torchrun -m lst_scale.cli."""
     from lst_scale.recipe import load_recipe
-    from lst_scale.run import build_cache
+    from lst_scale.shared import build_cache
 
     rows, folder = build_cache(load_recipe(recipe, [*(overrides or ()), "cache.enabled=true"]))
     typer.echo(f"{rows:,} rows are in {folder}")

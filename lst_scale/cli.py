@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from lst_scale import assets, train
 from lst_scale.cache_cli import app as cache_app
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import LstScaleError, tell
 from lst_scale.plan_cli import plan_command
 from lst_scale.slurm.cli import app as slurm_app
 
@@ -84,8 +83,7 @@ def main() -> None:
     try:
         app()
     except LstScaleError as error:
-        if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        tell(error)
         sys.exit(1)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
+from lst_scale.folder import RESULT
 
 COLUMNS = (
     "run",
@@ -39,7 +40,7 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
     Raises:
         ArgumentError: there is none.
     """
-    found = sorted({file.parent for path in paths for file in path.rglob("result.json")})
+    found = sorted({file.parent for path in paths for file in path.rglob(RESULT)})
     if not found:
         raise ArgumentError(f"no finished run in {', '.join(map(str, paths))}: none of the folders holds a result.json")
     return found
@@ -62,7 +63,7 @@ def rows(folders: Sequence[Path]) -> list[dict[str, str]]:
     """Return the table's rows, best score first within a task."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for folder in folders:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / RESULT).read_text())
         groups.setdefault((result["task"], result["name"]), []).append(result)
     found = [_row(name, task, group) for (task, name), group in groups.items()]
     return sorted(found, key=lambda row: (row["task"], -float(row["score"]), row["run"]))

@@ -11,11 +11,19 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from lst_scale.errors import RecipeError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A record of what can be set: unknown keys and wrong types are mistakes, and what was read does not change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class _Loader(yaml.SafeLoader):

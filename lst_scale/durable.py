@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -47,6 +48,12 @@ def write_file(path: Path, text: str) -> None:
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def sha256_of(file: Path) -> str:
+    """Return a file's digest, for a `check` that compares what was written with what is there."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -7,6 +7,8 @@ and what to write instead. The console shows that line alone; a traceback means 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -44,6 +46,12 @@ class CheckpointError(LstScaleError):
 
 class TrainingError(LstScaleError):
     """Training had to stop, for instance on a loss that is not finite."""
+
+
+def tell(error: LstScaleError) -> None:
+    """Print an error's line on stderr; of one that all ranks raise, rank 0's alone."""
+    if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

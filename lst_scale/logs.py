@@ -16,7 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-METRICS, LOG = "metrics.jsonl", "log.txt"
+from lst_scale.folder import METRICS
+
+LOG = "log.txt"
 
 
 class Logger:

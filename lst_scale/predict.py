@@ -14,9 +14,9 @@ from lst_scale.data.tasks import GLUE, Row, file_source, source_text
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.durable import write_file
 from lst_scale.errors import ArgumentError, DataError
+from lst_scale.folder import RECIPE
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.recipe import EvaluationRecipe, Recipe, load_recipe
-from lst_scale.run import RECIPE
 from lst_scale.training.evaluation import predict
 
 MAX_NEW_TOKENS = 64

@@ -1,134 +1,28 @@
 """A recipe: one YAML file a run, complete without inheritance; defaults live here; `key=value` overrides on the command line.
 
-Imports no torch: a mistake in a recipe is reported in well under a second. Decoding and its error messages are in `decode.py`.
+Imports no torch: a mistake in a recipe is reported in well under a second. Backbone and task have
+their sections in `recipe_backbone.py` and `recipe_task.py`; decoding and its error messages are in `decode.py`.
 """
 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lst_scale import decode
 from lst_scale.assets import find_recipe
+from lst_scale.decode import Count, Section
+from lst_scale.recipe_backbone import BackboneRecipe, NotFp16
+from lst_scale.recipe_task import GLUE, FileTask
 
-FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"
-GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge_l", "chrf")
-
-Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class FileTask(_Section):
-    """One's own data: a local .csv, .jsonl or .parquet file, "embedded:..." or "hub:owner/name[:config][:split]" for each split."""
-
-    name: str = "custom"
-    kind: Literal["classification", "regression", "text"]
-    train: str
-    validation: str
-    test: str | None = None
-    source: tuple[str, ...] = Field(min_length=1)
-    target: str
-    prefix: str | None = None
-    template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
-    target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
-    labels: tuple[str, ...] | None = None
-    metrics: tuple[Literal[METRICS], ...] | None = None  # type: ignore[valid-type]
-
-    @model_validator(mode="after")
-    def _template_names_the_source(self) -> FileTask:
-        if self.template is None:
-            return self
-        try:
-            named = {field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None}
-        except ValueError as error:
-            raise ValueError(f"template {self.template!r}: {error}; write {{{{ for a brace that stands for itself") from error
-        if named != set(self.source):
-            wrong = sorted(named ^ set(self.source))
-            raise ValueError(f"template and source must name the same fields, but {wrong[0]!r} is only in one of them")
-        if self.prefix is not None:
-            raise ValueError("prefix has no effect beside template: write it into the template")
-        return self
-
-    @model_validator(mode="after")
-    def _labels_fit_the_kind(self) -> FileTask:
-        if self.labels is not None and self.kind != "classification":
-            raise ValueError(f"labels has no effect on kind {self.kind}: remove it or write kind: classification")
-        return self
-
-
-class Replicated(_Section):
-    """One copy a rank."""
-
-    name: Literal["replicated"]
-
-
-class TensorParallel(_Section):
-    """Every matrix divided over groups of `size` consecutive ranks (DeepSpeed inference, AutoTP)."""
-
-    name: Literal["tensor_parallel"]
-    size: Count | None = None  # None: all ranks
-    across_nodes: bool = False  # whether a group may span machines
-    deepspeed: str = "inference"  # a file of ds_configs/, or a path
-
-
-class Zero3(_Section):
-    """Every block divided over all ranks and gathered just before it runs."""
-
-    name: Literal["zero3"]
-
-
-class Streamed(_Section):
-    """Blocks in host memory or on disk; two on the device, the next one copied while one runs."""
-
-    name: Literal["streamed"]
-    source: Literal["host", "disk"] = "host"
-    folder: str | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
-
-    @model_validator(mode="after")
-    def _folder_needs_disk(self) -> Streamed:
-        if self.folder is not None and self.source != "disk":
-            raise ValueError(f"folder has no effect on source {self.source}: remove it or write source: disk")
-        return self
-
-
-if TYPE_CHECKING:
-    Placement = Replicated | TensorParallel | Zero3 | Streamed
-else:
-    Placement = decode.tagged(replicated=Replicated, tensor_parallel=TensorParallel, zero3=Zero3, streamed=Streamed)
-
-
-class BackboneRecipe(_Section):
-    checkpoint: str
-    revision: str | None = None
-    precision: Literal["fp32", "bf16", "int8", "nf4"] = "bf16"
-    max_quantization_error: float | None = Field(default=None, gt=0)  # None: the precision's own
-    placement: Placement = Replicated(name="replicated")
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _not_fp16(cls, value: Any) -> Any:
-        if value in ("fp16", "float16", "half"):
-            raise ValueError(FP16_REASON)
-        return value
-
-    @model_validator(mode="after")
-    def _threshold_needs_quantization(self) -> BackboneRecipe:
-        if self.max_quantization_error is not None and self.precision in ("fp32", "bf16"):
-            raise ValueError(f"max_quantization_error has no effect on precision {self.precision}: remove it or write int8 or nf4")
-        return self
-
-
-class LstRecipe(_Section):
+class LstRecipe(Section):
     name: Literal["lst"]
     design: Literal["transformer", "cross_attention", "adapter"] = "transformer"
     reduction_factor: Count = 8
@@ -144,14 +38,7 @@ class LstRecipe(_Section):
     side_heads: Count | None = None  # None: the backbone's
     downsample_rank: Count | None = None  # two narrower linears for each downsample
     dropout: Share | None = None  # None: the backbone's
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the side network's arithmetic; its weights stay float32
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _not_fp16(cls, value: Any) -> Any:
-        if value in ("fp16", "float16", "half"):
-            raise ValueError(FP16_REASON)
-        return value
+    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
 
     @model_validator(mode="after")
     def _something_to_prune(self) -> LstRecipe:
@@ -169,7 +56,7 @@ class LstRecipe(_Section):
         return layers
 
 
-class _InsideRecipe(_Section):
+class _InsideRecipe(Section):
     """A method that trains inside the backbone."""
 
     precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; trained weights stay float32
@@ -221,7 +108,7 @@ else:
     )
 
 
-class OptimizerRecipe(_Section):
+class OptimizerRecipe(Section):
     learning_rate: float = Field(default=3e-3, gt=0)
     betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0)
@@ -238,7 +125,7 @@ class OptimizerRecipe(_Section):
         return value
 
 
-class TrainingRecipe(_Section):
+class TrainingRecipe(Section):
     epochs: Count | None = None  # None: the task's own
     max_steps: Count | None = None
     global_batch_size: Count = 100
@@ -258,7 +145,7 @@ class TrainingRecipe(_Section):
         return self
 
 
-class DataRecipe(_Section):
+class DataRecipe(Section):
     max_source_length: Count = 128
     max_target_length: Count | None = None  # None: the longest target
     max_train_rows: Count | None = None
@@ -266,7 +153,7 @@ class DataRecipe(_Section):
     shuffle_seed: Annotated[int, Field(ge=0)] | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
 
 
-class EvaluationRecipe(_Section):
+class EvaluationRecipe(Section):
     method: Literal["generation", "likelihood"] = "generation"
     batch_size: Count = 64
     num_beams: Count = 1
@@ -279,7 +166,7 @@ class EvaluationRecipe(_Section):
         return self
 
 
-class CacheRecipe(_Section):
+class CacheRecipe(Section):
     """Taps remembered on disk, so that no row is run through the backbone twice."""
 
     enabled: bool = False
@@ -287,12 +174,12 @@ class CacheRecipe(_Section):
     folder: str | None = None  # None: ~/.cache/lst_scale/taps
 
 
-class LoggingRecipe(_Section):
+class LoggingRecipe(Section):
     tensorboard: bool = False
     log_every_steps: Count = 10
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What `run` carries out. `task` is one of GLUE's names, or a mapping for one's own files."""
 
     name: str

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 
 from lst_scale import preemption
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import LstScaleError, tell
 from lst_scale.recipe import Recipe, load_recipe
 
 
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         carry_out(recipe, resume=options.resume, overwrite=options.overwrite)
     except LstScaleError as error:
-        if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         return 1
     return 0
 
@@ -61,18 +60,19 @@ def carry_out(recipe: Recipe, *, resume: bool, overwrite: bool = False, requeue:
     from lst_scale import distributed
     from lst_scale.run import run
 
+    rank = os.environ.get("RANK", "0")
     try:
         run(recipe, resume=resume, overwrite=overwrite)
         distributed.disconnect()
     except preemption.Interrupted as interrupted:
         inside_slurm = "SLURM_JOB_ID" in os.environ
         requeue = requeue or (preemption.requeue_by_scontrol if inside_slurm else None)
-        preemption.leave(interrupted, is_main=os.environ.get("RANK", "0") == "0", requeue=requeue)
+        preemption.leave(interrupted, is_main=rank == "0", requeue=requeue)
         raise
     except RuntimeError as error:
         if not distributed.is_lost_contact(error):
             raise
-        rank, reason = os.environ.get("RANK", "0"), str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise LstScaleError(f"rank {rank} lost contact with another rank, which says why if it could ({reason})") from error
 
 

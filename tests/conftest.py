@@ -113,6 +113,13 @@ def launch(
     return subprocess.run([*prefix, *arguments], cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def train(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> str:
+    """Carry out recipes one after another under the deepspeed launcher and return what they said."""
+    done = launch(["tests/run_recipes.py", *map(str, arguments)], processes=processes, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return done.stderr
+
+
 def fresh() -> dict[str, str]:
     """Return the environment of a shell in which nothing distributed has run; tests in this process may have left theirs."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ""}

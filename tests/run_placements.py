@@ -12,7 +12,7 @@ import yaml
 from lst_scale import distributed
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe import BackboneRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
 
 LAYERS = (0, 1, 2)
 

@@ -17,7 +17,7 @@ from lst_scale.data.encode import EncodedSplit, answer_in, encode
 from lst_scale.data.scores import METRICS, majority_score, score
 from lst_scale.data.tasks import GLUE, Row, TaskData, file_source, glue_row, split_glue
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.recipe import FileTask
+from lst_scale.recipe_task import FileTask
 
 
 def split_of(count: int) -> EncodedSplit:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import launch
+from conftest import train
 from test_training import final_weights, losses
 
 from lst_scale.errors import RecipeError
@@ -25,12 +25,6 @@ MEMBERS = [
     "seed=2 optimizer.learning_rate=1e-2 method.design=cross_attention method.side_layers=all",
 ]
 SHARED: dict[str, Any] = {"data__shuffle_seed": 0, "method__dropout": 0.1, "evaluation__max_new_tokens": 3}
-
-
-def train(*arguments: str, processes: int = 1) -> str:
-    done = launch(["tests/run_recipes.py", *arguments], processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 def write_each_alone(recipe: Path, folder: Path) -> list[str]:
@@ -59,7 +53,7 @@ def test_members_end_as_they_would_alone(changes: dict[str, Any], write_recipe: 
         tree = yaml.safe_load(Path(path).read_text())
         tree["cache"] = {"enabled": False}
         Path(path).write_text(yaml.safe_dump(tree))
-    train(str(together))
+    train(together)
     train(*alone)
     runs = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert len(runs) == len(MEMBERS)
@@ -74,14 +68,14 @@ def test_members_end_as_they_would_alone(changes: dict[str, Any], write_recipe: 
 @pytest.mark.slow
 def test_members_on_two_ranks_resume_and_one_that_is_behind_catches_up(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_recipe("resumed", members=MEMBERS[:3], training__save_every_steps=2, training__keep_checkpoints=9, **SHARED)
-    train(str(path), processes=2)
+    train(path, processes=2)
     runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     expected = {run.name: final_weights(run) for run in runs}
     for run, kept in zip(runs, (3, 2, 1), strict=True):  # back to steps 6, 4 and 2
         (run / "result.json").unlink()
         for checkpoint in sorted((run / "checkpoints").glob("step-*"))[kept:]:
             shutil.rmtree(checkpoint)
-    assert train("--resume", str(path), processes=2).count("resuming at step") == 3
+    assert train("--resume", path, processes=2).count("resuming at step") == 3
     for run in runs:
         found = final_weights(run)
         assert all(torch.equal(found[name], expected[run.name][name]) for name in found), run.name

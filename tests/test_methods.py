@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, make_t5, recipe_writer
+from conftest import launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file
 from test_training import final_weights, losses
 from transformers import T5ForConditionalGeneration
@@ -106,15 +106,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, method in METHODS.items():
         recipes.append(str(make(name, method=method, **common)))
         runs[name] = folder / "runs" / f"{name}-kind-seed0"
-    done = launch(["tests/run_recipes.py", *recipes])
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    train(*recipes)
     recipes = []
     for name, stage in (("full", "zero3"), ("lora", "zero3"), ("lora", "zero2"), ("adapters", "zero1"), ("prompt", "zero2")):
         changes = {"dropout": 0.0} if name == "lora" else {}
         recipes.append(str(make(f"{name}-{stage}", method=METHODS[name] | changes, training__deepspeed=stage, **common)))
         runs[f"{name}-{stage}"] = folder / "runs" / f"{name}-{stage}-kind-seed0"
-    done = launch(["tests/run_recipes.py", *recipes], processes=2)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    train(*recipes, processes=2)
     return runs
 
 
@@ -159,9 +157,7 @@ def test_every_method_resumes_to_the_same_weights(trained: dict[str, Path], tmp_
         path = tmp_path / f"{name}.yaml"
         path.write_text(re.sub(r"output_dir: .*", f"output_dir: {tmp_path / name}", text))
         recipes.append(str(path))
-    done = launch(["tests/run_recipes.py", "--resume", *recipes])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("resuming at step 2") == len(METHODS)
+    assert train("--resume", *recipes).count("resuming at step 2") == len(METHODS)
     for name, weights in expected.items():
         found = final_weights(tmp_path / name / f"{name}-kind-seed0")
         assert all(torch.equal(found[n], weights[n]) for n in weights), name

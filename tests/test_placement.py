@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer
+from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file, save_file
 from test_training import final_weights, losses
 
@@ -24,7 +24,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import Int8Linear
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe import BackboneRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
 
 pytestmark = pytest.mark.slow
 DISK = {"name": "streamed", "source": "disk"}
@@ -107,8 +107,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             changes = {"backbone__placement": placement, "training__max_steps": 4, "training__micro_batch_size": 1}
             recipes.append(str(make(key, **changes, evaluation__max_new_tokens=3)))
             runs[key] = folder / "runs" / f"{key}-kind-seed0"
-        done = launch(["tests/run_recipes.py", *recipes], processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        train(*recipes, processes=processes)
     return runs
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer
+from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file, save_file
 from test_training import final_weights, losses
 
@@ -115,12 +115,6 @@ def test_a_full_disk_stops_with_one_line(tmp_path: Path) -> None:
 def cached(write: Callable[..., Path], folder: Path, name: str, **changes: Any) -> Path:
     common = {"cache__enabled": True, "cache__dtype": "fp32", "cache__folder": str(folder), "evaluation__method": "likelihood"}
     return write(name, **(common | changes))
-
-
-def train(*recipes: Path, processes: int = 1) -> str:
-    done = launch(["tests/run_recipes.py", *map(str, recipes)], processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:

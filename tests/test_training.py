@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer
+from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,8 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], P
             recipes.append(str(make(name, training__deepspeed=stage)))
             runs[processes, stage] = folder / "runs" / f"{name}-kind-seed0"
         # DeepSpeed compiles its asynchronous I/O at first use: minutes on two cores.
-        done = launch(["tests/run_recipes.py", *recipes], processes=processes, timeout=1200)
-        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        train(*recipes, processes=processes, timeout=1200)
     return runs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.conveyor import Done, Layout, Pending, named_tensors
-from lst_scale.durable import write_directory
+from lst_scale.durable import sha256_of, write_directory
 from lst_scale.errors import BackboneError
 
 INDEX, FORMAT = "blocks.json", 1
@@ -51,11 +50,25 @@ class _Arrival:
         self.event.synchronize()
 
 
-class HostSource:
+class _Waiting:
+    """Blocks that take no memory of the device but the slots."""
+
+    layouts: list[Layout]
+
+    @property
+    def device_bytes(self) -> int:
+        return 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return max(layout.nbytes for layout in self.layouts)
+
+
+class HostSource(_Waiting):
     """All blocks in host memory, pinned where the device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.layouts: list[Layout] = []
+        self.layouts = []
         self._buffers: list[Tensor] = []
         self._pinned = device.type == "cuda"
         self._copies = CopyStream(device)
@@ -67,20 +80,12 @@ class HostSource:
         self.layouts.append(layout)
         self._buffers.append(layout.pack(tensors, torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._pinned)))
 
-    @property
-    def device_bytes(self) -> int:
-        return 0
-
-    @property
-    def slot_bytes(self) -> int:
-        return max(layout.nbytes for layout in self.layouts)
-
     def start(self, index: int, slot: Tensor, free: Any | None) -> Pending:
         buffer = self._buffers[index]
         return self._copies.copy(slot[: buffer.numel()], buffer, free)
 
 
-class DiskSource:
+class DiskSource(_Waiting):
     """Each block in a safetensors file of its own, mapped while it is read: no block stays in host memory."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -92,14 +97,6 @@ class DiskSource:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         self._copies = CopyStream(device)
         self._staging: dict[int, tuple[Tensor, Any]] = {}
-
-    @property
-    def device_bytes(self) -> int:
-        return 0
-
-    @property
-    def slot_bytes(self) -> int:
-        return max(layout.nbytes for layout in self.layouts)
 
     def start(self, index: int, slot: Tensor, free: Any | None) -> Pending:
         return _Read(self._worker.submit(self._read, index, slot, free))
@@ -153,12 +150,12 @@ def write_blocks(folder: Path, names: Sequence[str], build: Callable[[int], nn.M
         for index, name in enumerate(names):
             file = partial / f"{name}.safetensors"
             save_file({key: tensor.cpu().contiguous() for key, tensor in named_tensors(build(index)).items()}, file)
-            digests[file.name], sizes[file.name] = _digest(file), file.stat().st_size
+            digests[file.name], sizes[file.name] = sha256_of(file), file.stat().st_size
         (partial / INDEX).write_text(json.dumps({"format": FORMAT, "sha256": digests, "bytes": sizes}, indent=2) + "\n")
 
     def check(whole: Path) -> None:
         for name, digest in _read_index(whole)["sha256"].items():
-            if _digest(whole / name) != digest:
+            if sha256_of(whole / name) != digest:
                 raise BackboneError(f"{whole / name} reads back different from what was written: check the disk")
 
     write_directory(folder, fill, check)
@@ -175,8 +172,3 @@ def _open_meta(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
         return {name: torch.empty(s.get_shape(), dtype=dtypes[s.get_dtype()], device="meta") for name, s in slices.items()}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

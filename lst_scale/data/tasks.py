@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from lst_scale.data import files
 from lst_scale.errors import DataError
-from lst_scale.recipe import FileTask, Recipe
+from lst_scale.recipe import Recipe
+from lst_scale.recipe_task import FileTask
 
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000

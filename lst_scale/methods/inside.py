@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5Attention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
+from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
 from lst_scale.backbone.precision import replace
 
@@ -84,6 +84,3 @@ def add_biases(model: Any) -> None:
         inside = any(isinstance(module, kind) for kind in (nn.Linear, T5LayerNorm))
         if inside and not path.endswith(".inner") and "lora_" not in path:
             replace(model, path, WithBias(module))
-
-
-__all__ = ["T5Attention", "WithAdapter", "WithBias", "add_adapters", "add_biases"]

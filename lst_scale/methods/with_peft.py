@@ -16,7 +16,7 @@ from lst_scale.methods.inside import add_biases
 from lst_scale.methods.whole import WholeModelTrainee
 from lst_scale.recipe import LoraRecipe, PromptRecipe
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 def with_lora(model: Any, recipe: LoraRecipe, checkpoint: str, seed: int) -> Any:

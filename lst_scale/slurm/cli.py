@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from lst_scale.compare import compare
-from lst_scale.errors import ArgumentError, LstScaleError, RecipeError
+from lst_scale.errors import ArgumentError, LstScaleError
+from lst_scale.folder import RECIPE, RESULT
 from lst_scale.members import expand, load_members, read_list
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
@@ -165,7 +166,7 @@ def resubmit_command(
         job = runs.last_job(run)
         assert job is not None, "only submitted runs are lost"
         options = load_options(_as_written(job["options"]) | changes, None)
-        groups.setdefault(options, []).append(load_recipe(str(run / runs.RECIPE)))
+        groups.setdefault(options, []).append(load_recipe(str(run / RECIPE)))
     if not lost:
         typer.echo("nothing to resubmit")
     for options, recipes in groups.items():
@@ -189,7 +190,7 @@ def collect_command(
     style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
 ) -> None:
     """Make the table of all finished runs: mean and deviation over seeds."""
-    folders = [run for run in runs.find_runs(output_dir, names or []) if (run / runs.RESULT).exists()]
+    folders = [run for run in runs.find_runs(output_dir, names or []) if (run / RESULT).exists()]
     typer.echo(compare(folders, style))
 
 
@@ -231,9 +232,6 @@ def main(command: str | None = None) -> None:
     arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
     try:
         app(arguments, prog_name=f"slurm/{command}.py" if command else "lst-scale slurm")
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except LstScaleError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

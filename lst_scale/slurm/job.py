@@ -19,6 +19,7 @@ from typing import Any
 
 from lst_scale.durable import write_file
 from lst_scale.errors import LstScaleError
+from lst_scale.folder import RECIPE, RESULT
 from lst_scale.slurm import runs
 
 
@@ -37,7 +38,7 @@ class TrainJob:
         rank = int(os.environ["RANK"])
         failure = run / "slurm" / f"failure-{rank}.json"
         failure.unlink(missing_ok=True)
-        if (run / runs.RESULT).exists():
+        if (run / RESULT).exists():
             return
         try:
             if rank == 0:
@@ -46,7 +47,7 @@ class TrainJob:
             from lst_scale.train import carry_out
 
             again = (lambda: requeue(signal.SIGUSR2, None)) if callable(requeue) else None
-            carry_out(load_recipe(str(run / runs.RECIPE)), resume=True, requeue=again)
+            carry_out(load_recipe(str(run / RECIPE)), resume=True, requeue=again)
         except Exception as error:
             failure.parent.mkdir(exist_ok=True)
             write_file(failure, json.dumps({"time": time.time(), "rank": rank, "line": one_line(error)}) + "\n")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.folder import RESULT, write_recipe
+from lst_scale.recipe import Recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.job import TrainJob
 from lst_scale.slurm.options import ClusterOptions
@@ -34,7 +35,7 @@ def run(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int) -> 
         time.sleep(0.2)
         for folder, job in [pair for pair in running if pair[1].done()]:
             running.remove((folder, job))
-            if not (folder / runs.RESULT).exists():
+            if not (folder / RESULT).exists():
                 failed.append(folder)
     return failed
 
@@ -43,8 +44,7 @@ def _start(recipe: Recipe, options: ClusterOptions) -> Any:
     import submitit
 
     folder = runs.folder_of(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.RECIPE).write_text(to_yaml(recipe))
+    write_recipe(folder, recipe)
     executor = submitit.LocalExecutor(folder=folder / "slurm" / "local")
     # submitit hides all GPUs unless told how many there are.
     executor.update_parameters(

@@ -7,19 +7,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lst_scale import decode
+from lst_scale.decode import Count, Section
 from lst_scale.errors import ArgumentError
 
-Count = Annotated[int, Field(ge=1)]
 DEFAULT_FILE = "~/.config/lst_scale/slurm.yaml"
 
 
-class ClusterOptions(BaseModel):
+class ClusterOptions(Section):
     """One job's needs. The names are sbatch's own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     nodes: Count = 1
     gpus_per_node: Annotated[int, Field(ge=0)] = 1

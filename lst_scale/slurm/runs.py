@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
+from lst_scale.folder import RECIPE
 from lst_scale.recipe import Recipe
 
-RECIPE, RESULT, METRICS = "recipe.yaml", "result.json", "metrics.jsonl"
 JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING", "STAGE_OUT")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lst_scale.folder import METRICS, RESULT
 from lst_scale.slurm import runs
 
 RESUBMITTED = ("FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "MISSING")
@@ -46,13 +47,13 @@ def look(folders: list[Path]) -> list[Status]:
 def _status(
     run: Path, job: dict[str, Any] | None, queue: dict[str, runs.QueueEntry] | None, accounted: dict[str, tuple[str, str]]
 ) -> Status:
-    metrics = runs.read(run / runs.METRICS)
+    metrics = runs.read(run / METRICS)
     train = next((line for line in reversed(metrics) if line["kind"] == "train"), None)
     plan = next((line for line in reversed(metrics) if line["kind"] == "plan"), None)
     scored = next((line for line in reversed(metrics) if line["kind"] == "validation"), None)
     state, node, left, why, score = "NEW", "", "", "", scored["score"] if scored else None
-    if (run / runs.RESULT).exists():
-        state, score = "DONE", json.loads((run / runs.RESULT).read_text())["scores"]["score"]
+    if (run / RESULT).exists():
+        state, score = "DONE", json.loads((run / RESULT).read_text())["scores"]["score"]
     elif job is not None:
         entry = (queue or {}).get(job["job"])
         if entry is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
+from lst_scale.folder import RECIPE, RESULT, write_recipe
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.slurm import runs, snapshot
 from lst_scale.slurm.job import TrainJob
@@ -45,10 +46,10 @@ def plan(recipes: Sequence[Recipe]) -> Plan:
     new, skipped = [], []
     for recipe, folder in zip(recipes, folders, strict=True):
         job = runs.last_job(folder)
-        stored = folder / runs.RECIPE
+        stored = folder / RECIPE
         if stored.exists() and stored.read_text() != to_yaml(recipe):
             raise ArgumentError(f"{folder} holds a run of another recipe: change name= or output_dir=, or remove the folder")
-        if (folder / runs.RESULT).exists():
+        if (folder / RESULT).exists():
             skipped.append((recipe, "finished"))
         elif job is not None and job["job"] in queue:
             skipped.append((recipe, f"in the queue as {job['job']}"))
@@ -72,9 +73,7 @@ def submit(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, 
         part = recipes[start : start + limit]
         executor = make_executor(root, options, setup, at_most=at_most, name=part[0].name)
         for recipe in part:
-            folder = runs.folder_of(recipe)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / runs.RECIPE).write_text(to_yaml(recipe))
+            write_recipe(runs.folder_of(recipe), recipe)
         with _sbatch_errors(), _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
             submitted = [executor.submit(_job(recipe, options)) for recipe in part]
         for recipe, job in zip(part, submitted, strict=True):

@@ -11,7 +11,6 @@ step-* either matches its digests or is reported as broken and passed over. Noth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lst_scale.durable import write_directory
+from lst_scale.durable import sha256_of, write_directory
 from lst_scale.errors import CheckpointError
 from lst_scale.training.engine import Snapshot
 
@@ -60,7 +59,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, progress: Progress, identi
     def fill(partial: Path) -> None:
         save_file(snapshot.weights, partial / WEIGHTS)
         save_file(snapshot.moments, partial / MOMENTS)
-        digests = {name: _digest(partial / name) for name in (WEIGHTS, MOMENTS)}
+        digests = {name: sha256_of(partial / name) for name in (WEIGHTS, MOMENTS)}
         state = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "sha256": digests}
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
@@ -80,7 +79,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
         for name, digest in state["sha256"].items():
-            if _digest(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 raise CheckpointError(f"{path / name} is damaged: its contents don't match the digest in {STATE}")
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename} is missing") from error
@@ -130,8 +129,3 @@ def _refuse_another_run(path: Path, found: dict[str, Any], expected: dict[str, A
 def _read(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,73 @@
+"""recipe.backbone and recipe.cache -> a backbone whose taps come from disk; the frozen model itself is loaded when a row is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lst_scale import distributed
+from lst_scale.assets import cache_folder
+from lst_scale.backbone import assemble
+from lst_scale.backbone.caching import CachingBackbone
+from lst_scale.backbone.local import LocalBackbone, head_of
+from lst_scale.backbone.opened import open_together
+from lst_scale.backbone.place import load_alone
+from lst_scale.backbone.tap_cache import CacheKey, TapCache
+from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
+from lst_scale.distributed import World
+from lst_scale.errors import BackboneError
+from lst_scale.recipe import CacheRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
+
+
+def load_caching(
+    recipe: BackboneRecipe,
+    cache: CacheRecipe,
+    world: World,
+    request: Callable[[BackboneSpec], TapRequest],
+    check: Callable[[LocalBackbone], None],
+) -> CachingBackbone:
+    """Open the tap cache of this backbone; the backbone itself is loaded when a row is not in it, and then given to `check`.
+
+    Raises:
+        BackboneError: the checkpoint can't be used, or its placement needs all ranks at once.
+    """
+    if recipe.placement.name not in ("replicated", "streamed"):
+        raise distributed.same_everywhere(
+            BackboneError(
+                f"a tap cache needs a backbone that each rank runs by itself, which placement {recipe.placement.name} is not: "
+                "write backbone.placement=streamed, or cache.enabled=false"
+            )
+        )
+    opened = open_together(recipe, world)
+    checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
+    count = assemble.count_parameters(model, checkpoint)
+    assemble.fill_ends(model, checkpoint, identity.precision, world.device)
+    wanted = request(checkpoint.spec)
+    key = CacheKey(
+        fingerprint=identity.fingerprint,
+        precision=identity.precision,
+        layers=wanted.layers,
+        decoder_final=wanted.decoder_final,
+        d_model=checkpoint.spec.d_model,
+        dtype=cache.dtype,
+    )
+    root = Path(cache.folder).expanduser() if cache.folder is not None else cache_folder("taps")
+    alone = World(rank=0, size=1, local_rank=world.local_rank, device=world.device)  # ranks load when they must, not together
+
+    def load() -> LocalBackbone:
+        backbone = load_alone(recipe, alone)
+        check(backbone)
+        return backbone
+
+    return CachingBackbone(
+        cache=TapCache(root, key),
+        spec=checkpoint.spec,
+        identity=identity,
+        head=head_of(model, checkpoint.spec),
+        embedding_VD=model.shared.weight,
+        weight_source=checkpoint.tensor,
+        replica=Replica(index=world.rank, count=world.size),
+        load=load,
+        num_parameters=count,
+    )

@@ -1,0 +1,41 @@
+"""Which of the backbone's weights matter for a task, where a recipe wants its side network carved out by Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.assets import cache_folder
+from lst_scale.backbone.checkpoint import open_checkpoint
+from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
+from lst_scale.backbone.taps import Backbone
+from lst_scale.data.encode import EncodedSplit
+from lst_scale.distributed import World
+from lst_scale.recipe import LstRecipe, Recipe
+
+
+def task_importance(recipe: Recipe, split: EncodedSplit, backbone: Backbone, world: World) -> Callable[[str], Tensor] | None:
+    """Return the backbone's Fisher information on this task, from an earlier run on this machine where there was one.
+
+    None: the recipe asks for none. All ranks must call it.
+    """
+    method = recipe.method
+    if not isinstance(method, LstRecipe) or method.initialization != "fisher":
+        return None
+    order = torch.randperm(len(split.rows), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
+    examples = [Example(input_ids_S=torch.tensor(split.input_ids[row]), labels_T=torch.tensor(split.labels[row])) for row in order]
+    tree = recipe.model_dump(mode="json")
+    key = {"backbone": backbone.identity.fingerprint, "task": tree["task"], "data": tree["data"], "samples": len(examples)}
+    key |= {"seed": recipe.seed}
+    folder = cache_folder("fisher")
+
+    def make() -> dict[str, Tensor]:
+        return fisher_importance(open_checkpoint(recipe.backbone.checkpoint, recipe.backbone.revision), examples, world.device)
+
+    if world.local_rank == 0:
+        stored_importance(folder, key, make)
+    distributed.barrier()
+    return stored_importance(folder, key, make)

@@ -1,0 +1,157 @@
+"""What the members of a run share: data, and one backbone or its tap cache. Filling that cache ahead of a run is here too.
+
+Data comes first: a wrong file is found before any weight is read.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.backbone.caching import CachingBackbone
+from lst_scale.backbone.check import check_quantization
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.place import load_placed
+from lst_scale.backbone.precision import QUANTIZED
+from lst_scale.backbone.remembered import load_caching
+from lst_scale.backbone.taps import BackboneSpec, TapRequest, Taps
+from lst_scale.data.batches import Batch, collate, evaluation_batches
+from lst_scale.data.encode import EncodedSplit, encode
+from lst_scale.data.tasks import TaskData, load_task
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.distributed import World
+from lst_scale.logs import Logger
+from lst_scale.methods import check_method
+from lst_scale.methods.lst import ladder_config, taps_of, union
+from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.side.loss import shift_right
+from lst_scale.side.network import SideNetwork
+
+AnyBackbone = LocalBackbone | CachingBackbone
+CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all members of a run have in common: data, and one backbone."""
+
+    world: World
+    task: TaskData
+    tokenizer: Any
+    splits: dict[str, EncodedSplit]
+    backbone: AnyBackbone
+    loading: dict[str, Any]
+    prepare: Callable[[Batch], Taps] | None  # taps for all members; None: a single run asks its own method
+
+
+def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
+    """Load the data, then the backbone, for recipes that differ in their side networks alone. All ranks must call it.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    recipe = recipes[0]
+    task = load_task(recipe)
+    tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    distributed.poll_interruption(world)
+    start = time.perf_counter()
+    backbone = _backbone(recipes, splits, world, logger)
+    loading = {
+        "loading_seconds": round(time.perf_counter() - start, 3),
+        "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
+    }
+    distributed.poll_interruption(world)
+    if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
+        logger.say(_check_quantization(backbone, splits["train"], recipe))
+    request = _request(recipes, backbone.spec) if len(recipes) > 1 else None
+    return Shared(
+        world=world,
+        task=task,
+        tokenizer=tokenizer,
+        splits=splits,
+        backbone=backbone,
+        loading=loading,
+        prepare=None if request is None else lambda batch: taps_of(backbone, batch, request),
+    )
+
+
+def build_cache(recipe: Recipe) -> tuple[int, Path]:
+    """Run the training rows that are not in the tap cache through the backbone; return how many rows there are, and the cache's folder.
+
+    Ranks share the rows. Batches are evaluation's: neighbours in length together.
+    """
+    check_method(recipe)
+    world = distributed.connect()
+    with Logger(None) as logger:
+        task = load_task(recipe)
+        tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+        split = _encode(task.train, tokenizer, recipe, task.target_prefix)
+        backbone = _backbone([recipe], {"train": split}, world, logger)
+        assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
+        request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
+        size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
+        for batch in evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size):
+            decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
+            backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
+        backbone.cache.flush()
+    distributed.barrier()
+    return len(split.rows), backbone.cache.folder
+
+
+def peak_memory_bytes(world: World) -> int:
+    """Return the most that this rank has held so far: allocated by torch on a GPU, resident on the CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
+    """Return which taps serve all members."""
+    configs = [ladder_config(recipe.method, spec) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
+    return union([SideNetwork.request_of(config) for config in configs])
+
+
+def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
+    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
+
+
+def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> AnyBackbone:
+    """Load the backbone, or open its tap cache and load it only if a row is missing there."""
+    recipe = recipes[0]
+    if not recipe.cache.enabled:
+        return load_placed(recipe.backbone, world)
+
+    def check(live: LocalBackbone) -> None:
+        logger.say("some rows are not in the tap cache: the backbone is loaded")
+        if live.identity.precision in QUANTIZED:
+            logger.say(_check_quantization(live, splits["train"], recipe))
+
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _request(recipes, spec), check)
+    rows = list(zip(splits["train"].input_ids, splits["train"].labels, strict=True))
+    missing = [(s, t) for s, t in rows if not backbone.known(torch.tensor(s), _decoder_ids(t, backbone))]
+    backbone.cache.refuse_if_too_large(sum(len(s) for s, _ in missing), sum(len(t) for _, t in missing))
+    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there")
+    return backbone
+
+
+def _decoder_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
+    return shift_right(torch.tensor([labels]), backbone.spec)[0]
+
+
+def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe) -> str:
+    """Compare the quantized backbone with its checkpoint on the first rows and return what was found."""
+    batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
+    decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec)
+    report = check_quantization(
+        backbone, batch.input_ids_BS, batch.attention_mask_BS, decoder_input_ids_BT, recipe.backbone.max_quantization_error
+    )
+    return report.sentence

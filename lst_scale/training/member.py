@@ -1,0 +1,140 @@
+"""One member of a run: its own method, optimizer, schedule, checkpoints, scores and folder, on what all members share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lst_scale import distributed
+from lst_scale.data.scores import score
+from lst_scale.durable import write_directory
+from lst_scale.logs import Logger
+from lst_scale.methods import build_trainee
+from lst_scale.methods.base import trained_parameters
+from lst_scale.methods.importance import task_importance
+from lst_scale.recipe import Recipe
+from lst_scale.shared import AnyBackbone, Shared
+from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
+from lst_scale.training.engine import build_engine, restore_moments
+from lst_scale.training.evaluation import predict
+from lst_scale.training.loop import Plan, Scores, Session, Trainer, make_plan
+from lst_scale.training.result import closing_sentence, result_of, write_result
+
+
+class Member:
+    """One run of one recipe on what a `Shared` holds."""
+
+    def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
+        self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
+        world, splits, backbone = shared.world, shared.splits, shared.backbone
+        plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or shared.task.epochs, world.size)
+        logger.say(
+            f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
+            f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
+        )
+        importance = task_importance(recipe, splits["train"], backbone, world)
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
+        identity = _identity(recipe, plan, backbone)
+        checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
+        self._start = _restore_weights(self.trainee.module, checkpoint, logger)
+        self._trainable = sum(parameter.numel() for parameter in trained_parameters(self.trainee.module).values())
+        engine = build_engine(
+            self.trainee.module.to(world.device),
+            recipe.optimizer,
+            ds_config,
+            micro_batch_size=plan.micro_batch_size,
+            accumulation=plan.accumulation,
+        )
+        if checkpoint is not None:
+            restore_moments(engine, checkpoint.snapshot.moments, self._start.step)
+        self._trainer = Trainer(
+            world=world,
+            recipe=recipe,
+            plan=plan,
+            trainee=self.trainee,
+            engine=engine,
+            train_split=splits["train"],
+            evaluate=lambda weights: self._score(weights, "validation"),
+            save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
+            logger=logger,
+            folder=folder,
+            identity=identity,
+        )
+
+    def session(self) -> Session:
+        """Train to the end, asking for taps on the way."""
+        return self._trainer.session(self._start)
+
+    def finish(self, progress: Progress) -> dict[str, Any]:
+        """Score the best weights on the test split, save them, and write and return result.json."""
+        assert progress.best_step is not None, "a run ends with an evaluation"
+        recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
+        best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
+        split = "test" if "test" in shared.splits else "validation"
+        scores = self._score(best, split)
+        distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
+        result = result_of(
+            recipe,
+            shared,
+            progress,
+            scores,
+            split=split,
+            trainable=self._trainable,
+            saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
+        )
+        distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
+        self.logger.say(closing_sentence(result, folder))
+        return result
+
+    def _score(self, weights: dict[str, Tensor], name: str) -> Scores:
+        task, split, recipe = self.shared.task, self.shared.splits[name], self.recipe
+        with self.trainee.answering(weights) as model:
+            texts = predict(
+                model, split, self.shared.tokenizer, recipe.evaluation, task.labels, self.shared.world, target_prefix=task.target_prefix
+            )
+        return score(task, texts, [row.target for row in split.rows])
+
+
+def _identity(recipe: Recipe, plan: Plan, backbone: AnyBackbone) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
+    return {
+        "task": recipe.model_dump(mode="json")["task"],
+        "seed": recipe.seed,
+        "backbone": backbone.identity.fingerprint,
+        "precision": backbone.identity.precision,
+        "method": recipe.method.model_dump(mode="json"),
+        "optimizer": recipe.optimizer.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "global_batch_size": recipe.training.global_batch_size,
+        "total_steps": plan.total_steps,
+    }
+
+
+def _restore_weights(module: nn.Module, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
+    if checkpoint is None:
+        logger.forget_after(0, 0)
+        return Progress()
+    for broken in checkpoint.skipped:
+        logger.say(f"skipped a broken checkpoint: {broken}")
+    with torch.no_grad():
+        for name, parameter in trained_parameters(module).items():
+            parameter.copy_(checkpoint.snapshot.weights[name])
+    logger.forget_after(checkpoint.progress.step, checkpoint.progress.evaluated_at)
+    logger.say(f"resuming at step {checkpoint.progress.step} from {checkpoint.path}")
+    return checkpoint.progress
+
+
+def _best_path(folder: Path, step: int) -> Path:
+    return folder / "best" / f"step-{step:08d}"
+
+
+def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
+    path = _best_path(folder, step)
+    write_directory(
+        path, lambda partial: save_file(weights, partial / "weights.safetensors"), lambda whole: load_file(whole / "weights.safetensors")
+    )

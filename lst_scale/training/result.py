@@ -1,0 +1,102 @@
+"""What result.json holds: scores, time, memory, counts, versions and the recipe, enough to compare runs and to repeat one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lst_scale import distributed
+from lst_scale.backbone.local import LocalBackbone
+from lst_scale.data.scores import majority_score
+from lst_scale.distributed import World
+from lst_scale.durable import write_file
+from lst_scale.folder import RESULT
+from lst_scale.recipe import Recipe
+from lst_scale.shared import AnyBackbone, Shared, peak_memory_bytes
+from lst_scale.training.checkpoint import Progress
+
+
+def result_of(
+    recipe: Recipe, shared: Shared, progress: Progress, scores: Mapping[str, float], *, split: str, trainable: int, saved_bytes: int
+) -> dict[str, Any]:
+    """Return the contents of a finished run's result.json. All ranks must call it.
+
+    Args:
+        scores: of `split`.
+        trainable: how many parameters trained.
+        saved_bytes: of the files that hold what was trained.
+    """
+    return {
+        "name": recipe.name,
+        "task": shared.task.name,
+        "seed": recipe.seed,
+        "split": split,
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+        "majority": {name: round(value, 4) for name, value in majority_score(shared.task, shared.splits[split].rows).items()},
+        "validation_score": progress.best_score,
+        "best_step": progress.best_step,
+        "method": recipe.method.name,
+        **_measurements(progress, shared.world, trainable, shared.backbone),
+        "saved_bytes": saved_bytes,
+        **shared.loading,
+        **_cache_facts(shared.backbone),
+        "versions": _versions(),
+        "command": sys.argv,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json with the present time. Rank 0 only: the file says that the run is over."""
+    finished = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_file(folder / RESULT, json.dumps(result | finished, indent=2) + "\n")
+
+
+def closing_sentence(result: dict[str, Any], folder: Path) -> str:
+    """Return the run in one sentence, for the log."""
+    return (
+        f"{result['split']} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "
+        f"{result['train_seconds']:.0f} s of training, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process "
+        f"({result['peak_memory_kind']}), {result['trainable_parameters']:,} trainable parameters "
+        f"({result['trainable_share_percent']} %); saved in {folder}"
+    )
+
+
+def _measurements(progress: Progress, world: World, trainable: int, backbone: AnyBackbone) -> dict[str, Any]:
+    tokens = progress.source_tokens + progress.target_tokens
+    peaks = distributed.gather(peak_memory_bytes(world))
+    return {
+        "steps": progress.step,
+        "train_seconds": round(progress.seconds, 3),
+        "tokens_per_second": round(tokens / progress.seconds, 1) if progress.seconds else None,
+        "seconds_per_step": round(progress.seconds / progress.step, 4) if progress.step else None,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes_by_rank": peaks,
+        "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
+        "trainable_parameters": trainable,
+        "backbone_parameters": backbone.num_parameters,
+        "backbone_bytes_by_rank": distributed.gather(backbone.weight_bytes()),
+        "trainable_share_percent": round(100 * trainable / backbone.num_parameters, 4),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+    }
+
+
+def _cache_facts(backbone: AnyBackbone) -> dict[str, Any]:
+    if isinstance(backbone, LocalBackbone):
+        return {}
+    backbone.cache.flush()
+    facts = {"rows_read": backbone.rows_read, "rows_run": backbone.rows_run, "backbone_loaded": backbone.is_loaded}
+    return {"cache": facts | {"damaged": backbone.cache.damaged}}
+
+
+def _versions() -> dict[str, str]:
+    names = ("lst_scale", "torch", "transformers", "deepspeed", "bitsandbytes")
+    return {name: version(name) for name in names} | {"python": sys.version.split()[0]}
