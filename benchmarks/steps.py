@@ -4,28 +4,47 @@
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
-A case is METHOD:PRECISION; lst-plain is LST without recomputed side blocks, lst-streamed keeps the backbone's blocks in host memory, and
-transfer only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes
-that the forward pass saved for the backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights
+A case is METHOD:PRECISION. lst-plain is LST without recomputed side blocks; lst-bf16-taps and lst-int8-taps hold taps in fewer bits;
+lst-cached reads taps from a tap cache on disk, lst-cached-cold too, with the files out of the page cache before every step;
+lst-cross-attention and lst-adapter are the paper's other designs; lst-streamed keeps the backbone's blocks in host memory, and transfer
+only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes that the
+forward pass leaves alive for the backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights
 included. Weights may be random: time and memory do not ask what they are. Without a GPU, quote ratios only.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LADDERS = ("forward", "lst", "lst-plain", "lst-streamed", "transfer")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lst": {},
+    "lst-plain": {"recompute": False},
+    "lst-bf16-taps": {"tap_storage": "bf16"},
+    "lst-int8-taps": {"tap_storage": "int8"},
+    "lst-cross-attention": {"design": "cross_attention"},
+    "lst-adapter": {"design": "adapter", "reduction_factor": 16},
+    "lst-cached": {},
+    "lst-cached-cold": {},
+    "lst-streamed": {},
+    "forward": {},
+    "transfer": {},
+}
+LADDERS = tuple(VARIANTS)
 RIVALS = ("full", "adapters", "lora", "bitfit", "prompt")
 METHODS = (*LADDERS, *RIVALS, *(f"{rival}-checkpointed" for rival in RIVALS))
 Step = Callable[[], Tensor]
@@ -52,41 +71,71 @@ def copy_all(conveyor: Any) -> Step:
 
 def ladder_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """Return (loss function, trainable parameters, the model's own tensors) of the ladder, or of its backbone's forward pass alone."""
-    from lst_scale import distributed
-    from lst_scale.backbone.place import load_placed
     from lst_scale.backbone.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
     from lst_scale.recipe import LstRecipe
-    from lst_scale.recipe_backbone import BackboneRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
-    placement = "streamed" if method in ("lst-streamed", "transfer") else "replicated"
-    wanted = {"checkpoint": str(options.checkpoint), "precision": precision, "placement": placement}
-    backbone = load_placed(BackboneRecipe.model_validate(wanted), distributed.connect())
-    if method == "transfer":
-        assert backbone.conveyor is not None
-        return copy_all(backbone.conveyor), [], backbone.conveyor.slots
     layers = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
-    recipe = LstRecipe(
-        name="lst",
-        reduction_factor=options.reduction_factor,
-        side_layers=layers,
-        initialization="random",
-        recompute=method != "lst-plain",
-        precision="fp32" if precision == "fp32" else "bf16",
-    )
+    tree = {"reduction_factor": options.reduction_factor, "precision": "fp32" if precision == "fp32" else "bf16"} | VARIANTS[method]
+    recipe = LstRecipe(name="lst", side_layers=layers, initialization="random", **tree)
+    backbone, before = open_backbone(options, method, precision, recipe)
+    if method == "transfer":
+        return copy_all(backbone.conveyor), [], backbone.conveyor.slots
     side = build_side_network(recipe, backbone, seed=0).to(device).train()
     decoder_ids = shift_right(batch["labels"], backbone.spec)
 
     def loss() -> Tensor:
+        before()
         taps = backbone(batch["input_ids"], batch["attention_mask"], decoder_ids, side.request)
         if method == "forward":
-            return taps.decoder.hidden[-1].float().mean()
+            return taps.decoder.tensors[-1].float().mean()
         nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
         return nll / count
 
-    slots = backbone.conveyor.slots if backbone.conveyor is not None else []
-    return loss, list(side.parameters()) if method != "forward" else [], [*held_tensors(backbone._model), *slots]
+    if method.startswith("lst-cached"):
+        loss()  # writes the taps down
+        backbone.cache.flush()
+        backbone._live = None
+        held = [backbone.head.weight_VD, backbone._embedding_VD]
+    else:
+        held = [*held_tensors(backbone._model), *(backbone.conveyor.slots if backbone.conveyor is not None else [])]
+    return loss, list(side.parameters()) if method != "forward" else [], held
+
+
+def open_backbone(options: argparse.Namespace, method: str, precision: str, recipe: Any) -> tuple[Any, Callable[[], None]]:
+    """Return the backbone as a case holds it, and what to do before each step."""
+    from lst_scale import distributed
+    from lst_scale.backbone.place import load_placed
+    from lst_scale.backbone.remembered import load_caching
+    from lst_scale.methods.lst import ladder_config
+    from lst_scale.recipe import CacheRecipe
+    from lst_scale.recipe_backbone import BackboneRecipe
+    from lst_scale.side.network import SideNetwork
+
+    placement = "streamed" if method in ("lst-streamed", "transfer") else "replicated"
+    wanted = BackboneRecipe.model_validate({"checkpoint": str(options.checkpoint), "precision": precision, "placement": placement})
+    if not method.startswith("lst-cached"):
+        return load_placed(wanted, distributed.connect()), lambda: None
+    folder = Path(tempfile.mkdtemp(prefix="taps-", dir=options.folder))
+    atexit.register(shutil.rmtree, folder)
+    cache = CacheRecipe(enabled=True, dtype="fp32" if precision == "fp32" else "bf16", folder=str(folder))
+    backbone = load_caching(
+        wanted, cache, distributed.connect(), lambda spec: SideNetwork.request_of(ladder_config(recipe, spec)), no_check
+    )
+    return backbone, (lambda: forget_pages(folder)) if method.endswith("cold") else lambda: None
+
+
+def no_check(_backbone: Any) -> None:
+    """Quantization is not what is measured here."""
+
+
+def forget_pages(folder: Path) -> None:
+    """Drop the taps' pages from the page cache, so that the next read is from the disk."""
+    for file in folder.rglob("*.taps"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def whole_model_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
@@ -113,20 +162,19 @@ def whole_model_loss(options: argparse.Namespace, method: str, precision: str, d
     return lambda: trainee.nll(model, rows, None) / tokens, trained, list(model.parameters())
 
 
-def saved_bytes(loss: Step, known: Set[int]) -> int:
-    """Return how many bytes one forward pass keeps for its backward pass, each storage once; `known` are the weights' addresses."""
-    storages: dict[int, int] = {}
+def kept_bytes(loss: Step, weights: list[Tensor]) -> int:
+    """Return how many bytes one forward pass leaves alive for its backward pass, each storage once, weights not counted."""
+    from lst_scale.plan.live import LiveBytes
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    live = LiveBytes()
+    with live:
+        for weight in weights:
+            live.see(weight)
+        live.forget()
         result = loss()
+        kept = live.now
     del result
-    return sum(storages.values())
+    return kept
 
 
 def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
@@ -155,12 +203,11 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights}
-    known = held.keys() | {p.untyped_storage().data_ptr() for p in trained}
     return {
         "case": case,
         "seconds": statistics.median(seconds[options.warmup :]),
         "peak_allocated_bytes": peak,
-        "saved_bytes": saved_bytes(loss, known) if trained else 0,
+        "saved_bytes": kept_bytes(loss, [*weights, *trained, *batch.values()]) if trained else 0,
         "weight_bytes": sum(held.values()),
         "trainable": sum(p.numel() for p in trained),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -174,7 +221,7 @@ def _synchronize(device: torch.device) -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the records as a Markdown table."""
-    lines = ["| case | s a step | over the first | saved for backward, MB | peak allocated, GB | weights, GB | trainable |"]
+    lines = ["| case | s a step | over the first | kept for backward, MB | peak allocated, GB | weights, GB | trainable |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for r in records:
         if "error" in r:
@@ -200,6 +247,7 @@ def main() -> None:
     parser.add_argument("--reduction-factor", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk that tap caches are to be read from (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the records here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

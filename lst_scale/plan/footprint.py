@@ -21,7 +21,8 @@ from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
-from lst_scale.recipe import LstRecipe, Recipe, Streamed, TensorParallel, Zero3
+from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.recipe_backbone import Streamed, TensorParallel, Zero3
 from lst_scale.side.count import Shape
 
 # The parts of a step, in the order in which a table shows them.

@@ -30,7 +30,8 @@ from lst_scale.plan.footprint import (
     Setting,
     footprint,
 )
-from lst_scale.recipe import FileTask, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe, parse_recipe
+from lst_scale.recipe import FullRecipe, LoraRecipe, LstRecipe, Method, Recipe, parse_recipe
+from lst_scale.recipe_task import FileTask
 from lst_scale.side.count import Shape
 
 # Training rows of GLUE (Wang et al. 2019, as on the Hugging Face hub).
