@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lst_scale.backbone.assemble import return_freed_memory
 from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
 from lst_scale.backbone.masks import causal_mask
 from lst_scale.durable import write_directory
 
+PIECES_AT_ONCE = 4096  # of the vocabulary, whose gradient at the embedding exists at a time
 AT_ONCE = 32  # examples whose block inputs are kept: each costs (S x blocks + T x blocks) x d_model floats
 FILE = "importance.safetensors"
 
@@ -158,14 +160,19 @@ class _Walk:
 
     def _embedding(self, to_sources: list[Tensor], to_targets: list[Tensor], head_parts: list[tuple[Tensor, Tensor]]) -> None:
         for i, (source, target) in enumerate(zip(self.sources, self.targets, strict=True)):
-            if head_parts:
-                to_logits_TV, hidden_TD = head_parts[i]
-                gradient = to_logits_TV.T @ hidden_TD
-            else:
-                gradient = torch.zeros_like(self.embedding)
-            gradient.index_add_(0, source[0], to_sources[i][0]).index_add_(0, target[0], to_targets[i][0])
+            ids, gradients = torch.cat([source[0], target[0]]), torch.cat([to_sources[i][0], to_targets[i][0]])
+            total_1D = torch.zeros(1, self.spec.d_model, device=self.device)
+            for start in range(0, len(self.embedding), PIECES_AT_ONCE):
+                pieces = min(PIECES_AT_ONCE, len(self.embedding) - start)
+                gradient = torch.zeros(pieces, self.spec.d_model, device=self.device)
+                if head_parts:
+                    to_logits_TV, hidden_TD = head_parts[i]
+                    gradient = to_logits_TV[:, start : start + pieces].T @ hidden_TD
+                there = (ids >= start) & (ids < start + pieces)
+                gradient.index_add_(0, ids[there] - start, gradients[there])
+                total_1D += gradient.square_().sum(0, keepdim=True)
             # Sums over the vocabulary add up like squares do: by their roots.
-            self.total.add(SHARED, gradient.square().sum(0, keepdim=True).sqrt())
+            self.total.add(SHARED, total_1D.sqrt())
 
     def _run(self, block: nn.Module, stack: str, hidden: Tensor, encoder: Tensor | None) -> Tensor:
         length = hidden.shape[1]
@@ -180,6 +187,7 @@ class _Walk:
 
         config = _stack_config(self.checkpoint.config, stack)
         for index in order:
+            return_freed_memory()
             with torch.device("meta"):
                 block = T5Block(config, has_relative_attention_bias=index == 0, layer_idx=index)
             names = [name for name, _ in block.named_parameters()]
