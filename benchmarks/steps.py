@@ -5,6 +5,7 @@
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
 A case is METHOD:PRECISION. lst-plain is LST without recomputed side blocks; lst-bf16-taps and lst-int8-taps hold taps in fewer bits;
+lst-8-members trains eight side networks on one pass;
 lst-cached reads taps from a tap cache on disk, lst-cached-cold too, with the files out of the page cache before every step;
 lst-cross-attention and lst-adapter are the paper's other designs; lst-streamed keeps the backbone's blocks in host memory, and transfer
 only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes that the
@@ -38,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lst-int8-taps": {"tap_storage": "int8"},
     "lst-cross-attention": {"design": "cross_attention"},
     "lst-adapter": {"design": "adapter", "reduction_factor": 16},
+    "lst-8-members": {},
+    "lst-cached-8-members": {},
     "lst-cached": {},
     "lst-cached-cold": {},
     "lst-streamed": {},
@@ -82,15 +85,20 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     backbone, before = open_backbone(options, method, precision, recipe)
     if method == "transfer":
         return copy_all(backbone.conveyor), [], backbone.conveyor.slots
-    side = build_side_network(recipe, backbone, seed=0).to(device).train()
+    members = 8 if method.endswith("8-members") else 1
+    sides = [build_side_network(recipe, backbone, seed=seed).to(device).train() for seed in range(members)]
+    request = sides[0].request
     decoder_ids = shift_right(batch["labels"], backbone.spec)
 
     def loss() -> Tensor:
         before()
-        taps = backbone(batch["input_ids"], batch["attention_mask"], decoder_ids, side.request)
+        taps = backbone(batch["input_ids"], batch["attention_mask"], decoder_ids, request)
         if method == "forward":
             return taps.decoder.tensors[-1].float().mean()
-        nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
+        for side in sides:
+            nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
+            if side is not sides[-1]:
+                (nll / count).backward()  # one after the other, as members do; the caller runs the last one's
         return nll / count
 
     if method.startswith("lst-cached"):
@@ -100,7 +108,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
         held = [backbone.head.weight_VD, backbone._embedding_VD]
     else:
         held = [*held_tensors(backbone._model), *(backbone.conveyor.slots if backbone.conveyor is not None else [])]
-    return loss, list(side.parameters()) if method != "forward" else [], held
+    return loss, [parameter for side in sides for parameter in side.parameters()] if method != "forward" else [], held
 
 
 def open_backbone(options: argparse.Namespace, method: str, precision: str, recipe: Any) -> tuple[Any, Callable[[], None]]:
