@@ -6,7 +6,7 @@
 
 A case is METHOD:PRECISION. lst-plain is LST without recomputed side blocks; lst-bf16-taps and lst-int8-taps hold taps in fewer bits;
 lst-8-members trains eight side networks on one pass;
-lst-cached reads taps from a tap cache on disk, lst-cached-cold too, with the files out of the page cache before every step;
+lst-cached(-plain) reads taps from a tap cache on disk, lst-cached-cold too, with the files out of the page cache before every step;
 lst-cross-attention and lst-adapter are the paper's other designs; lst-streamed keeps the backbone's blocks in host memory, and transfer
 only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes that the
 forward pass leaves alive for the backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights
@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lst-8-members": {},
     "lst-cached-8-members": {},
     "lst-cached": {},
+    "lst-cached-plain": {"recompute": False},
     "lst-cached-cold": {},
     "lst-streamed": {},
     "forward": {},

@@ -32,7 +32,7 @@ def test_side_blocks_are_the_backbone_s_block_class_at_narrow_widths_with_all_he
     assert type(block) is T5Block
     attention = block.layer[0].SelfAttention
     assert (attention.d_model, attention.key_value_proj_dim, attention.n_heads) == (32 // 4, 8 // 4, 4)
-    assert attention.config._attn_implementation == "sdpa"
+    assert attention.config._attn_implementation == "lst_side"
 
 
 def test_the_first_kept_block_of_each_stack_owns_the_only_position_table() -> None:

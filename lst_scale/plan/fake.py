@@ -22,6 +22,7 @@ from lst_scale.data.batches import Batch
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee
 from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.side import attention as side_attention
 from lst_scale.side import loss
 from lst_scale.side.count import Shape
 
@@ -129,14 +130,16 @@ def fused_attention() -> Iterator[None]:
 
     The kernels draw the mask again in the backward pass from a stored seed.
     """
-    attention = nn.functional.scaled_dot_product_attention
+    attention, within = nn.functional.scaled_dot_product_attention, side_attention.draws_within_kernel
 
     def without_mask(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         result: Tensor = attention(query, key, value, **(kwargs | {"dropout_p": 0.0}))
         return result
 
     nn.functional.scaled_dot_product_attention = without_mask  # type: ignore[assignment]
+    side_attention.draws_within_kernel = lambda device: True
     try:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = attention
+        side_attention.draws_within_kernel = within
