@@ -95,7 +95,7 @@ def fill_ends(model: Any, checkpoint: Checkpoint, precision: str, device: torch.
 
 def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
     """Put the weights of the block called `path` in place, cast or quantized as they arrive."""
-    _return_freed_memory()
+    return_freed_memory()
     dtype = compute_dtype(precision)
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Linear) and precision in precisions.QUANTIZED:
@@ -107,7 +107,7 @@ def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: s
             setattr(module, parameter_name, _read_parameter(checkpoint, full, parameter, dtype, device))
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give what the last block's temporaries took back to the system: glibc keeps it, and quantizing makes four times a matrix."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
