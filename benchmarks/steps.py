@@ -4,8 +4,9 @@
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
-A case is METHOD:PRECISION; lst-plain is LST without recomputed side blocks, lst-streamed keeps the backbone's blocks in host memory, and
-transfer only copies them to the device, the floor of its time. Columns: seconds a step (median), the same over the first case's; bytes
+A case is METHOD:PRECISION; lst-plain is LST without recomputed side blocks, lst-cross-attention and lst-adapter (reduction factor 16) are
+the other designs, lst-streamed keeps the backbone's blocks in host memory, and transfer only copies them to the device, the floor of its
+time. Columns: seconds a step (median), the same over the first case's; bytes
 that the forward pass saved for the backward pass, weights not counted (on any device); on a GPU the peak of allocated memory, weights
 included. Weights may be random: time and memory do not ask what they are. Without a GPU, quote ratios only.
 """
@@ -25,7 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LADDERS = ("forward", "lst", "lst-plain", "lst-streamed", "transfer")
+DESIGNS: dict[str, dict[str, Any]] = {
+    "lst-cross-attention": {"design": "cross_attention"},
+    "lst-adapter": {"design": "adapter", "reduction_factor": 16},
+}
+LADDERS = ("forward", "lst", "lst-plain", *DESIGNS, "lst-streamed", "transfer")
 RIVALS = ("full", "adapters", "lora", "bitfit", "prompt")
 METHODS = (*LADDERS, *RIVALS, *(f"{rival}-checkpointed" for rival in RIVALS))
 Step = Callable[[], Tensor]
@@ -66,14 +71,8 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
         assert backbone.conveyor is not None
         return copy_all(backbone.conveyor), [], backbone.conveyor.slots
     layers = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
-    recipe = LstRecipe(
-        name="lst",
-        reduction_factor=options.reduction_factor,
-        side_layers=layers,
-        initialization="random",
-        recompute=method != "lst-plain",
-        precision="fp32" if precision == "fp32" else "bf16",
-    )
+    tree = {"reduction_factor": options.reduction_factor, "precision": "fp32" if precision == "fp32" else "bf16"} | DESIGNS.get(method, {})
+    recipe = LstRecipe(name="lst", side_layers=layers, initialization="random", recompute=method != "lst-plain", **tree)
     side = build_side_network(recipe, backbone, seed=0).to(device).train()
     decoder_ids = shift_right(batch["labels"], backbone.spec)
 
