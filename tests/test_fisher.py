@@ -43,7 +43,7 @@ def by_autograd(folder: Path, given: list[Example]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("changes", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}], ids=["v1.0", "v1.1"])
 def test_sums_equal_autograd_s_over_the_whole_model(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_t5(tmp_path / "t5", dropout_rate=0.0, num_decoder_layers=2, **changes)
-    monkeypatch.setattr(fisher, "AT_ONCE", 3)  # several walks
+    monkeypatch.setattr(fisher, "TOKENS_AT_ONCE", 20)  # several walks
     found, expected = fisher_importance(open_checkpoint(str(folder)), examples(7)), by_autograd(folder, examples(7))
     matrices = {n for n, p in expected.items() if p.ndim == 2 and "relative" not in n and ".block." in n}
     assert found.keys() == matrices | {"shared.weight"}

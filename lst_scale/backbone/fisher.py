@@ -2,22 +2,25 @@
 
 One pass over the examples, a few at a time, and for each few one walk up the blocks and one down. A walk reads a block from the
 checkpoint, runs it (or runs it again with gradients, from its stored inputs) and drops it, so memory holds the sums, one block with its
-gradients, and the block inputs of a few examples: never the three copies (weights, gradients, sums) of the plain way.
+gradients, and the block inputs of a few examples: never the three copies (weights, gradients, sums) of the plain way. The embedding is
+there only while it is looked up and while it serves as the head; no gradient of its size is ever made.
 
 Source: Sung et al. 2022, section 3.3; the sums are those of the original release (loss: mean over an example's target tokens).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.assemble import return_freed_memory
@@ -25,8 +28,7 @@ from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
 from lst_scale.backbone.masks import causal_mask
 from lst_scale.durable import write_directory
 
-PIECES_AT_ONCE = 4096  # of the vocabulary, whose gradient at the embedding exists at a time
-AT_ONCE = 32  # examples whose block inputs are kept: each costs (S x blocks + T x blocks) x d_model floats
+TOKENS_AT_ONCE = 4096  # of the examples whose block inputs are kept: each costs (blocks of a stack) x d_model floats
 FILE = "importance.safetensors"
 
 
@@ -44,9 +46,24 @@ def fisher_importance(checkpoint: Checkpoint, examples: Sequence[Example], devic
     The embedding's are summed over the vocabulary, (1, d_model), which is all that pruning asks of them.
     """
     total = _Sums()
-    for start in range(0, len(examples), AT_ONCE):
-        _Walk(checkpoint, examples[start : start + AT_ONCE], torch.device(device), total).run()
+    for few in _few_at_once(examples):
+        _Walk(checkpoint, few, torch.device(device), total).run()
+    return_freed_memory()
     return total.sums
+
+
+def _few_at_once(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    few: list[Example] = []
+    tokens = 0
+    for example in examples:
+        length = len(example.input_ids_S) + len(example.labels_T)
+        if few and tokens + length > TOKENS_AT_ONCE:
+            yield few
+            few, tokens = [], 0
+        few.append(example)
+        tokens += length
+    if few:
+        yield few
 
 
 def stored_importance(folder: Path, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> Callable[[str], Tensor]:
@@ -54,15 +71,29 @@ def stored_importance(folder: Path, key: dict[str, Any], make: Callable[[], dict
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / digest
     if not (path / FILE).exists():
-        sums = make()
+        _store(path, key, make())
+        return_freed_memory()
+    return functools.partial(_stored, path / FILE)
 
-        def fill(partial: Path) -> None:
-            save_file(sums, partial / FILE)
-            (partial / "key.json").write_text(json.dumps(key, indent=2) + "\n")
 
-        write_directory(path, fill, lambda whole: load_file(whole / FILE))
-    tensors = load_file(path / FILE)  # mapped: a tensor becomes resident when it is read
-    return tensors.__getitem__
+def _store(path: Path, key: dict[str, Any], sums: dict[str, Tensor]) -> None:
+    def fill(partial: Path) -> None:
+        save_file(sums, partial / FILE)
+        (partial / "key.json").write_text(json.dumps(key, indent=2) + "\n")
+
+    write_directory(path, fill, lambda whole: _names(whole / FILE))
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
+def _stored(file: Path, name: str) -> Tensor:
+    """Read one tensor. The file is mapped for this one alone: pages once read count as resident for as long as a mapping lasts."""
+    with safe_open(file, framework="pt") as stored:
+        tensor: Tensor = stored.get_tensor(name)
+    return tensor
 
 
 class _Sums:
@@ -70,9 +101,18 @@ class _Sums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
+        here = gradient.cpu()
         if name not in self.sums:
-            self.sums[name] = torch.zeros(gradient.shape, dtype=torch.float32)
-        self.sums[name].addcmul_(gradient.cpu(), gradient.cpu())
+            self.sums[name] = torch.zeros(here.shape, dtype=torch.float32)
+        self.sums[name].addcmul_(here, here)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeadGradient:
+    """What is needed of one example's gradient at the embedding as the head: each row that the example also looks up, the rest in sum."""
+
+    looked_up_UD: Tensor
+    other_squares_D: Tensor  # summed over all rows that it does not look up
 
 
 class _Walk:
@@ -84,16 +124,17 @@ class _Walk:
         self.labels = [example.labels_T.to(device) for example in examples]
         start = torch.tensor([self.spec.decoder_start_token_id], device=device)
         self.targets = [torch.cat([start, labels[:-1]])[None] for labels in self.labels]
-        self.embedding = self._read(SHARED)
+        self.tables: dict[str, Any] = {}  # each stack's owner of the relative-position table, by which all its blocks are biased
         checkpoint.config._attn_implementation = "sdpa"
 
     def run(self) -> None:
-        encoder_inputs = self._up("encoder", [self.embedding[ids] for ids in self.sources], None)
+        sources, targets = self._looked_up()
+        encoder_inputs = self._up("encoder", sources, None)
         encoder_last = encoder_inputs.pop()
         encoder_norm = self._norm("encoder")
         with torch.no_grad():
             encoder_final = [encoder_norm(hidden) for hidden in encoder_last]
-        decoder_inputs = self._up("decoder", [self.embedding[ids] for ids in self.targets], encoder_final)
+        decoder_inputs = self._up("decoder", targets, encoder_final)
         gradients, head_parts = self._head(decoder_inputs.pop())
         to_encoder = [torch.zeros_like(final) for final in encoder_final]
         to_targets = self._down("decoder", decoder_inputs, gradients, encoder_final, to_encoder)
@@ -101,13 +142,20 @@ class _Walk:
         to_sources = self._down("encoder", encoder_inputs, through_norm, None, None)
         self._embedding(to_sources, to_targets, head_parts)
 
+    def _looked_up(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the embeddings of all sources and of all targets."""
+        embedding = self._read(SHARED)
+        return [embedding[ids] for ids in self.sources], [embedding[ids] for ids in self.targets]
+
     def _up(self, stack: str, hidden: list[Tensor], encoder: list[Tensor] | None) -> list[list[Tensor]]:
         """Return the inputs of every block, and last the last block's outputs, for every example."""
         inputs = []
-        for block in self._blocks(stack, range(self._depth(stack))):
+        for index in range(self._depth(stack)):
             inputs.append(hidden)
+            block = self._block(stack, index)
             with torch.no_grad():
                 hidden = [self._run(block, stack, x, None if encoder is None else encoder[i]) for i, x in enumerate(hidden)]
+            del block  # before the next one is read
         return [*inputs, hidden]
 
     def _down(
@@ -119,34 +167,43 @@ class _Walk:
         to_encoder: list[Tensor] | None,
     ) -> list[Tensor]:
         """Return the gradients at the stack's embeddings; add up those at the encoder's final state; sum the squares of all weights'."""
-        depth = self._depth(stack)
-        for index, block in zip(range(depth - 1, -1, -1), self._blocks(stack, range(depth - 1, -1, -1)), strict=True):
-            weights = {f"{stack}.block.{index}.{name}": p for name, p in block.named_parameters() if p.ndim == 2}
-            weights = {name: p.requires_grad_(True) for name, p in weights.items() if "relative_attention_bias" not in name}
-            for i, (x, gradient) in enumerate(zip(inputs[index], gradients, strict=True)):
-                x = x.detach().requires_grad_(True)
-                final = None if encoder is None else encoder[i].detach().requires_grad_(True)
-                self._run(block, stack, x, final).backward(gradient)  # type: ignore[no-untyped-call]
-                assert x.grad is not None
-                gradients[i] = x.grad
-                if final is not None and to_encoder is not None:
-                    assert final.grad is not None
-                    to_encoder[i] += final.grad
-                for name, weight in weights.items():
-                    assert weight.grad is not None, name
-                    self.total.add(name, weight.grad)
-                    weight.grad = None
-            inputs[index] = []
+        for index in range(self._depth(stack) - 1, -1, -1):
+            self._down_block(stack, index, inputs.pop(), gradients, encoder, to_encoder)
         return gradients
 
-    def _head(self, last: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Return the gradients at the last block's outputs, and the factors of the head's weight gradient where it is the embedding."""
-        norm = self._norm("decoder")
-        own = self.checkpoint.has_own_head
-        head = self._read(HEAD) if own else self.embedding
+    def _down_block(
+        self,
+        stack: str,
+        index: int,
+        inputs: list[Tensor],
+        gradients: list[Tensor],
+        encoder: list[Tensor] | None,
+        to_encoder: list[Tensor] | None,
+    ) -> None:
+        """Replace the gradients at the block's outputs by those at its inputs."""
+        block = self._block(stack, index)
+        weights = {f"{stack}.block.{index}.{name}": p for name, p in block.named_parameters() if p.ndim == 2}
+        weights = {name: p.requires_grad_(True) for name, p in weights.items() if "relative_attention_bias" not in name}
+        for i, (hidden, gradient) in enumerate(zip(inputs, gradients, strict=True)):
+            x = hidden.detach().requires_grad_(True)
+            final = None if encoder is None else encoder[i].detach().requires_grad_(True)
+            self._run(block, stack, x, final).backward(gradient)  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            gradients[i] = x.grad
+            if final is not None and to_encoder is not None:
+                assert final.grad is not None
+                to_encoder[i] += final.grad
+            for name, weight in weights.items():
+                assert weight.grad is not None, name
+                self.total.add(name, weight.grad)
+                weight.grad = None
+
+    def _head(self, last: list[Tensor]) -> tuple[list[Tensor], list[_HeadGradient]]:
+        """Return the gradients at the last block's outputs, and those at the embedding where that is the head."""
+        norm, head = self._norm("decoder"), self._read(HEAD)
         scale = self.spec.d_model**-0.5 if self.spec.scale_decoder_outputs else 1.0
-        gradients, factors = [], []
-        for hidden, labels in zip(last, self.labels, strict=True):
+        gradients, parts = [], []
+        for i, (hidden, labels) in enumerate(zip(last, self.labels, strict=True)):
             x = hidden.detach().requires_grad_(True)
             scaled = norm(x)[0] * scale
             logits = (scaled @ head.T).detach().requires_grad_(True)
@@ -155,24 +212,27 @@ class _Walk:
             scaled.backward(logits.grad @ head)
             assert x.grad is not None
             gradients.append(x.grad)
-            factors.append((logits.grad, scaled.detach()))
-        return gradients, [] if own else factors
+            if not self.checkpoint.has_own_head:
+                parts.append(_head_gradient(logits.grad, scaled.detach(), self._rows(i)[0]))
+        return gradients, parts
 
-    def _embedding(self, to_sources: list[Tensor], to_targets: list[Tensor], head_parts: list[tuple[Tensor, Tensor]]) -> None:
-        for i, (source, target) in enumerate(zip(self.sources, self.targets, strict=True)):
-            ids, gradients = torch.cat([source[0], target[0]]), torch.cat([to_sources[i][0], to_targets[i][0]])
-            total_1D = torch.zeros(1, self.spec.d_model, device=self.device)
-            for start in range(0, len(self.embedding), PIECES_AT_ONCE):
-                pieces = min(PIECES_AT_ONCE, len(self.embedding) - start)
-                gradient = torch.zeros(pieces, self.spec.d_model, device=self.device)
-                if head_parts:
-                    to_logits_TV, hidden_TD = head_parts[i]
-                    gradient = to_logits_TV[:, start : start + pieces].T @ hidden_TD
-                there = (ids >= start) & (ids < start + pieces)
-                gradient.index_add_(0, ids[there] - start, gradients[there])
-                total_1D += gradient.square_().sum(0, keepdim=True)
+    def _embedding(self, to_sources: list[Tensor], to_targets: list[Tensor], head_parts: list[_HeadGradient]) -> None:
+        for i in range(len(self.sources)):
+            tokens_U, row_of_each = self._rows(i)
+            looked_up_UD = torch.zeros(len(tokens_U), self.spec.d_model, device=self.device)
+            looked_up_UD.index_add_(0, row_of_each, torch.cat([to_sources[i][0], to_targets[i][0]]))
+            other_D = looked_up_UD.new_zeros(self.spec.d_model)
+            if head_parts:
+                looked_up_UD += head_parts[i].looked_up_UD
+                other_D = head_parts[i].other_squares_D
             # Sums over the vocabulary add up like squares do: by their roots.
-            self.total.add(SHARED, total_1D.sqrt())
+            self.total.add(SHARED, (looked_up_UD.square().sum(0, keepdim=True) + other_D).sqrt())
+
+    def _rows(self, example: int) -> tuple[Tensor, Tensor]:
+        """Return the different tokens that an example looks up, and which of them each token of its source and target is."""
+        tokens = torch.cat([self.sources[example][0], self.targets[example][0]])
+        found: tuple[Tensor, Tensor] = tokens.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        return found
 
     def _run(self, block: nn.Module, stack: str, hidden: Tensor, encoder: Tensor | None) -> Tensor:
         length = hidden.shape[1]
@@ -182,27 +242,18 @@ class _Walk:
         output: Tensor = block(hidden, attention_mask=mask, position_bias=bias, encoder_hidden_states=encoder)[0]
         return output
 
-    def _blocks(self, stack: str, order: range) -> Any:
+    def _block(self, stack: str, index: int) -> Any:
         from transformers.models.t5.modeling_t5 import T5Block
 
-        config = _stack_config(self.checkpoint.config, stack)
-        for index in order:
-            return_freed_memory()
-            with torch.device("meta"):
-                block = T5Block(config, has_relative_attention_bias=index == 0, layer_idx=index)
-            names = [name for name, _ in block.named_parameters()]
-            block.load_state_dict({name: self._read(f"{stack}.block.{index}.{name}") for name in names}, assign=True)
-            block.eval().requires_grad_(False)
-            if index == 0 and stack not in self.tables:
-                self.tables[stack] = block.layer[0].SelfAttention
-            yield block
-
-    @property
-    def tables(self) -> dict[str, Any]:
-        """Each stack's owner of the relative-position table, by which all its blocks are biased."""
-        if not hasattr(self, "_tables"):
-            self._tables: dict[str, Any] = {}
-        return self._tables
+        return_freed_memory()  # the last block's, between the sums: the C library would keep it
+        with torch.device("meta"):
+            block = T5Block(_stack_config(self.checkpoint.config, stack), has_relative_attention_bias=index == 0, layer_idx=index)
+        names = [name for name, _ in block.named_parameters()]
+        block.load_state_dict({name: self._read(f"{stack}.block.{index}.{name}") for name in names}, assign=True)
+        block.eval().requires_grad_(False)
+        if index == 0 and stack not in self.tables:
+            self.tables[stack] = block.layer[0].SelfAttention
+        return block
 
     def _norm(self, stack: str) -> Any:
         from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -216,6 +267,16 @@ class _Walk:
 
     def _read(self, name: str) -> Tensor:
         return read_to(self.checkpoint, name, torch.float32, self.device)
+
+
+def _head_gradient(to_logits_TV: Tensor, hidden_TD: Tensor, tokens_U: Tensor) -> _HeadGradient:
+    """Sum the squares of the head's weight gradient G = L^T H over the vocabulary without making G: sum_v G_vd^2 = ((L L^T) H)_td H_td."""
+    looked_up_UD = to_logits_TV[:, tokens_U].T @ hidden_TD
+    others_TV = to_logits_TV.index_fill(1, tokens_U, 0.0)
+    # Summed in float64: the terms have both signs.
+    products_TT, hidden_TD = (others_TV @ others_TV.T).double(), hidden_TD.double()
+    squares_D = (products_TT @ hidden_TD * hidden_TD).sum(0).clamp(min=0)
+    return _HeadGradient(looked_up_UD=looked_up_UD, other_squares_D=squares_D.float())
 
 
 def _backward(module: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
