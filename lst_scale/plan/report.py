@@ -9,8 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lst_scale.assets import resolve
 from lst_scale.errors import ArgumentError
 from lst_scale.members import members_of
@@ -30,7 +28,8 @@ from lst_scale.plan.footprint import (
     Setting,
     footprint,
 )
-from lst_scale.recipe import FullRecipe, LoraRecipe, LstRecipe, Method, Recipe, parse_recipe
+from lst_scale.recipe import CacheRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe
+from lst_scale.recipe_backbone import Replicated
 from lst_scale.recipe_task import FileTask
 from lst_scale.side.count import Shape
 
@@ -171,10 +170,9 @@ def _ways(members: Sequence[Recipe], setting: Setting) -> Iterator[tuple[str, Se
 
 def as_rival(recipe: Recipe, method: Method, precision: str) -> Recipe:
     """Return the recipe with another method, on a whole backbone on every rank: what methods that run backward through it need."""
-    tree = recipe.model_dump(mode="json")
-    tree["backbone"] |= {"precision": precision, "placement": {"name": "replicated"}, "max_quantization_error": None}
-    tree |= {"method": method.model_dump(mode="json"), "members": None, "cache": {"enabled": False}}
-    return parse_recipe(yaml.safe_dump(tree), "rival")
+    whole = Replicated(name="replicated")
+    backbone = recipe.backbone.model_copy(update={"precision": precision, "placement": whole, "max_quantization_error": None})
+    return recipe.model_copy(update={"backbone": backbone, "method": method, "members": None, "cache": CacheRecipe()})
 
 
 def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
