@@ -13,6 +13,7 @@ runs/NAME-TASK-seedN/
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import shutil
@@ -50,7 +51,7 @@ from lst_scale.logs import Logger
 from lst_scale.members import members_of
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import trained_parameters
-from lst_scale.methods.lst import ladder_config, taps_of, union
+from lst_scale.methods.lst import ladder_config, prefetch_taps, taps_of, union
 from lst_scale.recipe import LstRecipe, Recipe, to_yaml
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
@@ -97,7 +98,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
             Member(each, folder, logger, shared, ds_config, resume=resume)
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
-        progresses = fit_together([member.session() for member in members], shared.prepare or members[0].trainee.prepare)
+        backbone = shared.backbone
+        prefetch = functools.partial(prefetch_taps, backbone) if isinstance(backbone, CachingBackbone) else None
+        progresses = fit_together([member.session() for member in members], shared.prepare or members[0].trainee.prepare, prefetch)
         return [member.finish(progress) for member, progress in zip(members, progresses, strict=True)]
 
 
