@@ -63,5 +63,6 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
             Member(each, folder, logger, shared, ds_config, resume=resume)
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
-        progresses = fit_together([member.session() for member in members], shared.prepare or members[0].trainee.prepare)
+        prepare = shared.prepare or members[0].trainee.prepare
+        progresses = fit_together([member.session() for member in members], prepare, shared.prefetch)
         return [member.finish(progress) for member, progress in zip(members, progresses, strict=True)]

@@ -5,6 +5,7 @@ Data comes first: a wrong file is found before any weight is read.
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import ladder_config, taps_of, union
+from lst_scale.methods.lst import ladder_config, prefetch_taps, taps_of, union
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
@@ -50,6 +51,7 @@ class Shared:
     backbone: AnyBackbone
     loading: dict[str, Any]
     prepare: Callable[[Batch], Taps] | None  # taps for all members; None: a single run asks its own method
+    prefetch: Callable[[Batch], None] | None  # begins to read a later batch's taps; None: there is nothing to read
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
@@ -81,6 +83,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
         backbone=backbone,
         loading=loading,
         prepare=None if request is None else lambda batch: taps_of(backbone, batch, request),
+        prefetch=functools.partial(prefetch_taps, backbone) if isinstance(backbone, CachingBackbone) else None,
     )
 
 

@@ -3,13 +3,19 @@
 It stands behind the boundary like any other. Training calls it with whole batches: when every row is known, taps are put together from
 the cache, and otherwise the live backbone runs the batch and what was not known is written down. Generation needs the live backbone.
 
+One thread of its own reads. Told which batch comes next (`prefetch`), it reads that one while the present one trains: then one batch is in
+use and one ahead, never more, and a step waits for the disk only when reading takes longer than training. All reads are that thread's, so
+none meets a write.
+
 Stored in the backbone's own dtype, a row's taps are those of the batch it was first computed in: the same batch gives the same bits,
 another batch pads differently, which moves the last bits of float32 and bf16 sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +35,20 @@ from lst_scale.backbone.taps import (
     Taps,
     selected,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A batch as the cache knows it; equal for equal batches."""
+
+    encoder: tuple[bytes, ...]  # digests, one a row
+    decoder: tuple[bytes, ...]
+    source_lengths: tuple[int, ...]
+    target_lengths: tuple[int, ...]
+    width: tuple[int, int]  # S and T
+
+
+Read = tuple[list[Tensor], list[Tensor]]  # the states of encoder and decoder, each (B, S, D) or (B, T, D), on the CPU
 
 
 class CachingBackbone:
@@ -56,6 +76,8 @@ class CachingBackbone:
         self._embedding_VD, self._load = embedding_VD, load
         self._live: LocalBackbone | None = None
         self.rows_read, self.rows_run = 0, 0
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tap-reader")
+        self._ahead: tuple[Wanted, Future[Read | None]] | None = None
 
     @property
     def live(self) -> LocalBackbone:
@@ -85,68 +107,88 @@ class CachingBackbone:
     def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
         return self.live.decode(decoder_input_ids_BT, encoder, request, cache)
 
+    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+        """Begin to read the batch that will be asked for next. Nothing but time depends on it: another may be asked for, too."""
+        wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
+        if self._ahead is None or self._ahead[0] != wanted:
+            self._ahead = wanted, self._reader.submit(self._read, wanted)
+
     @torch.no_grad()
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
-        sources = [row[mask.bool()] for row, mask in zip(input_ids_BS.cpu(), attention_mask_BS.cpu(), strict=True)]
-        targets = [_without_padding(row, self.spec) for row in decoder_input_ids_BT.cpu()]
+        wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
+        found = self._read_now(wanted)
+        if found is not None:
+            self.rows_read += len(wanted.encoder)
+            return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
         # Rows are stored with the taps of all members of a run; each is given its own.
         whole = TapRequest(layers=self.cache.key.layers, decoder_final=self.cache.key.decoder_final)
-        found = self._read(sources, targets, whole)
-        if found is not None:
-            self.rows_read += len(sources)
-            return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT, whole), request)
         taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, whole)
-        self.rows_run += len(sources)
-        self._write(sources, targets, taps)
+        self.rows_run += len(wanted.encoder)
+        self._write(wanted, taps)
         return selected(taps, request)
 
     def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""
         return encoder_digest(input_ids) in self.cache and decoder_digest(input_ids, decoder_input_ids) in self.cache
 
-    def _read(self, sources: list[Tensor], targets: list[Tensor], request: TapRequest) -> list[tuple[list[Tensor], list[Tensor]]] | None:
-        rows = []
-        for source, target in zip(sources, targets, strict=True):
-            encoder = self.cache.read(encoder_digest(source), len(request.layers))
-            if encoder is None:
-                return None
-            decoder = self.cache.read(decoder_digest(source, target), len(request.layers) + request.decoder_final)
-            if decoder is None:
-                return None
-            rows.append((encoder, decoder))
-        return rows
+    def _wanted(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Wanted:
+        sources = [row[mask.bool()] for row, mask in zip(input_ids_BS.cpu(), attention_mask_BS.cpu(), strict=True)]
+        targets = [_without_padding(row, self.spec) for row in decoder_input_ids_BT.cpu()]
+        return Wanted(
+            encoder=tuple(encoder_digest(source) for source in sources),
+            decoder=tuple(decoder_digest(source, target) for source, target in zip(sources, targets, strict=True)),
+            source_lengths=tuple(map(len, sources)),
+            target_lengths=tuple(map(len, targets)),
+            width=(input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]),
+        )
 
-    def _write(self, sources: list[Tensor], targets: list[Tensor], taps: Taps) -> None:
+    def _read_now(self, wanted: Wanted) -> Read | None:
+        """Return the batch that was read ahead if it is this one; read this one otherwise. What failed in the thread is raised here."""
+        found = None
+        if self._ahead is not None and self._ahead[0] == wanted:
+            (_, reading), self._ahead = self._ahead, None
+            found = reading.result()
+        # What was missing may have been written since.
+        return found or self._reader.submit(self._read, wanted).result()
+
+    def _read(self, wanted: Wanted) -> Read | None:
+        """Return a batch, or None when any of it is missing or damaged; nothing is read when something is known to be missing."""
+        if not all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder)):
+            return None
+        layers = len(self.cache.key.layers)
+        encoder = self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
+        if encoder is None:
+            return None
+        decoder = self._read_stack(wanted.decoder, wanted.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
+        return None if decoder is None else (encoder, decoder)
+
+    def _read_stack(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
+        """Return one stack's states, read straight into batches; padding is zero, which masked attention never sees."""
+        shape, pin = (len(digests), width, self.spec.d_model), self.device.type == "cuda"
+        batches = [torch.empty(shape, dtype=self.cache.floating, pin_memory=pin) for _ in range(states)]
+        for row, (digest, length) in enumerate(zip(digests, lengths, strict=True)):
+            if not self.cache.read_into(digest, [batch[row, :length] for batch in batches]):
+                return None
+            for batch in batches:
+                batch[row, length:] = 0
+        return batches
+
+    def _write(self, wanted: Wanted, taps: Taps) -> None:
         final = [] if taps.decoder_final_BTD is None else [taps.decoder_final_BTD]
-        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            self.cache.write(encoder_digest(source), [tap[row, : len(source)] for tap in taps.encoder.tensors])
-            self.cache.write(decoder_digest(source, target), [tap[row, : len(target)] for tap in (*taps.decoder.tensors, *final)])
+        for row, (source, target) in enumerate(zip(wanted.source_lengths, wanted.target_lengths, strict=True)):
+            self.cache.write(wanted.encoder[row], [tap[row, :source] for tap in taps.encoder.tensors])
+            self.cache.write(wanted.decoder[row], [tap[row, :target] for tap in (*taps.decoder.tensors, *final)])
 
-    def _assemble(
-        self,
-        rows: list[tuple[list[Tensor], list[Tensor]]],
-        input_ids_BS: Tensor,
-        attention_mask_BS: Tensor,
-        decoder_input_ids_BT: Tensor,
-        request: TapRequest,
-    ) -> Taps:
-        S, T = input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]
-        encoder = [self._padded([row[0][k] for row in rows], S) for k in range(len(request.layers))]
-        decoder = [self._padded([row[1][k] for row in rows], T) for k in range(len(request.layers) + request.decoder_final)]
-        final = decoder.pop() if request.decoder_final else None
+    def _assemble(self, found: Read, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Taps:
+        encoder, decoder = ([state.to(self.device, non_blocking=True) for state in stack] for stack in found)
+        final = decoder.pop() if self.cache.key.decoder_final else None
+        layers = self.cache.key.layers
         return Taps(
-            encoder=StackTaps(layers=request.layers, embedding=self._embedding_VD[input_ids_BS], hidden=tuple(encoder)),
-            decoder=StackTaps(layers=request.layers, embedding=self._embedding_VD[decoder_input_ids_BT], hidden=tuple(decoder)),
+            encoder=StackTaps(layers=layers, embedding=self._embedding_VD[input_ids_BS], hidden=tuple(encoder)),
+            decoder=StackTaps(layers=layers, embedding=self._embedding_VD[decoder_input_ids_BT], hidden=tuple(decoder)),
             attention_mask_BS=attention_mask_BS,
             decoder_final_BTD=final,
         )
-
-    def _padded(self, states: list[Tensor], length: int) -> Tensor:
-        """Return states (L_i, D) as one tensor (B, length, D) on the device; padding is zero, which masked attention never sees."""
-        batch = states[0].new_zeros(len(states), length, states[0].shape[1])
-        for row, state in enumerate(states):
-            batch[row, : len(state)] = state
-        return batch.to(self.device, non_blocking=True)
 
 
 def _without_padding(decoder_input_ids_T: Tensor, spec: BackboneSpec) -> Tensor:

@@ -22,7 +22,7 @@ import socket
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class TapCache:
         self.key, self.folder = key, root / key.folder
         self.damaged: list[str] = []  # payloads that were passed over, named for the log
         self._where: dict[bytes, tuple[Path, int, int, int]] = {}
-        self._maps: dict[Path, Any] = {}
+        self._files: dict[Path, int] = {}  # open for reading
         self._data: Any = None
         self._index: Any = None
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.taps"
@@ -87,6 +87,11 @@ class TapCache:
         if not (self.folder / "key.json").exists():
             write_file(self.folder / "key.json", json.dumps(asdict(key) | {"format": FORMAT}, indent=2) + "\n")
         self.refresh()
+
+    @property
+    def floating(self) -> torch.dtype:
+        """What taps are when they have been read."""
+        return torch.bfloat16 if self.key.dtype == "int8" else STORAGE[self.key.dtype]
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._where
@@ -111,25 +116,43 @@ class TapCache:
         found = self._where.get(digest)
         if found is None:
             return None
+        into = [torch.empty(found[2], self.key.d_model, dtype=self.floating) for _ in range(states)]
+        return into if self.read_into(digest, into) else None
+
+    def read_into(self, digest: bytes, into: Sequence[Tensor]) -> bool:
+        """Fill contiguous tensors (L, D) on the CPU, in the storage's floating dtype; false when a payload is missing or damaged.
+
+        Floating storage is read straight into place, and what has arrived there is what the checksum is taken of.
+        """
+        found = self._where.get(digest)
+        if found is None:
+            return False
         path, offset, tokens, checksum = found
-        width = self.key.d_model
-        count = states * tokens * self._bytes_a_token()
-        if path not in self._maps or len(self._maps[path]) < offset + count:
-            try:
-                self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
-            except (OSError, ValueError):
-                self._give_up(digest, path, offset)
-                return None
-        raw = np.array(self._maps[path][offset : offset + count])
-        if len(raw) != count or zlib.crc32(raw.data) != checksum:
+        states, width = len(into), self.key.d_model
+        packed = torch.empty(states * tokens * self._bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
+        places = [packed] if self.key.dtype == "int8" else [state.view(torch.uint8) for state in into]
+        if tokens != len(into[0]) or not self._fill(path, offset, [place.numpy().data for place in places], checksum):
             self._give_up(digest, path, offset)
-            return None
-        buffer = torch.from_numpy(raw)
-        if self.key.dtype != "int8":
-            return list(buffer.view(STORAGE[self.key.dtype]).view(states, tokens, width))
-        values = buffer[: states * tokens * width].view(torch.int8).view(states, tokens, width)
-        scales = buffer[states * tokens * width :].view(torch.float32).view(states, tokens, 1)
-        return list((values.float() * scales).to(torch.bfloat16))
+            return False
+        if self.key.dtype == "int8":
+            values = packed[: states * tokens * width].view(torch.int8).view(states, tokens, width)
+            scales = packed[states * tokens * width :].view(torch.float32).view(states, tokens, 1)
+            for state, value, scale in zip(into, values, scales, strict=True):
+                state.copy_(value.float() * scale)
+        return True
+
+    def _fill(self, path: Path, offset: int, places: list[memoryview], checksum: int) -> bool:
+        """Read one payload into several places. Read and not mapped: a file cut short behind our back is found, and kills nobody."""
+        try:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            count = os.preadv(self._files[path], places, offset)
+        except OSError:
+            return False
+        found = 0
+        for place in places:
+            found = zlib.crc32(place, found)
+        return count == sum(place.nbytes for place in places) and found == checksum
 
     def write(self, digest: bytes, states: list[Tensor]) -> None:
         """Append one row's states, each (L, D)."""
@@ -160,11 +183,14 @@ class TapCache:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close what this process writes to."""
+        """Close all files; a later read opens them again."""
         for file in (self._data, self._index):
             if file is not None:
                 file.close()
         self._data = self._index = None
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
 
     __del__ = close
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, Taps, selected
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
@@ -59,6 +60,11 @@ def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
     device = backbone.device
     decoder_input_ids_BT = shift_right(batch.labels_BT.to(device), backbone.spec)
     return backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, request)
+
+
+def prefetch_taps(backbone: CachingBackbone, batch: Batch) -> None:
+    """Begin to read one micro-batch's taps, which `taps_of` will be asked for next."""
+    backbone.prefetch(batch.input_ids_BS, batch.attention_mask_BS, shift_right(batch.labels_BT, backbone.spec))
 
 
 def union(requests: Sequence[TapRequest]) -> TapRequest:

@@ -7,6 +7,7 @@ tokens of the global batch (the paper's, on one GPU), so that one process and ei
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ class Ask:
     step: int
     index: int  # of the micro-batch within the step
     batch: Batch
+    following: Callable[[], Batch | None]  # what this session will most likely ask for next; None at its end
 
 
 Session = Generator[Ask, Any, Progress]
@@ -98,6 +100,7 @@ class Trainer:
         self.trainee, self.engine, self.train_split = trainee, engine, train_split
         self.evaluate, self.save_best = evaluate, save_best
         self.folder, self.identity = folder, identity
+        self._epochs: dict[int, list[Step]] = {}  # this one and, once its end is near, the next
 
     def fit(self, progress: Progress) -> Progress:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
@@ -109,7 +112,7 @@ class Trainer:
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
         self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
-        epoch, steps, saved_at = -1, [], progress
+        saved_at = progress
         while True:
             try:
                 distributed.poll_interruption(self.world)
@@ -126,11 +129,8 @@ class Trainer:
                 saved_at = progress
             if last:
                 return replace(progress, finished=True)
-            if progress.step // plan.steps_per_epoch != epoch:
-                epoch = progress.step // plan.steps_per_epoch
-                steps = self._steps_of(epoch)
             try:
-                progress = yield from self._train_step(steps[progress.step % plan.steps_per_epoch], progress)
+                progress = yield from self._train_step(self._step(progress.step), progress)
             except Interrupted:  # thrown in while others left: this step was not taken
                 if progress != saved_at and progress.step > 0:
                     self._save(progress)
@@ -140,7 +140,21 @@ class Trainer:
         last = progress.step == self.plan.total_steps
         return progress.step > progress.evaluated_at and (progress.step % self.plan.evaluate_every == 0 or last)
 
-    def _steps_of(self, epoch: int) -> Any:
+    def _step(self, number: int) -> Step:
+        """Return a step by its number; the epochs before the last one asked for but one are forgotten."""
+        epoch, index = divmod(number, self.plan.steps_per_epoch)
+        if epoch not in self._epochs:
+            self._epochs = {kept: steps for kept, steps in self._epochs.items() if kept == epoch - 1} | {epoch: self._steps_of(epoch)}
+        return self._epochs[epoch][index]
+
+    def _after(self, number: int, index: int) -> Batch | None:
+        """Return the micro-batch after the given one of step `number`: in it, or the first of the next step."""
+        micro_batches = self._step(number).micro_batches
+        if index + 1 < len(micro_batches):
+            return micro_batches[index + 1]
+        return self._step(number + 1).micro_batches[0] if number + 1 < self.plan.total_steps else None
+
+    def _steps_of(self, epoch: int) -> list[Step]:
         return training_steps(
             self.train_split,
             epoch=epoch,
@@ -158,7 +172,8 @@ class Trainer:
         nll, source_tokens = 0.0, 0
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
-            prepared = yield Ask(step=progress.step, index=index, batch=batch)
+            following = functools.partial(self._after, progress.step, index)
+            prepared = yield Ask(step=progress.step, index=index, batch=batch, following=following)
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
             nll += self._forward_backward(batch, prepared, step.num_target_tokens)
             del prepared  # or the next micro-batch's taps would be made beside these
@@ -250,11 +265,13 @@ def gate_openings(weights: dict[str, Tensor], temperature: float = 0.1) -> dict[
     }
 
 
-def fit_together(sessions: Sequence[Session], prepare: Callable[[Batch], Any]) -> list[Progress]:
+def fit_together(
+    sessions: Sequence[Session], prepare: Callable[[Batch], Any], prefetch: Callable[[Batch], None] | None = None
+) -> list[Progress]:
     """Run sessions side by side to their ends: what `prepare` makes of a micro-batch is made once for all that ask for it.
 
     Sessions must ask for the same micro-batches in the same order. One that starts behind the others catches up first; one that
-    ends is let go. When one is interrupted, all are, and save.
+    ends is let go. When one is interrupted, all are, and save. `prefetch` is told what comes next before a micro-batch trains.
     """
     finished: dict[int, Progress] = {}
     asking: dict[int, Ask] = {}
@@ -274,7 +291,10 @@ def fit_together(sessions: Sequence[Session], prepare: Callable[[Batch], Any]) -
             together = [number for number, ask in asking.items() if (ask.step, ask.index) == first]
             batch = asking[together[0]].batch
             assert all(asking[number].batch.indices == batch.indices for number in together), "sessions ask for different batches"
+            following = asking[together[0]].following
             prepared = prepare(batch)
+            if prefetch is not None and (next_batch := following()) is not None:
+                prefetch(next_batch)
             for number in together:
                 resume(number, prepared)
             del prepared

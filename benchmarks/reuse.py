@@ -1,0 +1,355 @@
+"""What remembering and sharing the backbone's pass is worth: one training step of each way, side by side, each in a process of its own.
+
+    python benchmarks/make_checkpoint.py google-t5/t5-base /tmp/t5-base
+    python benchmarks/reuse.py /tmp/t5-base --layers 1,2,3,5,6,7,9,10,11
+
+A case is WAY:PRECISION. Of the ladder:
+
+    lst              live: the backbone's forward pass, then the side network's step
+    lst-cached       taps from disk, three rows: the epoch that writes them, live; cold and warm page cache
+    members          --members side networks on one live pass; members-cached: on taps from disk (warm)
+    forward, side    the two parts of lst: the backbone alone, and the side network on taps in memory
+    loop, stacked    --members side networks on taps in memory, forward and backward: one after another, or stacked (torch.func)
+
+and of its rivals, inside the backbone: full, lora, and any with -checkpointed. Cold: after fsync the cache's files are dropped from the
+page cache (posix_fadvise, POSIX_FADV_DONTNEED); the bytes that came from the disk are counted, to see that they did. A step is forward,
+backward and AdamW on the next of --batches different batches of full rows; an epoch is all of them once. All cases run --rounds times in
+turn and medians are taken, since machines are shared. Columns: seconds a step; the same for one side network; how much faster that is
+than LoRA; seconds of processor time (all threads), which others on the machine move less. Weights may be random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import steps
+import torch
+from torch import Tensor
+
+CACHED = ("lst-cached", "members-cached")
+TOGETHER = ("members", "members-cached", "loop", "stacked")
+LADDERS = ("forward", "lst", "side", *CACHED, *TOGETHER)
+WAYS = (*LADDERS, *steps.RIVALS, *(f"{rival}-checkpointed" for rival in steps.RIVALS))
+DEFAULT = ("forward", "side", "lst", "lst-cached", "members", "members-cached", "lora", "lora-checkpointed", "full")
+Batch = dict[str, Tensor]
+Step = Callable[[int], None]  # takes the number of a batch
+
+
+class Clock:
+    """Seconds of wall clock and of processor time of each thing done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        self._synchronize()
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self._synchronize()
+        self.wall.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_batches(options: argparse.Namespace, device: torch.device) -> list[Batch]:
+    """Return different batches of full rows of random tokens."""
+    draw = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(options.batches):
+        source = torch.randint(3, 4000, (options.batch, options.source), generator=draw)
+        labels = torch.randint(3, 4000, (options.batch, options.target), generator=draw)
+        mask = torch.ones_like(source)
+        batches.append({"input_ids": source.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)})
+    return batches
+
+
+def open_backbone(options: argparse.Namespace, way: str, precision: str, folder: Path) -> Any:
+    """Return the backbone as `way` holds it."""
+    from lst_scale import distributed
+    from lst_scale.backbone.place import load_caching, load_placed
+    from lst_scale.methods.lst import ladder_config
+    from lst_scale.recipe import BackboneRecipe, CacheRecipe
+    from lst_scale.side.network import SideNetwork
+
+    recipe, world = BackboneRecipe.model_validate({"checkpoint": str(options.checkpoint), "precision": precision}), distributed.connect()
+    if way not in CACHED:
+        return load_placed(recipe, world)
+    method = ladder_recipe(options, precision)
+    cache = CacheRecipe(enabled=True, dtype=options.cache_dtype, folder=str(folder))
+    return load_caching(recipe, cache, world, lambda spec: SideNetwork.request_of(ladder_config(method, spec)), lambda live: None)
+
+
+def ladder_recipe(options: argparse.Namespace, precision: str) -> Any:
+    from lst_scale.recipe import LstRecipe
+
+    layers: Any = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
+    return LstRecipe(
+        name="lst",
+        reduction_factor=options.reduction_factor,
+        side_layers=layers,
+        initialization="random",
+        precision="fp32" if precision == "fp32" else "bf16",
+    )
+
+
+def inputs_of(backbone: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a backbone is asked with."""
+    from lst_scale.side.loss import shift_right
+
+    return batch["input_ids"], batch["attention_mask"], shift_right(batch["labels"], backbone.spec)
+
+
+def build_sides(options: argparse.Namespace, way: str, precision: str, backbone: Any) -> list[Any]:
+    from lst_scale.methods.lst import build_side_network
+
+    recipe = ladder_recipe(options, precision)
+    if way == "stacked":  # checkpoints do not work under vmap
+        recipe = recipe.model_copy(update={"recompute": False})
+    count = options.members if way in TOGETHER else 1
+    return [build_side_network(recipe, backbone, seed=seed).to(backbone.device).train() for seed in range(count)]
+
+
+def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone: Any, batches: list[Batch]) -> Step:
+    """Return the step of one side network, or of several on the same taps."""
+    from lst_scale.side.loss import cross_entropy_sum
+
+    sides = build_sides(options, way, precision, backbone)
+    optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-4) for side in sides]
+    request = sides[0].request
+    kept = backbone(*inputs_of(backbone, batches[0]), request) if way in ("side", "loop") else None
+
+    def step(number: int) -> None:
+        taps = backbone(*inputs_of(backbone, batches[number]), request) if kept is None else kept
+        if way in CACHED and number + 1 < len(batches):  # as the training loop does
+            backbone.prefetch(*inputs_of(backbone, batches[number + 1]))
+        labels = batches[number if kept is None else 0]["labels"]
+        for side, optimizer in zip(sides, optimizers, strict=True):
+            nll, tokens = cross_entropy_sum(backbone.head, side(taps), labels)
+            (nll / tokens).backward()
+            if way != "loop":
+                optimizer.step()
+            optimizer.zero_grad()
+
+    def forward(number: int) -> None:
+        backbone(*inputs_of(backbone, batches[number]), request)
+
+    return forward if way == "forward" else step
+
+
+def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, batches: list[Batch]) -> Step:
+    """Return forward and backward of side networks of one shape as one with a further dimension; the head meets them all at once."""
+    from lst_scale.side.loss import cross_entropy_sum
+
+    sides = build_sides(options, "stacked", precision, backbone)
+    taps = backbone(*inputs_of(backbone, batches[0]), sides[0].request)
+    parameters, buffers = torch.func.stack_module_state(sides)
+    labels = batches[0]["labels"].repeat(len(sides), 1)
+
+    def hidden_of(weights: Any, others: Any) -> Tensor:
+        hidden: Tensor = torch.func.functional_call(sides[0], (weights, others), (taps,))
+        return hidden
+
+    def step(number: int) -> None:
+        hidden_MBTD = torch.func.vmap(hidden_of, randomness="different")(parameters, buffers)
+        nll, tokens = cross_entropy_sum(backbone.head, hidden_MBTD.flatten(0, 1), labels)
+        (nll / tokens).backward()
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    return step
+
+
+def rival_step(options: argparse.Namespace, way: str, precision: str, device: torch.device, batches: list[Batch]) -> Step:
+    """Return the step of a method that trains inside the backbone."""
+    loss, trained, _ = steps.whole_model_loss(options, way, precision, device, batches[0])
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(number: int) -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Make the next read of every file below come from the disk. Dirty pages stay, so they are written first."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def bytes_from_disk() -> int:
+    """Return how many bytes this process has had the system read from a disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def measure(options: argparse.Namespace, case: str, folder: Path) -> list[dict[str, Any]]:
+    """Run one case in this process."""
+    way, precision = case.split(":")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    batches = make_batches(options, device)
+    if way not in LADDERS:
+        step = rival_step(options, way, precision, device, batches)
+    else:
+        backbone = open_backbone(options, way, precision, folder)
+        make = stacked_step if way == "stacked" else lambda *rest: ladder_step(options, way, *rest[1:])
+        step = make(options, precision, backbone, batches)
+        if way in CACHED:
+            return measure_cached(options, case, step, backbone, folder, len(batches))
+    clock = Clock(device)
+    for number in range(options.warmup + options.repeat):
+        with clock.running():
+            step(number % len(batches))
+    wall, processor = (statistics.median(times[options.warmup :]) for times in (clock.wall, clock.processor))
+    return [record(options, case, wall, processor)]
+
+
+def measure_cached(
+    options: argparse.Namespace, case: str, step: Step, backbone: Any, folder: Path, num_batches: int
+) -> list[dict[str, Any]]:
+    """Measure whole epochs: the one that writes, and those that read."""
+    clock = Clock(backbone.device)
+
+    def epoch() -> None:
+        with clock.running():
+            for number in range(num_batches):
+                step(number)
+
+    backbone.live  # noqa: B018  loading it is no part of the first epoch
+    epoch()
+    backbone.cache.flush()
+    backbone._live = None
+    found = [record(options, f"{case}, first epoch, writes", clock.wall[0] / num_batches, clock.processor[0] / num_batches)]
+    epoch()  # warms up
+    for name in ("cold", "warm"):
+        before, clock = 0, Clock(backbone.device)
+        for _ in range(options.epochs):
+            if name == "cold":
+                drop_from_page_cache(folder)
+            start = bytes_from_disk()
+            epoch()
+            before += bytes_from_disk() - start
+        wall, processor = (statistics.median(times) / num_batches for times in (clock.wall, clock.processor))
+        stored = sum(path.stat().st_size for path in folder.rglob("*.taps"))
+        facts = {"stored_bytes": stored, "bytes_from_disk_an_epoch": before // options.epochs}
+        found.append(record(options, f"{case}, {name}", wall, processor) | facts)
+    assert backbone.rows_run == num_batches * options.batch and not backbone.cache.damaged, "a row that was written was not read"
+    return found
+
+
+def record(options: argparse.Namespace, name: str, wall: float, processor: float) -> dict[str, Any]:
+    way = name.partition(":")[0]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    networks = options.members if way in TOGETHER else 1
+    return {"case": name, "seconds": wall, "processor_seconds": processor, "networks": networks, "device": device}
+
+
+def medians(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the rounds of each case."""
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for each in records:
+        rounds.setdefault(each["case"], []).append(each)
+    joined = []
+    for group in rounds.values():
+        good = [each for each in group if "seconds" in each]
+        joined.append(
+            group[0] if not good else good[0] | {key: statistics.median(r[key] for r in good) for key in ("seconds", "processor_seconds")}
+        )
+    return joined
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the records as a Markdown table."""
+
+    def of_one(name: str) -> float | None:
+        return next((r["seconds"] for r in records if "seconds" in r and r["case"].partition(":")[0] == name), None)
+
+    lora, live = of_one("lora"), of_one("lst")
+    lines = [
+        "| case | s a step | s a side network | faster than LoRA | over lst | processor s a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in records:
+        if "error" in r:
+            lines.append(f"| {r['case']} | {r['error']} | | | | |")
+            continue
+        each = r["seconds"] / r["networks"]
+        faster, over = f"{lora / each:.1f}x" if lora else "-", f"{each / live:.2f}" if live else "-"
+        lines.append(f"| {r['case']} | {r['seconds']:.3f} | {each:.3f} | {faster} | {over} | {r['processor_seconds']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--cases", nargs="+", default=[f"{way}:fp32" for way in DEFAULT])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--source", type=int, default=128)
+    parser.add_argument("--target", type=int, default=8)
+    parser.add_argument("--layers", default="all", help="side layers, such as 1,3,5 (default: all)")
+    parser.add_argument("--reduction-factor", type=int, default=8)
+    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--cache-dtype", default="bf16", choices=("bf16", "fp32", "int8"))
+    parser.add_argument("--batches", type=int, default=4, help="different batches; the cached ways take each once an epoch")
+    parser.add_argument("--epochs", type=int, default=3, help="cold and warm ones")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--folder", type=Path, help="where taps are stored for a while: on a disk, not in memory (default: the temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the records of all rounds here")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wrong = [case for case in options.cases if case.partition(":")[0] not in WAYS]
+    if wrong:
+        parser.error(f"{wrong[0]}: write WAY:PRECISION with WAY one of {', '.join(WAYS)}")
+    if options.one:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            print(json.dumps(measure(options, options.one, Path(folder))))
+        return
+    records = []
+    for case in options.cases * options.rounds:
+        done = subprocess.run([sys.executable, *sys.argv, "--one", case], capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+        failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
+        found = json.loads(lines[-1]) if done.returncode == 0 and lines else [{"case": case, "error": failure[0][:100]}]
+        records += found
+        for each in found:
+            print(json.dumps(each), file=sys.stderr, flush=True)
+    sizes = (
+        f"batch {options.batch}, source {options.source}, target {options.target}, layers {options.layers}, r {options.reduction_factor}"
+    )
+    print(
+        f"{records[0].get('device', '')}, {torch.get_num_threads()} threads, torch {torch.__version__}, {sizes}, taps {options.cache_dtype}"
+    )
+    print(table(medians(records)))
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
