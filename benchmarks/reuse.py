@@ -83,9 +83,11 @@ def make_batches(options: argparse.Namespace, device: torch.device) -> list[Batc
 def open_backbone(options: argparse.Namespace, way: str, precision: str, folder: Path) -> Any:
     """Return the backbone as `way` holds it."""
     from lst_scale import distributed
-    from lst_scale.backbone.place import load_caching, load_placed
+    from lst_scale.backbone.place import load_placed
+    from lst_scale.backbone.remembered import load_caching
     from lst_scale.methods.lst import ladder_config
-    from lst_scale.recipe import BackboneRecipe, CacheRecipe
+    from lst_scale.recipe import CacheRecipe
+    from lst_scale.recipe_backbone import BackboneRecipe
     from lst_scale.side.network import SideNetwork
 
     recipe, world = BackboneRecipe.model_validate({"checkpoint": str(options.checkpoint), "precision": precision}), distributed.connect()
