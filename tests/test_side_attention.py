@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lst_scale.side import attention
-from lst_scale.side.attention import dropped, side_attention
+from lst_scale.side.attention import Dropout, dropped, side_attention, with_cheap_dropout
 
 MODULE = nn.Module()
 
@@ -64,3 +64,15 @@ def test_keys_that_may_not_be_seen_are_not() -> None:
     torch.manual_seed(1)
     after, _ = side_attention(MODULE, query, key, value, mask, dropout=0.3, scaling=1.0, position_bias=bias)
     assert torch.equal(before, after)
+
+
+def test_dropout_keeps_the_mean_and_acts_in_training_alone() -> None:
+    module = with_cheap_dropout(nn.Sequential(nn.Sequential(nn.Dropout(0.25)), nn.Dropout(0.0)))
+    assert type(module[0][0]) is Dropout and module[0][0].p == 0.25
+    ones = torch.ones(1000, 301, requires_grad=True)
+    torch.manual_seed(0)
+    found = module(ones)
+    assert sorted(found.unique().tolist()) == pytest.approx([0.0, 4 / 3]) and found.mean().item() == pytest.approx(1, abs=0.01)
+    found.sum().backward()
+    assert torch.equal(ones.grad, found), "what was dropped has no gradient"
+    assert torch.equal(module.eval()(ones), ones)

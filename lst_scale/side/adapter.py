@@ -19,6 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNor
 
 from lst_scale.backbone.masks import padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
+from lst_scale.side.attention import Dropout, with_cheap_dropout
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.parts import SideEncoderState, entering, fed, make_gate, narrowed, recomputed
 
@@ -32,7 +33,7 @@ class SideAdapter(nn.Module):
         self.down = nn.Linear(d_model, bottleneck)
         self.activation = NewGELUActivation()
         self.up = nn.Linear(bottleneck, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.layer_norm(hidden)
@@ -48,7 +49,7 @@ class AdapterBlock(nn.Module):
         parts = (spec.d_model, narrow.d_model, narrow.dropout_rate, narrow.layer_norm_epsilon)
         self.before, self.after = SideAdapter(*parts), SideAdapter(*parts)
         self.gate = make_gate(config, spec.d_model)
-        self.cross = T5LayerCrossAttention(narrow, layer_idx=layer_idx) if narrow.is_decoder else None
+        self.cross = with_cheap_dropout(T5LayerCrossAttention(narrow, layer_idx=layer_idx)) if narrow.is_decoder else None
         if self.cross is not None:
             self.downsample = nn.Linear(spec.d_model, narrow.d_model)
             self.upsample = nn.Linear(narrow.d_model, spec.d_model)
@@ -72,7 +73,7 @@ class AdapterStack(nn.Module):
         super().__init__()
         narrow = narrowed(spec, config, is_decoder=is_decoder)
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
-        self.dropout = nn.Dropout(narrow.dropout_rate)
+        self.dropout = Dropout(narrow.dropout_rate)
         first = spec.num_decoder_layers
         self.blocks = nn.ModuleDict(
             {str(layer): AdapterBlock(spec, config, narrow, first + j) for j, layer in enumerate(config.side_layers)}

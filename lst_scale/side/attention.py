@@ -1,4 +1,4 @@
-"""Attention of the side blocks: torch's fused kernels where they are, and on the CPU, which has none with dropout, a plain one.
+"""Attention and dropout of the side blocks: torch's fused kernels where they are, and on the CPU, which has none with dropout, a plain one.
 
 Heads are not narrowed with the widths, so the score maps of a side block are as large as the backbone's, and on the CPU drawing their
 dropout is most of a side network's time. torch draws a 64-bit number for each score and looks at the result several times over; here
@@ -58,6 +58,24 @@ def dropped(shape: torch.Size, rate: float, device: torch.device) -> Tensor:
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
     return (bits.view(torch.int16)[:count] < round(rate * 2**16) - 2**15).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws its mask as attention's is drawn; on a GPU torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or draws_within_kernel(input.device):
+            return super().forward(input)
+        return input.masked_fill(dropped(input.shape, self.p, input.device), 0.0) / (1 - self.p)
+
+
+def with_cheap_dropout(module: nn.Module) -> nn.Module:
+    """Return `module` with each of its dropouts replaced by one of these."""
+    for child in list(module.modules()):
+        for name, part in list(child.named_children()):
+            if type(part) is nn.Dropout:
+                setattr(child, name, Dropout(part.p))
+    return module
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, side_attention)

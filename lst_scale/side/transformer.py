@@ -18,6 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
+from lst_scale.side.attention import Dropout, with_cheap_dropout
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.parts import SideEncoderState, entering, fed, make_downsample, make_gate, narrowed, recomputed
 
@@ -33,11 +34,11 @@ class TransformerStack(nn.Module):
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
         # In a cache the backbone's blocks come first, the side blocks after them.
         self.first_cache_layer = spec.num_decoder_layers
-        self.dropout = nn.Dropout(narrow.dropout_rate)
+        self.dropout = Dropout(narrow.dropout_rate)
         self.first_downsample = make_downsample(config, spec.d_model, width)
         self.downsamples = nn.ModuleDict({key: make_downsample(config, spec.d_model, width) for key in keys})
         self.gates = nn.ModuleDict({key: make_gate(config, width) for key in keys})
-        self.blocks = nn.ModuleDict({key: self._make_block(narrow, j, len(keys)) for j, key in enumerate(keys)})
+        self.blocks = nn.ModuleDict({key: with_cheap_dropout(self._make_block(narrow, j, len(keys))) for j, key in enumerate(keys)})
         self.final_norm = T5LayerNorm(width, eps=narrow.layer_norm_epsilon)
 
     def _make_block(self, narrow: Any, j: int, count: int) -> nn.Module:
