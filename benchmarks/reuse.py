@@ -9,13 +9,15 @@ A case is WAY:PRECISION. Of the ladder:
     lst-cached       taps from disk, three rows: the epoch that writes them, live; cold and warm page cache
     members          --members side networks on one live pass; members-cached: on taps from disk (warm)
     forward, side    the two parts of lst: the backbone alone, and the side network on taps in memory
-    loop, stacked    --members side networks on taps in memory, forward and backward: one after another, or stacked (torch.func)
+    loop, stacked    --members side networks on taps in memory, forward and backward, no dropout, nothing recomputed: one after another, or
+                     as one network with a further dimension (torch.func)
 
 and of its rivals, inside the backbone: full, lora, and any with -checkpointed. Cold: after fsync the cache's files are dropped from the
 page cache (posix_fadvise, POSIX_FADV_DONTNEED); the bytes that came from the disk are counted, to see that they did. A step is forward,
 backward and AdamW on the next of --batches different batches of full rows; an epoch is all of them once. All cases run --rounds times in
-turn and medians are taken, since machines are shared. Columns: seconds a step; the same for one side network; how much faster that is
-than LoRA; seconds of processor time (all threads), which others on the machine move less. Weights may be random.
+turn and medians are taken. Columns: seconds a step; seconds of processor time, all threads; the same for one side network, over one live
+step, and LoRA's over it (on a GPU these three are of the wall clock; on a CPU of the processor's, which other jobs move less). Weights may
+be random.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from typing import Any
 import steps
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CACHED = ("lst-cached", "members-cached")
 TOGETHER = ("members", "members-cached", "loop", "stacked")
@@ -122,8 +125,8 @@ def build_sides(options: argparse.Namespace, way: str, precision: str, backbone:
     from lst_scale.methods.lst import build_side_network
 
     recipe = ladder_recipe(options, precision)
-    if way == "stacked":  # checkpoints do not work under vmap
-        recipe = recipe.model_copy(update={"recompute": False})
+    if way in ("loop", "stacked"):  # vmap knows neither checkpoints nor our own dropout
+        recipe = recipe.model_copy(update={"recompute": False, "dropout": 0.0})
     count = options.members if way in TOGETHER else 1
     return [build_side_network(recipe, backbone, seed=seed).to(backbone.device).train() for seed in range(count)]
 
@@ -169,7 +172,9 @@ def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, bat
         return hidden
 
     def step(number: int) -> None:
-        hidden_MBTD = torch.func.vmap(hidden_of, randomness="different")(parameters, buffers)
+        # vmap hides from attention that its mask wants a gradient, which the fused kernel on the CPU can't give.
+        with sdpa_kernel(SDPBackend.MATH):
+            hidden_MBTD = torch.func.vmap(hidden_of, randomness="error")(parameters, buffers)
         nll, tokens = cross_entropy_sum(backbone.head, hidden_MBTD.flatten(0, 1), labels)
         (nll / tokens).backward()
         for parameter in parameters.values():
@@ -287,20 +292,19 @@ def table(records: list[dict[str, Any]]) -> str:
     """Return the records as a Markdown table."""
 
     def of_one(name: str) -> float | None:
-        return next((r["seconds"] for r in records if "seconds" in r and r["case"].partition(":")[0] == name), None)
+        return next((r[clock] for r in records if clock in r and r["case"].partition(":")[0] == name), None)
 
+    clock = "processor_seconds" if records[0].get("device") == "cpu" else "seconds"
     lora, live = of_one("lora"), of_one("lst")
-    lines = [
-        "| case | s a step | s a side network | faster than LoRA | over lst | processor s a step |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| case | s a step | processor s a step | of one side network | over lst | faster than LoRA |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
     for r in records:
         if "error" in r:
             lines.append(f"| {r['case']} | {r['error']} | | | | |")
             continue
-        each = r["seconds"] / r["networks"]
+        each = r[clock] / r["networks"]
         faster, over = f"{lora / each:.1f}x" if lora else "-", f"{each / live:.2f}" if live else "-"
-        lines.append(f"| {r['case']} | {r['seconds']:.3f} | {each:.3f} | {faster} | {over} | {r['processor_seconds']:.3f} |")
+        lines.append(f"| {r['case']} | {r['seconds']:.3f} | {r['processor_seconds']:.3f} | {each:.3f} | {over} | {faster} |")
     return "\n".join(lines)
 
 
