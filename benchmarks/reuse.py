@@ -11,6 +11,7 @@ A case is WAY:PRECISION. Of the ladder:
     forward, side    the two parts of lst: the backbone alone, and the side network on taps in memory
     loop, stacked    --members side networks on taps in memory, forward and backward, no dropout, nothing recomputed: one after another, or
                      as one network with a further dimension (torch.func)
+    ...-plain        nothing recomputed in the backward pass, as in LoRA: method.recompute=false
 
 and of its rivals, inside the backbone: full, lora, and any with -checkpointed. Cold: after fsync the cache's files are dropped from the
 page cache (posix_fadvise, POSIX_FADV_DONTNEED); the bytes that came from the disk are counted, to see that they did. A step is forward,
@@ -43,7 +44,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 CACHED = ("lst-cached", "members-cached")
 TOGETHER = ("members", "members-cached", "loop", "stacked")
 LADDERS = ("forward", "lst", "side", *CACHED, *TOGETHER)
-WAYS = (*LADDERS, *steps.RIVALS, *(f"{rival}-checkpointed" for rival in steps.RIVALS))
+PLAIN = tuple(f"{way}-plain" for way in ("lst", "side", "lst-cached", "members", "members-cached"))
+WAYS = (*LADDERS, *PLAIN, *steps.RIVALS, *(f"{rival}-checkpointed" for rival in steps.RIVALS))
 DEFAULT = ("forward", "side", "lst", "lst-cached", "members", "members-cached", "lora", "lora-checkpointed", "full")
 Batch = dict[str, Tensor]
 Step = Callable[[int], None]  # takes the number of a batch
@@ -121,21 +123,21 @@ def inputs_of(backbone: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return batch["input_ids"], batch["attention_mask"], shift_right(batch["labels"], backbone.spec)
 
 
-def build_sides(options: argparse.Namespace, way: str, precision: str, backbone: Any) -> list[Any]:
+def build_sides(options: argparse.Namespace, way: str, precision: str, backbone: Any, *, plain: bool) -> list[Any]:
     from lst_scale.methods.lst import build_side_network
 
-    recipe = ladder_recipe(options, precision)
+    recipe = ladder_recipe(options, precision).model_copy(update={"recompute": not plain})
     if way in ("loop", "stacked"):  # vmap knows neither checkpoints nor our own dropout
         recipe = recipe.model_copy(update={"recompute": False, "dropout": 0.0})
     count = options.members if way in TOGETHER else 1
     return [build_side_network(recipe, backbone, seed=seed).to(backbone.device).train() for seed in range(count)]
 
 
-def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone: Any, batches: list[Batch]) -> Step:
+def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone: Any, batches: list[Batch], *, plain: bool) -> Step:
     """Return the step of one side network, or of several on the same taps."""
     from lst_scale.side.loss import cross_entropy_sum
 
-    sides = build_sides(options, way, precision, backbone)
+    sides = build_sides(options, way, precision, backbone, plain=plain)
     optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-4) for side in sides]
     request = sides[0].request
     kept = backbone(*inputs_of(backbone, batches[0]), request) if way in ("side", "loop") else None
@@ -162,7 +164,7 @@ def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, bat
     """Return forward and backward of side networks of one shape as one with a further dimension; the head meets them all at once."""
     from lst_scale.side.loss import cross_entropy_sum
 
-    sides = build_sides(options, "stacked", precision, backbone)
+    sides = build_sides(options, "stacked", precision, backbone, plain=True)
     taps = backbone(*inputs_of(backbone, batches[0]), sides[0].request)
     parameters, buffers = torch.func.stack_module_state(sides)
     labels = batches[0]["labels"].repeat(len(sides), 1)
@@ -218,13 +220,16 @@ def measure(options: argparse.Namespace, case: str, folder: Path) -> list[dict[s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batches = make_batches(options, device)
-    if way not in LADDERS:
+    ladder = way.removesuffix("-plain")
+    if ladder not in LADDERS:
         step = rival_step(options, way, precision, device, batches)
     else:
-        backbone = open_backbone(options, way, precision, folder)
-        make = stacked_step if way == "stacked" else lambda *rest: ladder_step(options, way, *rest[1:])
-        step = make(options, precision, backbone, batches)
-        if way in CACHED:
+        backbone = open_backbone(options, ladder, precision, folder)
+        if ladder == "stacked":
+            step = stacked_step(options, precision, backbone, batches)
+        else:
+            step = ladder_step(options, ladder, precision, backbone, batches, plain=ladder != way)
+        if ladder in CACHED:
             return measure_cached(options, case, step, backbone, folder, len(batches))
     clock = Clock(device)
     for number in range(options.warmup + options.repeat):
@@ -270,7 +275,7 @@ def measure_cached(
 def record(options: argparse.Namespace, name: str, wall: float, processor: float) -> dict[str, Any]:
     way = name.partition(":")[0]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    networks = options.members if way in TOGETHER else 1
+    networks = options.members if way.removesuffix("-plain") in TOGETHER else 1
     return {"case": name, "seconds": wall, "processor_seconds": processor, "networks": networks, "device": device}
 
 

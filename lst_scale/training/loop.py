@@ -75,7 +75,15 @@ class Ask:
     following: Callable[[], Batch | None]  # what this session will most likely ask for next; None at its end
 
 
-Session = Generator[Ask, Any, Progress]
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the frozen backbone made of a micro-batch, for all sessions that asked."""
+
+    prepared: Any
+    seconds: float  # that it took; each session counts them as its own, so that its time is that of a run alone
+
+
+Session = Generator[Ask, Answer, Progress]
 
 
 class Trainer:
@@ -167,29 +175,30 @@ class Trainer:
 
     def _train_step(self, step: Step, progress: Progress) -> Session:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
-        start = time.perf_counter()
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
-        nll, source_tokens = 0.0, 0
+        nll, source_tokens, seconds = 0.0, 0, 0.0
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             following = functools.partial(self._after, progress.step, index)
-            prepared = yield Ask(step=progress.step, index=index, batch=batch, following=following)
+            answer = yield Ask(step=progress.step, index=index, batch=batch, following=following)
+            start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
-            nll += self._forward_backward(batch, prepared, step.num_target_tokens)
-            del prepared  # or the next micro-batch's taps would be made beside these
+            nll += self._forward_backward(batch, answer.prepared, step.num_target_tokens)
+            del answer  # or the next micro-batch's taps would be made beside these
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
                 loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
                 set_learning_rate(self.engine, rate)
             self.engine.step()
+            seconds += time.perf_counter() - start
         progress = replace(
             progress,
             step=progress.step + 1,
-            seconds=progress.seconds + time.perf_counter() - start,
+            seconds=progress.seconds + seconds,
             source_tokens=progress.source_tokens + all_source_tokens,
             target_tokens=progress.target_tokens + step.num_target_tokens,
         )
-        self._log_step(progress, loss, rate, time.perf_counter() - start)
+        self._log_step(progress, loss, rate, seconds)
         return progress
 
     def _forward_backward(self, batch: Batch, prepared: Any, num_target_tokens: int) -> float:
@@ -276,10 +285,10 @@ def fit_together(
     finished: dict[int, Progress] = {}
     asking: dict[int, Ask] = {}
 
-    def resume(number: int, answer: Any) -> None:
+    def resume(number: int, answer: Answer | None) -> None:
         asking.pop(number, None)
         try:
-            asking[number] = sessions[number].send(answer)  # None starts it
+            asking[number] = next(sessions[number]) if answer is None else sessions[number].send(answer)
         except StopIteration as end:
             finished[number] = end.value
 
@@ -292,12 +301,13 @@ def fit_together(
             batch = asking[together[0]].batch
             assert all(asking[number].batch.indices == batch.indices for number in together), "sessions ask for different batches"
             following = asking[together[0]].following
-            prepared = prepare(batch)
+            start = time.perf_counter()
+            answer = Answer(prepared=prepare(batch), seconds=time.perf_counter() - start)
             if prefetch is not None and (next_batch := following()) is not None:
                 prefetch(next_batch)
             for number in together:
-                resume(number, prepared)
-            del prepared
+                resume(number, answer)
+            del answer
     except Interrupted as interrupted:
         for number in asking:
             with contextlib.suppress(Interrupted):
