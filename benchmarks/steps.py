@@ -4,14 +4,13 @@
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
         --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
 
-A case is METHOD:PRECISION. lst-plain is LST without recomputed side blocks; lst-bf16-taps and lst-int8-taps hold taps in fewer bits;
-lst-8-members trains eight side networks on one pass;
-lst-cached(-plain) reads taps from a tap cache on disk, lst-cached-cold too, with the files out of the page cache before every step;
-lst-cross-attention and lst-adapter are the paper's other designs; lst-streamed keeps the backbone's blocks in host memory, and transfer
-only copies them to the device, the floor of its time. Columns: seconds a step (median; on the CPU of processor time,
-all threads), the same over the first case's; bytes that the
-forward pass leaves alive for the backward pass, weights not counted (on any device), the same over plain LoRA's; on a GPU the peak of
-allocated memory, weights included. Weights may be random: time and memory do not ask what they are. Without a GPU, quote ratios only.
+A case is METHOD:PRECISION. Of the ladder: -plain does not run side blocks again; -bf16-taps and -int8-taps hold taps in fewer bits;
+-cached reads taps from a tap cache on disk, -cold with its files out of the page cache before every step; -8-members trains eight side
+networks on one pass; -cross-attention and -adapter are the paper's other designs; -streamed keeps the backbone's blocks in host memory, and
+transfer only copies them to the device, the floor of its time. Columns: seconds a step (median; on the CPU of processor time, all threads),
+the same over the first case's; bytes that the forward pass leaves alive for the backward pass, weights not counted, the same over plain
+LoRA's; on a GPU the peak of allocated memory, weights included. Weights may be random: time and memory do not ask what they are. Without
+a GPU, quote ratios only.
 """
 
 from __future__ import annotations
@@ -44,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lst-cached-8-members": {},
     "lst-cached": {},
     "lst-cached-plain": {"recompute": False},
+    "lst-cached-plain-cold": {"recompute": False},
+    "lst-plain-8-members": {"recompute": False},
     "lst-cached-cold": {},
     "lst-streamed": {},
     "forward": {},
