@@ -79,6 +79,7 @@ def _refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
             "backbone": member.backbone,
             "data": member.data,
             "cache": member.cache,
+            "evaluation": member.evaluation,
             "training.global_batch_size": member.training.global_batch_size,
             "training.micro_batch_size": member.training.micro_batch_size,
             "method.tap_storage": getattr(member.method, "tap_storage", None),

@@ -26,8 +26,8 @@ from lst_scale.members import members_of
 from lst_scale.methods import check_method
 from lst_scale.recipe import Recipe
 from lst_scale.shared import load_shared
-from lst_scale.training.loop import fit_together
 from lst_scale.training.member import Member
+from lst_scale.training.sessions import fit_together
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -63,6 +63,4 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
             Member(each, folder, logger, shared, ds_config, resume=resume)
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
-        prepare = shared.prepare or members[0].trainee.prepare
-        progresses = fit_together([member.session() for member in members], prepare, shared.prefetch)
-        return [member.finish(progress) for member, progress in zip(members, progresses, strict=True)]
+        return fit_together([member.session() for member in members], shared.prepare, shared.encode, shared.prefetch)

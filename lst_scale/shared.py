@@ -23,7 +23,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.backbone.remembered import load_caching
-from lst_scale.backbone.taps import BackboneSpec, TapRequest, Taps
+from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps
 from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import TaskData, load_task
@@ -31,7 +31,7 @@ from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import ladder_config, prefetch_taps, taps_of, union
+from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of, union
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
@@ -50,7 +50,8 @@ class Shared:
     splits: dict[str, EncodedSplit]
     backbone: AnyBackbone
     loading: dict[str, Any]
-    prepare: Callable[[Batch], Taps] | None  # taps for all members; None: a single run asks its own method
+    prepare: Callable[[Batch], Taps | None]  # taps for all members; None: the method reads none
+    encode: Callable[[Batch], EncoderState | None]  # of the source alone, for answering
     prefetch: Callable[[Batch], None] | None  # begins to read a later batch's taps; None: there is nothing to read
 
 
@@ -74,7 +75,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
     distributed.poll_interruption(world)
     if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
         logger.say(_check_quantization(backbone, splits["train"], recipe))
-    request = _request(recipes, backbone.spec) if len(recipes) > 1 else None
+    request = _request(recipes, backbone.spec)
     return Shared(
         world=world,
         task=task,
@@ -82,7 +83,8 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
         splits=splits,
         backbone=backbone,
         loading=loading,
-        prepare=None if request is None else lambda batch: taps_of(backbone, batch, request),
+        prepare=lambda batch: None if request is None else taps_of(backbone, batch, request),
+        encode=lambda batch: None if request is None else source_of(backbone, batch, request),
         prefetch=functools.partial(prefetch_taps, backbone) if isinstance(backbone, CachingBackbone) else None,
     )
 
@@ -117,10 +119,10 @@ def peak_memory_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
-    """Return which taps serve all members."""
+def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest | None:
+    """Return which taps serve all members; None: the method reads none."""
     configs = [ladder_config(recipe.method, spec) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
-    return union([SideNetwork.request_of(config) for config in configs])
+    return union([SideNetwork.request_of(config) for config in configs]) if configs else None
 
 
 def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
@@ -138,7 +140,12 @@ def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world:
         if live.identity.precision in QUANTIZED:
             logger.say(_check_quantization(live, splits["train"], recipe))
 
-    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _request(recipes, spec), check)
+    def request(spec: BackboneSpec) -> TapRequest:
+        asked = _request(recipes, spec)
+        assert asked is not None, "check_method refuses a tap cache for other methods"
+        return asked
+
+    backbone = load_caching(recipe.backbone, recipe.cache, world, request, check)
     rows = list(zip(splits["train"].input_ids, splits["train"].labels, strict=True))
     missing = [(s, t) for s, t in rows if not backbone.known(torch.tensor(s), _decoder_ids(t, backbone))]
     backbone.cache.refuse_if_too_large(sum(len(s) for s, _ in missing), sum(len(t) for _, t in missing))

@@ -13,7 +13,7 @@ another batch pads differently, which moves the last bits of float32 and bf16 su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,8 @@ class CachingBackbone:
         self._embedding_VD, self._load = embedding_VD, load
         self._live: LocalBackbone | None = None
         self.rows_read, self.rows_run = 0, 0
+        # Rows are stored with the taps of all members of a run; each is given its own.
+        self._whole = TapRequest(layers=cache.key.layers, decoder_final=cache.key.decoder_final)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tap-reader")
         self._ahead: tuple[Wanted, Future[Read | None]] | None = None
 
@@ -120,12 +122,30 @@ class CachingBackbone:
         if found is not None:
             self.rows_read += len(wanted.encoder)
             return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
-        # Rows are stored with the taps of all members of a run; each is given its own.
-        whole = TapRequest(layers=self.cache.key.layers, decoder_final=self.cache.key.decoder_final)
-        taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, whole)
+        taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, self._whole)
         self.rows_run += len(wanted.encoder)
         self._write(wanted, taps)
         return selected(taps, request)
+
+    @torch.no_grad()
+    def of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest) -> Iterator[Taps]:
+        """Yield the taps of several decoder inputs of one source, which is read, or run, once."""
+        read: list[Tensor] | None = None
+        live: EncoderState | None = None
+        for decoder_input_ids_BT in targets:
+            wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
+            found = self._reader.submit(self._read, wanted, read).result()
+            if found is not None:
+                read = found[0]
+                self.rows_read += len(wanted.encoder)
+                yield selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
+                continue
+            live = live or self.live.encode(input_ids_BS, attention_mask_BS, self._whole)
+            decoder = self.live.decode(decoder_input_ids_BT, live, self._whole)
+            taps = Taps(encoder=live.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
+            self.rows_run += len(wanted.encoder)
+            self._write(wanted, taps)
+            yield selected(taps, request)
 
     def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""
@@ -151,12 +171,15 @@ class CachingBackbone:
         # What was missing may have been written since.
         return found or self._reader.submit(self._read, wanted).result()
 
-    def _read(self, wanted: Wanted) -> Read | None:
-        """Return a batch, or None when any of it is missing or damaged; nothing is read when something is known to be missing."""
+    def _read(self, wanted: Wanted, encoder: list[Tensor] | None = None) -> Read | None:
+        """Return a batch, or None when any of it is missing or damaged; nothing is read when something is known to be missing.
+
+        `encoder`: its encoder's states, where they were read before.
+        """
         if not all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder)):
             return None
         layers = len(self.cache.key.layers)
-        encoder = self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
+        encoder = encoder or self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
         if encoder is None:
             return None
         decoder = self._read_stack(wanted.decoder, wanted.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)

@@ -148,13 +148,18 @@ class Taps:
 
 def selected(taps: Taps, request: TapRequest) -> Taps:
     """Return the part of `taps` that `request` asks for: the same tensors where they have its form already."""
+    return Taps(
+        encoder=selected_stack(taps.encoder, request),
+        decoder=selected_stack(taps.decoder, request),
+        attention_mask_BS=taps.attention_mask_BS,
+        decoder_final_BTD=taps.decoder_final_BTD if request.decoder_final else None,
+    )
 
-    def stack(whole: StackTaps) -> StackTaps:
-        hidden = tuple(stored(whole.hidden[whole.layers.index(layer)], request.storage) for layer in request.layers)
-        return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
 
-    final = taps.decoder_final_BTD if request.decoder_final else None
-    return Taps(encoder=stack(taps.encoder), decoder=stack(taps.decoder), attention_mask_BS=taps.attention_mask_BS, decoder_final_BTD=final)
+def selected_stack(whole: StackTaps, request: TapRequest) -> StackTaps:
+    """The same of one stack."""
+    hidden = tuple(stored(whole.hidden[whole.layers.index(layer)], request.storage) for layer in request.layers)
+    return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
 
 
 @dataclass(frozen=True, kw_only=True)

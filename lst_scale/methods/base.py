@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,18 @@ class Answerer(Protocol):
         """Return generated ids (B, T), start token first."""
         ...
 
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Any:
-        """Return what `decode` needs of a source."""
+    def logits_of_each(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: Any = None
+    ) -> Iterator[Tensor]:
+        """Yield logits (B, T, V) for each of several decoder inputs (B, T), T one's own."""
         ...
 
-    def decode(self, decoder_input_ids_BT: Tensor, state: Any) -> Tensor:
-        """Return logits (B, T, V)."""
+    def asks(self, way: str) -> bool:
+        """Whether what `read` makes of a batch helps to answer it by generation or likelihood: it may then be shared with others."""
+        ...
+
+    def read(self, batch: Batch) -> Any:
+        """Return what the frozen part of the model makes of a batch's source; `generate` and `logits_of_each` take it as `source`."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.caching import CachingBackbone
-from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, Taps, selected
+from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -60,6 +60,11 @@ def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
     device = backbone.device
     decoder_input_ids_BT = shift_right(batch.labels_BT.to(device), backbone.spec)
     return backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, request)
+
+
+def source_of(backbone: Backbone, batch: Batch, request: TapRequest) -> EncoderState:
+    """Run the frozen backbone's encoder on one batch."""
+    return backbone.encode(batch.input_ids_BS.to(backbone.device), batch.attention_mask_BS.to(backbone.device), request)
 
 
 def prefetch_taps(backbone: CachingBackbone, batch: Batch) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,18 @@ class WholeModel:
         with self._precision():
             return self._model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together, **options)
 
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        return input_ids_BS, attention_mask_BS
-
     @torch.no_grad()
-    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
-        input_ids_BS, attention_mask_BS = state
-        with self._precision():
-            logits: Tensor = self._model(
-                input_ids=input_ids_BS, attention_mask=attention_mask_BS, decoder_input_ids=decoder_input_ids_BT, use_cache=False
-            ).logits
-        return logits
+    def logits_of_each(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: None = None
+    ) -> Iterator[Tensor]:
+        for decoder_input_ids_BT in targets:
+            with self._precision():
+                yield self._model(
+                    input_ids=input_ids_BS, attention_mask=attention_mask_BS, decoder_input_ids=decoder_input_ids_BT, use_cache=False
+                ).logits
+
+    def asks(self, way: str) -> bool:
+        return False  # nothing in it is frozen as a whole
+
+    def read(self, batch: Batch) -> None:
+        return None

@@ -7,7 +7,7 @@ reorders only the first cache it knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Ge
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, Replica, StackTaps
+from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
+from lst_scale.data.batches import Batch
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
 from lst_scale.side.config import LadderConfig
@@ -158,35 +159,58 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
 
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
-        """Run both encoders."""
-        encoder = self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
-        return encoder, self.side.encode(encoder.taps, attention_mask_BS)
+    def encode(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: EncoderState | None = None
+    ) -> tuple[EncoderState, SideEncoderState]:
+        """Run both encoders; `source` is what `read` made of the batch, perhaps for several side networks."""
+        encoder = source or self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
+        return encoder, self.side.encode(selected_stack(encoder.taps, self.side.request), attention_mask_BS)
+
+    def read(self, batch: Batch) -> EncoderState:
+        """Return what the frozen encoder makes of a batch."""
+        return self.backbone.encode(batch.input_ids_BS.to(self.device), batch.attention_mask_BS.to(self.device), self.side.request)
+
+    def asks(self, way: str) -> bool:
+        """Whether `read` helps to answer by generation or likelihood. A backbone that remembers whole rows is better asked for rows."""
+        return way == "generation" or not hasattr(self.backbone, "of_each")
 
     def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
         decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
         return self.backbone.head(self.side.decode(decoder, state[1], cache))
 
-    @property
-    def runs_whole_rows(self) -> bool:
-        """Whether the backbone remembers whole rows, so that several targets of one source are better asked for one by one."""
-        return hasattr(self.backbone, "cache")
-
-    def logits(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Tensor:
-        """Return logits (B, T, V) in one go, as training does."""
-        taps = self.backbone(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, self.side.request)
-        return self.backbone.head(self.side(taps))
+    @torch.no_grad()
+    def logits_of_each(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: EncoderState | None = None
+    ) -> Iterator[Tensor]:
+        """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
+        if source is None and hasattr(self.backbone, "of_each"):
+            side = None
+            for taps in self.backbone.of_each(input_ids_BS, attention_mask_BS, targets, self.side.request):
+                side = side or self.side.encode(taps.encoder, attention_mask_BS)
+                yield self.backbone.head(self.side.decode(DecoderState(taps=taps.decoder, final_BTD=taps.decoder_final_BTD), side))
+            return
+        state = self.encode(input_ids_BS, attention_mask_BS, source)
+        for decoder_input_ids_BT in targets:
+            yield self.decode(decoder_input_ids_BT, state)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, use_cache: bool = True, **options: Any) -> Any:
-        """Return generated ids (B, T), start token first; `options` are those of transformers' `generate`.
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        use_cache: bool = True,
+        source: EncoderState | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return generated ids (B, T), start token first; `source` is what `read` made of the batch, `options` are transformers'.
 
         Encoders run once here, and the caches start empty and grow: one that transformers sized would know the backbone's layers only.
         """
         if attention_mask is None:
             attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
-        encoder, side = self.encode(input_ids, attention_mask)
+        encoder, side = self.encode(input_ids, attention_mask, source)
         cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if use_cache else {}
         return super().generate(
             input_ids,

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lst_scale import distributed
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
@@ -20,9 +19,9 @@ from lst_scale.errors import ArgumentError
 from lst_scale.methods.base import Answerer
 from lst_scale.recipe import EvaluationRecipe
 from lst_scale.side.loss import shift_right
+from lst_scale.training.sessions import EVALUATION, Ask, Session, run_alone
 
 
-@torch.no_grad()
 def predict(
     model: Answerer,
     split: EncodedSplit,
@@ -38,6 +37,22 @@ def predict(
 
     `longest` bounds the new tokens when the recipe does not; None: the longest target.
     """
+    return run_alone(answers(model, split, tokenizer, recipe, labels, world, target_prefix, longest), model.read)
+
+
+def answers(
+    model: Answerer,
+    split: EncodedSplit,
+    tokenizer: Any,
+    recipe: EvaluationRecipe,
+    labels: Sequence[str] | None,
+    world: World,
+    target_prefix: str = "",
+    longest: int | None = None,
+    *,
+    at: tuple[int, int] = (0, EVALUATION),
+) -> Session[list[str]]:
+    """`predict` as a session: it asks for what the frozen backbone makes of each batch's source, where there is a frozen backbone."""
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
     longest = longest or max(len(target) for target in split.labels)
@@ -47,12 +62,14 @@ def predict(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
     )
     # As many rounds on every rank, so that all can leave together between two batches.
-    for _ in range(-(-len(split.rows) // (recipe.batch_size * replica.count))):
+    for number in range(-(-len(split.rows) // (recipe.batch_size * replica.count))):
         distributed.poll_interruption(world)
         batch = next(batches, None)
+        source = (yield Ask(at=(*at, number), batch=batch)).prepared if model.asks(recipe.method) else None
         if batch is None:
             continue
-        texts = answer(model, batch, tokenizer, recipe, labels, longest, target_prefix)
+        texts = answer(model, batch, tokenizer, recipe, labels, longest, target_prefix, source)
+        del source
         mine.extend((row, text) for row, text in zip(batch.indices, texts, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
@@ -68,37 +85,36 @@ def answer(
     labels: Sequence[str] | None,
     longest: int,
     target_prefix: str = "",
+    source: Any = None,
 ) -> list[str]:
-    """Return the answer to every row of a batch; `longest` bounds generation when the recipe does not."""
+    """Return the answer to every row of a batch.
+
+    Args:
+        longest: bounds generation when the recipe does not.
+        source: what `model.read` makes of the batch; None: it is made here.
+    """
     if recipe.method == "likelihood":
-        return _likeliest(model, batch, tokenizer, labels or (), target_prefix)
-    return [answer_in(text, target_prefix) for text in _generate(model, batch, tokenizer, recipe, longest)]
-
-
-def _generate(model: Answerer, batch: Batch, tokenizer: Any, recipe: EvaluationRecipe, longest: int) -> list[str]:
+        return _likeliest(model, batch, tokenizer, labels or (), target_prefix, source)
     output_BT = model.generate(
         input_ids=batch.input_ids_BS.to(model.device),
         attention_mask=batch.attention_mask_BS.to(model.device),
         num_beams=recipe.num_beams,
         do_sample=False,
         max_new_tokens=recipe.max_new_tokens or longest,
+        **({} if source is None else {"source": source}),
     )
-    texts: list[str] = tokenizer.batch_decode(output_BT, skip_special_tokens=True)
-    return texts
+    return [answer_in(text, target_prefix) for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
 
 
-def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str) -> list[str]:
+def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str, source: Any) -> list[str]:
     """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
-    device, spec = model.device, model.spec
-    source = (batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device))
-    whole: Any = model if getattr(model, "runs_whole_rows", False) else None
-    encoder = None if whole is not None else model.encode(*source)
-    scores: list[Tensor] = []
-    for label in labels:
-        target_1T = torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device)
-        labels_BT = target_1T.expand(len(batch.indices), -1)
-        decoder_input_ids_BT = shift_right(labels_BT, spec)
-        logits_BTV = whole.logits(*source, decoder_input_ids_BT) if whole is not None else model.decode(decoder_input_ids_BT, encoder)
-        token_scores_BT = logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0]
-        scores.append(token_scores_BT.sum(-1))
+    device = model.device
+    targets = [torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device) for label in labels]
+    labels_each = [target_1T.expand(len(batch.indices), -1) for target_1T in targets]
+    asked = [shift_right(labels_BT, model.spec) for labels_BT in labels_each]
+    found = model.logits_of_each(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), asked, source)
+    scores = [
+        logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)
+        for logits_BTV, labels_BT in zip(found, labels_each, strict=True)
+    ]
     return [labels[int(best)] for best in torch.stack(scores, -1).argmax(-1)]

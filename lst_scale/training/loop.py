@@ -6,10 +6,9 @@ tokens of the global batch (the paper's, on one GPU), so that one process and ei
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lst_scale.recipe import Recipe
 from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
+from lst_scale.training.sessions import TRAINING, Ask, Session, timed
 
 Scores = dict[str, float]
 
@@ -65,29 +65,8 @@ def make_plan(recipe: Recipe, num_rows: int, epochs: int, world_size: int) -> Pl
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """A session's question: what does the frozen backbone make of this micro-batch?"""
-
-    step: int
-    index: int  # of the micro-batch within the step
-    batch: Batch
-    following: Callable[[], Batch | None]  # what this session will most likely ask for next; None at its end
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the frozen backbone made of a micro-batch, for all sessions that asked."""
-
-    prepared: Any
-    seconds: float  # that it took; each session counts them as its own, so that its time is that of a run alone
-
-
-Session = Generator[Ask, Answer, Progress]
-
-
 class Trainer:
-    """Trains one method on one backbone. `run.py` builds the parts, `fit` uses them."""
+    """Trains one method on one backbone. `member.py` builds the parts, `session` uses them."""
 
     def __init__(
         self,
@@ -98,7 +77,7 @@ class Trainer:
         trainee: Trainee,
         engine: Any,
         train_split: EncodedSplit,
-        evaluate: Callable[[dict[str, Tensor]], Scores],
+        evaluate: Callable[[dict[str, Tensor], int], Session[Scores]],
         save_best: Callable[[dict[str, Tensor], int], None],
         logger: Logger,
         folder: Path,
@@ -110,13 +89,8 @@ class Trainer:
         self.folder, self.identity = folder, identity
         self._epochs: dict[int, list[Step]] = {}  # this one and, once its end is near, the next
 
-    def fit(self, progress: Progress) -> Progress:
+    def session(self, progress: Progress) -> Session[Progress]:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
-        (finished,) = fit_together([self.session(progress)], self.trainee.prepare)
-        return finished
-
-    def session(self, progress: Progress) -> Session:
-        """The same as a generator: it asks for what the frozen backbone makes of each micro-batch, and ends with the last progress."""
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
         self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
@@ -125,7 +99,7 @@ class Trainer:
             try:
                 distributed.poll_interruption(self.world)
                 if self._evaluation_is_due(progress):
-                    progress = self._evaluate(progress)
+                    progress = yield from self._evaluate(progress)
             except Interrupted:
                 if progress != saved_at and progress.step > 0:
                     self._save(progress)
@@ -173,14 +147,14 @@ class Trainer:
             world_size=self.world.size,
         )
 
-    def _train_step(self, step: Step, progress: Progress) -> Session:
+    def _train_step(self, step: Step, progress: Progress) -> Session[Progress]:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
         nll, source_tokens, seconds = 0.0, 0, 0.0
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             following = functools.partial(self._after, progress.step, index)
-            answer = yield Ask(step=progress.step, index=index, batch=batch, following=following)
+            answer = yield Ask(at=(progress.step, TRAINING, index), batch=batch, following=following)
             start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
             nll += self._forward_backward(batch, answer.prepared, step.num_target_tokens)
@@ -233,12 +207,10 @@ class Trainer:
                 values["gradient_norm"] = float(norm)
             self.logger.record("train", progress.step, values)
 
-    def _evaluate(self, progress: Progress) -> Progress:
+    def _evaluate(self, progress: Progress) -> Session[Progress]:
         """Score the validation split; remember the best weights; count evaluations without progress towards `patience`."""
-        start = time.perf_counter()
         weights = full_weights(self.engine)
-        scores = self.evaluate(weights)
-        seconds = time.perf_counter() - start
+        scores, seconds = yield from timed(self.evaluate(weights, progress.step))
         self.logger.record("validation", progress.step, scores | {"seconds": round(seconds, 3)})
         self.logger.record("gates", progress.step, gate_openings(weights))
         self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
@@ -272,48 +244,6 @@ def gate_openings(weights: dict[str, Tensor], temperature: float = 0.1) -> dict[
         for name, weight in weights.items()
         if "gate" in name and weight.numel() == 1
     }
-
-
-def fit_together(
-    sessions: Sequence[Session], prepare: Callable[[Batch], Any], prefetch: Callable[[Batch], None] | None = None
-) -> list[Progress]:
-    """Run sessions side by side to their ends: what `prepare` makes of a micro-batch is made once for all that ask for it.
-
-    Sessions must ask for the same micro-batches in the same order. One that starts behind the others catches up first; one that
-    ends is let go. When one is interrupted, all are, and save. `prefetch` is told what comes next before a micro-batch trains.
-    """
-    finished: dict[int, Progress] = {}
-    asking: dict[int, Ask] = {}
-
-    def resume(number: int, answer: Answer | None) -> None:
-        asking.pop(number, None)
-        try:
-            asking[number] = next(sessions[number]) if answer is None else sessions[number].send(answer)
-        except StopIteration as end:
-            finished[number] = end.value
-
-    try:
-        for number in range(len(sessions)):
-            resume(number, None)
-        while asking:
-            first = min((ask.step, ask.index) for ask in asking.values())
-            together = [number for number, ask in asking.items() if (ask.step, ask.index) == first]
-            batch = asking[together[0]].batch
-            assert all(asking[number].batch.indices == batch.indices for number in together), "sessions ask for different batches"
-            following = asking[together[0]].following
-            start = time.perf_counter()
-            answer = Answer(prepared=prepare(batch), seconds=time.perf_counter() - start)
-            if prefetch is not None and (next_batch := following()) is not None:
-                prefetch(next_batch)
-            for number in together:
-                resume(number, answer)
-            del answer
-    except Interrupted as interrupted:
-        for number in asking:
-            with contextlib.suppress(Interrupted):
-                sessions[number].throw(interrupted)
-        raise
-    return [finished[number] for number in range(len(sessions))]
 
 
 def _step_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

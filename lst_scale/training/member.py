@@ -20,9 +20,10 @@ from lst_scale.recipe import Recipe
 from lst_scale.shared import AnyBackbone, Shared
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, restore_moments
-from lst_scale.training.evaluation import predict
-from lst_scale.training.loop import Plan, Scores, Session, Trainer, make_plan
+from lst_scale.training.evaluation import answers
+from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 from lst_scale.training.result import closing_sentence, result_of, write_result
+from lst_scale.training.sessions import CLOSING, EVALUATION, Session
 
 
 class Member:
@@ -59,24 +60,25 @@ class Member:
             trainee=self.trainee,
             engine=engine,
             train_split=splits["train"],
-            evaluate=lambda weights: self._score(weights, "validation"),
+            evaluate=lambda weights, step: self._score(weights, "validation", (step, EVALUATION)),
             save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
             logger=logger,
             folder=folder,
             identity=identity,
         )
 
-    def session(self) -> Session:
-        """Train to the end, asking for taps on the way."""
-        return self._trainer.session(self._start)
+    def session(self) -> Session[dict[str, Any]]:
+        """Train to the end and finish, asking for what the backbone makes of each batch on the way; return what result.json holds."""
+        progress = yield from self._trainer.session(self._start)
+        return (yield from self._finish(progress))
 
-    def finish(self, progress: Progress) -> dict[str, Any]:
+    def _finish(self, progress: Progress) -> Session[dict[str, Any]]:
         """Score the best weights on the test split, save them, and write and return result.json."""
         assert progress.best_step is not None, "a run ends with an evaluation"
         recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
         best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
         split = "test" if "test" in shared.splits else "validation"
-        scores = self._score(best, split)
+        scores = yield from self._score(best, split, (progress.step, CLOSING))
         distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = result_of(
             recipe,
@@ -91,12 +93,12 @@ class Member:
         self.logger.say(closing_sentence(result, folder))
         return result
 
-    def _score(self, weights: dict[str, Tensor], name: str) -> Scores:
-        task, split, recipe = self.shared.task, self.shared.splits[name], self.recipe
+    def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:
+        shared, split = self.shared, self.shared.splits[name]
+        task = shared.task
         with self.trainee.answering(weights) as model:
-            texts = predict(
-                model, split, self.shared.tokenizer, recipe.evaluation, task.labels, self.shared.world, target_prefix=task.target_prefix
-            )
+            asked = answers(model, split, shared.tokenizer, self.recipe.evaluation, task.labels, shared.world, task.target_prefix, at=at)
+            texts = yield from asked
         return score(task, texts, [row.target for row in split.rows])
 
 
