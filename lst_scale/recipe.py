@@ -59,7 +59,7 @@ class LstRecipe(Section):
 class _InsideRecipe(Section):
     """A method that trains inside the backbone."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the arithmetic; trained weights stay float32
+    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the arithmetic; trained weights stay float32
     gradient_checkpointing: bool = False  # keep blocks' inputs and run them again in the backward pass
 
 

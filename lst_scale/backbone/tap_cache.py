@@ -82,6 +82,7 @@ class TapCache:
         self._files: dict[Path, int] = {}  # open for reading
         self._data: Any = None
         self._index: Any = None
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.taps"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
@@ -158,7 +159,7 @@ class TapCache:
         """Append one row's states, each (L, D)."""
         if digest in self._where:
             return
-        payload = self._payload(torch.stack([state.detach().to("cpu") for state in states]))
+        payload = self._payload(states)
         try:
             if self._data is None:
                 # Unbuffered: data is with the system before its index record is, and nothing is left to write when the disk is full.
@@ -207,13 +208,24 @@ class TapCache:
                 "cache.folder, write cache.dtype=int8, or cache.enabled=false"
             )
 
-    def _payload(self, states_KLD: Tensor) -> bytes:
+    def _payload(self, states: list[Tensor]) -> memoryview:
+        """Return one row's states as they are stored; good until the next call, which uses the same memory."""
         if self.key.dtype != "int8":
-            return bytes(states_KLD.to(STORAGE[self.key.dtype]).contiguous().view(torch.uint8).numpy().data)
-        values = states_KLD.float()
+            dtype = STORAGE[self.key.dtype]
+            stored_KLD = self._scratch_of(len(states) * states[0].numel() * dtype.itemsize).view(dtype).view(len(states), *states[0].shape)
+            for place, state in zip(stored_KLD, states, strict=True):
+                place.copy_(state)
+            return _bytes_of(stored_KLD)
+        values = torch.stack([state.detach().to("cpu") for state in states]).float()
         scales = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
         packed = (values / scales).round().clamp(-127, 127).to(torch.int8)
-        return bytes(packed.view(torch.uint8).contiguous().numpy().data) + bytes(scales.contiguous().view(torch.uint8).numpy().data)
+        return memoryview(bytes(_bytes_of(packed)) + bytes(_bytes_of(scales)))
+
+    def _scratch_of(self, size: int) -> Tensor:
+        """Return `size` bytes of memory that is there already: fresh pages would cost more than what is done with them."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size]
 
     def _bytes_a_token(self) -> int:
         return {"bf16": 2 * self.key.d_model, "fp32": 4 * self.key.d_model, "int8": self.key.d_model + 4}[self.key.dtype]
@@ -224,7 +236,12 @@ class TapCache:
         del self._where[digest]
 
 
-def _write_all(file: Any, data: bytes) -> None:
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's own memory on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: Any, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):  # a disk that fills up takes a part first
         view = view[file.write(view) :]
