@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lst_scale.side import attention
-from lst_scale.side.attention import Dropout, dropped, side_attention, with_cheap_dropout
+from lst_scale.side.attention import Dropout, kept, side_attention, with_cheap_dropout
 
 MODULE = nn.Module()
 
@@ -25,16 +25,16 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def test_each_element_is_dropped_by_itself_with_the_rate() -> None:
     torch.manual_seed(0)
     for rate in (0.1, 0.5):
-        found = dropped(torch.Size([1000, 1003]), rate, torch.device("cpu"))
-        share = found.float().mean()
+        found = 1 - kept(torch.Size([1000, 1003]), rate, torch.empty(0))
+        share = found.mean()
         assert share == pytest.approx(rate, abs=0.002), "five standard errors"
-        lanes = found.flatten()[: 4 * 250_000].view(-1, 4).float()
+        lanes = found.flatten()[: 4 * 250_000].view(-1, 4)
         assert torch.allclose(lanes.mean(0), torch.full((4,), rate), atol=0.004), "all four parts of a drawn number are random"
         assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.01
 
 
 def test_nothing_dropped_equals_torch_s_own_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "dropped", lambda shape, rate, device: torch.zeros(shape, dtype=torch.bool))
+    monkeypatch.setattr(attention, "kept", lambda shape, rate, like: torch.ones(shape, dtype=like.dtype))
     tensors, reference = inputs(), inputs()
     query, key, value, bias, mask = tensors
     found, _ = side_attention(MODULE, query, key, value, mask, dropout=1e-9, scaling=1.0, position_bias=bias)

@@ -1,8 +1,9 @@
 """Attention and dropout of the side blocks: torch's fused kernels where they are, and on the CPU, which has none with dropout, a plain one.
 
 Heads are not narrowed with the widths, so the score maps of a side block are as large as the backbone's, and on the CPU drawing their
-dropout is most of a side network's time. torch draws a 64-bit number for each score and looks at the result several times over; here
-16 bits decide (a rate is met to 1/65536) and nothing is looked at twice: a step on cached taps takes about half.
+dropout is most of a side network's time. torch draws a 64-bit number for each score and goes over the whole maps a dozen times; here 16
+bits decide (a rate is met to 1/65536), and a few rows' maps at a time go through all that is done with them while they are in the
+processor's cache. What waits for the backward pass is the softmax and a byte a score.
 """
 
 from __future__ import annotations
@@ -38,14 +39,64 @@ def side_attention(
         )
         return result
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query if scale == 1.0 else query * scale, key.transpose(2, 3))  # then in place: its own product needs none of it
-    if position_bias is not None:
-        scores += position_bias
     if attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    scores += attention_mask
-    kept = torch.softmax(scores, dim=-1).masked_fill(dropped(scores.shape, dropout, scores.device), 0.0)
-    return torch.matmul(kept, value / (1 - dropout)).transpose(1, 2).contiguous(), None
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+    scaled = query if scale == 1.0 else query * scale
+    output: Tensor = _DroppedAttention.apply(scaled, key, value, position_bias, attention_mask, dropout)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """dropout(softmax(q k^T + bias + mask)) v, a few rows at a time. Shapes: q (B, H, T, d), k and v (B, H, S, d), result (B, T, H, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, position_bias: Tensor | None, attention_mask: Tensor, rate: float
+    ) -> Tensor:
+        B, H, T, _ = query.shape
+        weights = query.new_empty(B, H, T, key.shape[2])
+        masks = torch.empty(weights.shape, dtype=torch.int8, device=query.device)
+        output = query.new_empty(B, T, H, value.shape[-1])
+        for rows in _row_groups(weights.shape):
+            scores = torch.matmul(query[rows], key[rows].transpose(2, 3))
+            if position_bias is not None:
+                scores += _rows_of(position_bias, rows)
+            scores += _rows_of(attention_mask, rows)
+            torch.softmax(scores, dim=-1, out=weights[rows])
+            mask = kept(scores.shape, rate, scores)
+            masks[rows] = mask
+            output[rows] = torch.matmul(mask.mul_(weights[rows]), value[rows]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, weights, masks)
+        ctx.rate, ctx.bias = rate, position_bias if position_bias is not None and ctx.needs_input_grad[3] else None
+        return output.div_(1 - rate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, weights, masks = ctx.saved_tensors
+        (output_gradient,) = gradients
+        for_query, for_key, for_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        for_bias = None if ctx.bias is None else torch.zeros_like(ctx.bias)
+        for rows in _row_groups(weights.shape):
+            outer, mask = output_gradient[rows].transpose(1, 2) / (1 - ctx.rate), masks[rows].to(weights.dtype)
+            for_weights = torch.matmul(outer, value[rows].transpose(2, 3)).mul_(mask)
+            for_value[rows] = torch.matmul(mask.mul_(weights[rows]).transpose(2, 3), outer)
+            for_scores = torch._softmax_backward_data(for_weights, weights[rows], -1, weights.dtype)
+            for_query[rows] = torch.matmul(for_scores, key[rows])
+            for_key[rows] = torch.matmul(for_scores.transpose(2, 3), query[rows])
+            if for_bias is not None:
+                _rows_of(for_bias, rows).add_(for_scores.sum(0, keepdim=True) if len(for_bias) == 1 else for_scores)
+        return for_query, for_key, for_value, for_bias, None, None
+
+
+def _row_groups(shape: torch.Size, most: int = 1 << 18) -> list[slice]:
+    """Cut the rows of score maps (B, H, T, S) into groups of about `most` scores, which a processor's cache holds."""
+    size = max(1, most // max(1, shape[1:].numel()))
+    return [slice(first, first + size) for first in range(0, shape[0], size)]
+
+
+def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Return these rows of what may be the same for all."""
+    return tensor if len(tensor) == 1 else tensor[rows]
 
 
 def draws_within_kernel(device: torch.device) -> bool:
@@ -53,11 +104,29 @@ def draws_within_kernel(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def dropped(shape: torch.Size, rate: float, device: torch.device) -> Tensor:
-    """Return a boolean tensor in which each element is True with probability `rate`, from 16 random bits each."""
+def kept(shape: torch.Size, rate: float, like: Tensor) -> Tensor:
+    """Return a tensor of `like`'s dtype in which each element is 0 with probability `rate` and 1 otherwise, from 16 random bits each."""
     count = shape.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:count] < round(rate * 2**16) - 2**15).view(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    # Compared straight into place: twice as fast as a boolean mask, and multiplying by it six times as fast as masked_fill.
+    result = torch.empty(count, dtype=like.dtype, device=like.device)
+    return torch.ge(bits.view(torch.int16)[:count], round(rate * 2**16) - 2**15, out=result).view(shape)
+
+
+class _Dropped(torch.autograd.Function):
+    """Dropout that keeps a byte an element for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, rate: float) -> Tensor:
+        mask = kept(input.shape, rate, input)
+        ctx.save_for_backward(mask.to(torch.int8))
+        ctx.scale = 1 / (1 - rate)
+        return mask.mul_(input).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (mask,) = gradients, ctx.saved_tensors
+        return mask.to(gradient.dtype).mul_(gradient).mul_(ctx.scale), None
 
 
 class Dropout(nn.Dropout):
@@ -66,7 +135,8 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or draws_within_kernel(input.device):
             return super().forward(input)
-        return input.masked_fill(dropped(input.shape, self.p, input.device), 0.0) / (1 - self.p)
+        result: Tensor = _Dropped.apply(input, self.p)  # type: ignore[no-untyped-call]
+        return result
 
 
 def with_cheap_dropout(module: nn.Module) -> nn.Module:
