@@ -176,7 +176,7 @@ def test_what_we_save_loads_in_plain_peft_and_the_other_way_round(name: str, tra
     ours = trainee_of(name, checkpoint)
     with ours.answering(ours.load(run / "trained")) as model:
         mine = model.generate(ids, torch.ones_like(ids), max_new_tokens=4)
-        logits = model.decode(torch.tensor([[0, 5]] * 3), model.encode(ids, torch.ones_like(ids)))
+        (logits,) = model.logits_of_each(ids, torch.ones_like(ids), [torch.tensor([[0, 5]] * 3)])
     assert torch.equal(theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4), mine)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([[0, 5]] * 3)).logits
