@@ -17,7 +17,8 @@ from lst_scale.errors import ArgumentError, DataError
 from lst_scale.folder import RECIPE
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.recipe import EvaluationRecipe, Recipe, load_recipe
-from lst_scale.training.evaluation import predict
+from lst_scale.training.evaluation import answers
+from lst_scale.training.sessions import run_alone
 
 MAX_NEW_TOKENS = 64
 
@@ -47,7 +48,7 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
     prefix = "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
     with trainee.answering(weights) as model:
-        predictions = predict(model, split, tokenizer, evaluation, labels, world, target_prefix=prefix, longest=MAX_NEW_TOKENS)
+        predictions = run_alone(answers(model, split, tokenizer, evaluation, labels, world, prefix, MAX_NEW_TOKENS), model.read)
     lines = [json.dumps(dict(record) | {"prediction": text}, ensure_ascii=False) for record, text in zip(records, predictions, strict=True)]
 
     def write() -> None:

@@ -19,25 +19,7 @@ from lst_scale.errors import ArgumentError
 from lst_scale.methods.base import Answerer
 from lst_scale.recipe import EvaluationRecipe
 from lst_scale.side.loss import shift_right
-from lst_scale.training.sessions import EVALUATION, Ask, Session, run_alone
-
-
-def predict(
-    model: Answerer,
-    split: EncodedSplit,
-    tokenizer: Any,
-    recipe: EvaluationRecipe,
-    labels: Sequence[str] | None,
-    world: World,
-    *,
-    target_prefix: str = "",
-    longest: int | None = None,
-) -> list[str]:
-    """Return the predicted text of every row of `split`, in order, on every rank. All ranks must call it.
-
-    `longest` bounds the new tokens when the recipe does not; None: the longest target.
-    """
-    return run_alone(answers(model, split, tokenizer, recipe, labels, world, target_prefix, longest), model.read)
+from lst_scale.training.sessions import EVALUATION, Ask, Session
 
 
 def answers(
@@ -52,7 +34,11 @@ def answers(
     *,
     at: tuple[int, int] = (0, EVALUATION),
 ) -> Session[list[str]]:
-    """`predict` as a session: it asks for what the frozen backbone makes of each batch's source, where there is a frozen backbone."""
+    """A session that ends with the predicted text of every row of `split`, in order, on every rank. All ranks must run it.
+
+    It asks for what the frozen backbone makes of each batch's source, where there is one. `longest` bounds the new tokens when the recipe
+    does not; None: the longest target.
+    """
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
     longest = longest or max(len(target) for target in split.labels)
