@@ -48,7 +48,10 @@ def predict_file(run: Path, source: Path, output: Path, evaluation: EvaluationRe
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
     prefix = "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
     with trainee.answering(weights) as model:
-        predictions = run_alone(answers(model, split, tokenizer, evaluation, labels, world, prefix, MAX_NEW_TOKENS), model.read)
+        session = answers(model, split, tokenizer, evaluation, labels, world, prefix, MAX_NEW_TOKENS)
+        predictions = run_alone(
+            session, lambda batch: model.read(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device))
+        )
     lines = [json.dumps(dict(record) | {"prediction": text}, ensure_ascii=False) for record, text in zip(records, predictions, strict=True)]
 
     def write() -> None:

@@ -38,7 +38,7 @@ class Answerer(Protocol):
         """Whether what `read` makes of a batch helps to answer it by generation or likelihood: it may then be shared with others."""
         ...
 
-    def read(self, batch: Batch) -> Any:
+    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Any:
         """Return what the frozen part of the model makes of a batch's source; `generate` and `logits_of_each` take it as `source`."""
         ...
 

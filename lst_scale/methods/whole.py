@@ -133,5 +133,5 @@ class WholeModel:
     def asks(self, way: str) -> bool:
         return False  # nothing in it is frozen as a whole
 
-    def read(self, batch: Batch) -> None:
+    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> None:
         return None

@@ -19,7 +19,6 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
-from lst_scale.data.batches import Batch
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
 from lst_scale.side.config import LadderConfig
@@ -163,12 +162,12 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: EncoderState | None = None
     ) -> tuple[EncoderState, SideEncoderState]:
         """Run both encoders; `source` is what `read` made of the batch, perhaps for several side networks."""
-        encoder = source or self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
+        encoder = source or self.read(input_ids_BS, attention_mask_BS)
         return encoder, self.side.encode(selected_stack(encoder.taps, self.side.request), attention_mask_BS)
 
-    def read(self, batch: Batch) -> EncoderState:
-        """Return what the frozen encoder makes of a batch."""
-        return self.backbone.encode(batch.input_ids_BS.to(self.device), batch.attention_mask_BS.to(self.device), self.side.request)
+    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> EncoderState:
+        """Return what the frozen encoder makes of a batch's source."""
+        return self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
 
     def asks(self, way: str) -> bool:
         """Whether `read` helps to answer by generation or likelihood. A backbone that remembers whole rows is better asked for rows."""
