@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "lst_scale" / "embedded"
 
 
-def make_t5(folder: Path, **changes: Any) -> Path:
-    """Save a random T5 that knows the embedded tokenizer's vocabulary."""
+def make_t5(folder: Path, kind: Any = T5ForConditionalGeneration, **changes: Any) -> Path:
+    """Save a random T5, or mT5, that knows the embedded tokenizer's vocabulary."""
     torch.manual_seed(0)
     values = {
         "vocab_size": 4096,
@@ -37,7 +37,7 @@ def make_t5(folder: Path, **changes: Any) -> Path:
         "num_layers": 3,
         "decoder_start_token_id": 0,
     } | changes
-    model = T5ForConditionalGeneration(T5Config(**values))
+    model = kind(kind.config_class(**values))
     if values.get("tie_word_embeddings") is False:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
         model.config.tie_word_embeddings = False
@@ -57,6 +57,13 @@ def tiny_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gated_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 v1.1: gated GELU, a head of its own, no scaling."""
     return make_t5(tmp_path_factory.mktemp("t5-v1_1"), dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_mt5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """mT5: as T5 v1.1, by a class and configuration of its own."""
+    options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return make_t5(tmp_path_factory.mktemp("mt5"), MT5ForConditionalGeneration, dropout_rate=0.0, **options)
 
 
 def recipe_writer(folder: Path, checkpoint: Path) -> Callable[..., Path]:

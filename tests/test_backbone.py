@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM
 
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.checkpoint import open_checkpoint
@@ -28,14 +28,14 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids * mask, mask, torch.tensor([[0, 5, 9], [0, 77, 8], [0, 300, 4]])
 
 
-@pytest.mark.parametrize("fixture", ["tiny_t5_dir", "tiny_gated_t5_dir"])
+@pytest.mark.parametrize("fixture", ["tiny_t5_dir", "tiny_gated_t5_dir", "tiny_mt5_dir"])
 def test_loaded_weights_give_transformers_logits(fixture: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(fixture)
     ids, mask, decoder_ids = batch()
     backbone = LocalBackbone.load(str(folder), precision="fp32")
     taps = backbone(ids, mask, decoder_ids, REQUEST)
     assert taps.decoder_final_BTD is not None
-    live = T5ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    live = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="eager").eval()
     stored = load_file(folder / "model.safetensors")
     if "lm_head.weight" in stored:  # transformers 5 may tie what the checkpoint does not
         live.lm_head.weight = torch.nn.Parameter(stored["lm_head.weight"])
