@@ -96,6 +96,21 @@ def test_gradient_checkpointing_gives_the_same_gradient(name: str, tmp_path: Pat
         torch.testing.assert_close(gradients[1][parameter], gradient, rtol=1e-4, atol=1e-6, msg=parameter)
 
 
+@pytest.mark.parametrize("name", INSIDE)
+def test_several_targets_of_a_row_share_one_encoder_pass(name: str, tiny_t5_dir: Path) -> None:
+    trainee = trainee_of(name, tiny_t5_dir)
+    weights = {n: p.detach() + 0.1 * torch.rand_like(p) for n, p in trained_parameters(trainee.module).items()}
+    targets = [torch.tensor([[0, 5], [0, 7], [0, 9]]), torch.tensor([[0, 8, 4], [0, 3, 11], [0, 6, 2]])]
+    ids, mask = batch().input_ids_BS, batch().attention_mask_BS
+    with trainee.answering(weights) as model:
+        apart = [next(iter(model.logits_of_each(ids, mask, [target]))) for target in targets]
+        passes = []
+        next(m for n, m in trainee.module.named_modules() if n.endswith("encoder")).register_forward_hook(lambda *_: passes.append(1))
+        together = list(model.logits_of_each(ids, mask, targets))
+    assert len(passes) == 1
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every method, three steps and a resume, on one process; and a few under ZeRO on two."""

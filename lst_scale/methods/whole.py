@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica
@@ -124,11 +125,19 @@ class WholeModel:
     def logits_of_each(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: None = None
     ) -> Iterator[Tensor]:
+        encoded = None
         for decoder_input_ids_BT in targets:
             with self._precision():
-                yield self._model(
-                    input_ids=input_ids_BS, attention_mask=attention_mask_BS, decoder_input_ids=decoder_input_ids_BT, use_cache=False
-                ).logits
+                output = self._model(
+                    input_ids=input_ids_BS,
+                    attention_mask=attention_mask_BS,
+                    encoder_outputs=encoded,
+                    decoder_input_ids=decoder_input_ids_BT,
+                    use_cache=False,
+                )
+            if not self.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
+                encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+            yield output.logits
 
     def asks(self, way: str) -> bool:
         return False  # nothing in it is frozen as a whole
