@@ -24,7 +24,7 @@ from lst_scale.compare import compare, find_results
 from lst_scale.members import expand
 from lst_scale.recipe import load_recipe, to_yaml
 
-GRID = ("optimizer.learning_rate=1e-3,3e-3,1e-2,3e-2", "method.reduction_factor=4,8", "seed=0,1,2,3")
+GRID = ("optimizer.learning_rate=3e-4,1e-3,3e-3,1e-2", "method.reduction_factor=4,8", "seed=0,1,2,3")
 ALONE = (0, 13, 18, 31)  # one a learning rate, one a seed, two of each reduction factor
 
 
@@ -36,6 +36,8 @@ def overrides(options: argparse.Namespace, output: str) -> list[str]:
         f"data.max_train_rows={options.rows}",
         f"data.max_eval_rows={options.eval_rows}",
         f"training.epochs={options.epochs}",
+        "training.global_batch_size=8",
+        "training.evaluate_every=1000000",  # at the end alone
         "training.keep_checkpoints=1",
         "evaluation.method=likelihood",  # generation needs the backbone, likelihood reads its taps
     ]
@@ -53,9 +55,9 @@ def run(recipe: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=640, help="training rows")
-    parser.add_argument("--eval-rows", type=int, default=128, help="rows of validation and of test, each")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1500, help="training rows")
+    parser.add_argument("--eval-rows", type=int, default=256, help="rows of validation and of test, each")
+    parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
