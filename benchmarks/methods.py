@@ -52,12 +52,15 @@ LADDER = {"name": "lst", "reduction_factor": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "adapters": {"name": "adapters", "bottleneck": 12},
+    "adapters-wide": {"name": "adapters", "bottleneck": 56},  # wide: as many trained parameters as the ladder
     "lora": {"name": "lora", "rank": 8, "alpha": 8},
+    "lora-wide": {"name": "lora", "rank": 40, "alpha": 40},
     "bitfit": {"name": "bitfit"},
     "prompt": {"name": "prompt", "num_vectors": 20},
     "lst": LADDER,
     "lst-norm": LADDER | {"normalize_taps": True},
     "lst-norm-merge": LADDER | {"normalize_taps": True, "merge_last": True, "start_as_backbone": True},
+    "lst-norm-narrow": LADDER | {"normalize_taps": True, "reduction_factor": 8},  # as few as LoRA and adapters
     "lst-norm-wide": LADDER | {"normalize_taps": True, "reduction_factor": 2},
     "lst-norm-channel-gates": LADDER | {"normalize_taps": True, "gate": "per_channel"},
     "lst-cross-attention": LADDER | {"design": "cross_attention"},

@@ -4,8 +4,9 @@
 
 Reads what `benchmarks/methods.py` left in its folder. The learning rate (in brackets) is the one with the best validation score at seed 0;
 a `*` says that it is the lowest or the highest of those tried, and a better one may lie beyond. Scores are the test's, mean and standard
-deviation over seeds. Memory is that of one training step of the paper's T5-base recipe of the method, 100 rows of 128 source and 8 target
-tokens, in float32, as `lst-scale plan` counts it: the study's own runs have a tiny backbone, and many of them share one process.
+deviation over seeds; trained is the share of all parameters in the study. Memory is that of one training step of the paper's T5-base recipe
+of the method, 100 rows of 128 source and 8 target tokens, in float32, as `lst-scale plan` counts it: the study's own runs have a tiny
+backbone, and many of them share one process.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from lst_scale.plan.report import setting_of
 from lst_scale.recipe import load_recipe
 from lst_scale.side.count import shape_of
 
-SWITCHES = {
-    "lst-norm": ["method.normalize_taps=true"],
-    "lst-norm-merge": ["method.normalize_taps=true", "method.merge_last=true", "method.start_as_backbone=true"],
-    "lst-norm-channel-gates": ["method.normalize_taps=true", "method.gate=per_channel"],
-    "lst-norm-wide": ["method.normalize_taps=true", "method.reduction_factor=4"],
+# The paper's T5-base recipe that a method varies, and how.
+VARIANTS = {
+    "adapters-wide": ("adapters", ["method.bottleneck=224"]),
+    "lora-wide": ("lora", ["method.rank=160", "method.alpha=160"]),
+    "lst-norm": ("lst", ["method.normalize_taps=true"]),
+    "lst-norm-merge": ("lst", ["method.normalize_taps=true", "method.merge_last=true", "method.start_as_backbone=true"]),
+    "lst-norm-channel-gates": ("lst", ["method.normalize_taps=true", "method.gate=per_channel"]),
+    "lst-norm-wide": ("lst", ["method.normalize_taps=true", "method.reduction_factor=4"]),
+    "lst-norm-narrow": ("lst", ["method.normalize_taps=true", "method.reduction_factor=16"]),
 }
 
 
@@ -39,6 +44,7 @@ class Cell:
     scores: tuple[float, ...]
     rate: float
     at_the_edge: bool
+    share: float  # of the parameters that train, %
 
     @property
     def mean(self) -> float:
@@ -60,11 +66,19 @@ def cells(folder: Path, task: str, epochs: int) -> dict[str, Cell]:
         if rate is None:
             continue
         results = [_result(folder, task, method, rate, seed, epochs) for seed in methods.SEEDS]
-        if None not in results:
-            scores = tuple(result["scores"]["score"] for result in results if result)
-            tried = methods.tried_rates(folder, task, method, epochs)
-            found[method] = Cell(scores=scores, rate=rate, at_the_edge=rate in (min(tried), max(tried)))
+        finished = [result for result in results if result is not None]
+        if len(finished) == len(methods.SEEDS):
+            found[method] = Cell(
+                scores=tuple(result["scores"]["score"] for result in finished),
+                rate=rate,
+                at_the_edge=rate in _ends(methods.tried_rates(folder, task, method, epochs)),
+                share=finished[0]["trainable_share_percent"],
+            )
     return found
+
+
+def _ends(tried: dict[float, float]) -> tuple[float, float]:
+    return min(tried), max(tried)
 
 
 def _result(folder: Path, task: str, method: str, rate: float, seed: int, epochs: int) -> dict[str, Any] | None:
@@ -75,9 +89,8 @@ def _result(folder: Path, task: str, method: str, rate: float, seed: int, epochs
 
 def memory(method: str) -> Footprint:
     """Return what a step of the paper's T5-base recipe needs, all rows at once."""
-    switches = SWITCHES.get(method, [])
-    name = f"t5-base-{'lst' if switches else method}"
-    recipe = load_recipe(name, ["training.deepspeed=zero0", "training.micro_batch_size=null", *switches])
+    name, switches = VARIANTS.get(method, (method, []))
+    recipe = load_recipe(f"t5-base-{name}", ["training.deepspeed=zero0", "training.micro_batch_size=null", *switches])
     shape = shape_of(recipe.backbone.checkpoint)
     assert shape is not None
     return footprint(recipe, shape, replace(setting_of(recipe, world_size=1, on_gpu=True, target=None), rows=100, source=128))
@@ -85,7 +98,7 @@ def memory(method: str) -> Footprint:
 
 def table(columns: dict[str, dict[str, Cell]], peaks: dict[str, Footprint]) -> str:
     tasks = list(columns)
-    lines = ["| method | " + " | ".join(tasks) + " | mean | peak, GB | kept for backward, GB | trainable |"]
+    lines = ["| method | " + " | ".join(tasks) + " | mean | trained, % | peak, GB | kept for backward, GB |"]
     lines.append("| --- " * (len(tasks) + 5) + "|")
 
     def mean(method: str) -> float:
@@ -94,7 +107,8 @@ def table(columns: dict[str, dict[str, Cell]], peaks: dict[str, Footprint]) -> s
     for method in sorted((method for method in peaks if all(method in columns[task] for task in tasks)), key=mean, reverse=True):
         peak = peaks[method]
         scores = " | ".join(str(columns[task][method]) for task in tasks)
-        lines.append(f"| {method} | {scores} | {mean(method):.1f} | {peak.peak / 1e9:.2f} | {peak.kept / 1e9:.2f} | {peak.trainable:,} |")
+        share = columns[tasks[0]][method].share
+        lines.append(f"| {method} | {scores} | {mean(method):.1f} | {share:.2f} | {peak.peak / 1e9:.2f} | {peak.kept / 1e9:.2f} |")
     return "\n".join(lines)
 
 
@@ -103,7 +117,7 @@ def plot(columns: dict[str, dict[str, Cell]], peaks: dict[str, Footprint], path:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(columns), figsize=(5 * len(columns), 4), squeeze=False)
     for axis, (task, found) in zip(axes[0], columns.items(), strict=True):
@@ -114,11 +128,14 @@ def plot(columns: dict[str, dict[str, Cell]], peaks: dict[str, Footprint], path:
                 cell.mean,
                 yerr=cell.deviation,
                 fmt="o" if ladder else "s",
-                color=f"C{number}",
+                color=pyplot.get_cmap("tab20")(number),
                 capsize=3,
                 label=method,
             )
         axis.set(title=task, xscale="log", xlabel="planned peak, T5-base, 100 x 128, float32, GB", ylabel="test accuracy, %")
+        axis.xaxis.set_major_locator(ticker.FixedLocator([2, 5, 10, 20]))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
