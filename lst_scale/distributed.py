@@ -6,6 +6,7 @@ a plain `python -m lst_scale.train` lacks: then this process is a world of one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
@@ -67,10 +68,19 @@ def connect() -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
-def disconnect() -> None:
-    """Leave the process group, so that the interpreter ends without warnings."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def disconnect(*, together: bool = True) -> None:
+    """Leave the process group: an interpreter that ends inside one may abort.
+
+    Args:
+        together: wait until all ranks are here, because one that leaves closes its connections, which can fail a collective that others
+            are still in. False where this rank alone leaves.
+    """
+    if not dist.is_initialized():
+        return
+    if together:
+        with contextlib.suppress(RuntimeError):  # this barrier's own: whoever left it first had seen all others come
+            barrier()
+    dist.destroy_process_group()
 
 
 def barrier() -> None:

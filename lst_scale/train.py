@@ -65,9 +65,13 @@ def carry_out(recipe: Recipe, *, resume: bool, overwrite: bool = False, requeue:
         run(recipe, resume=resume, overwrite=overwrite)
         distributed.disconnect()
     except preemption.Interrupted as interrupted:
+        distributed.disconnect()
         inside_slurm = "SLURM_JOB_ID" in os.environ
         requeue = requeue or (preemption.requeue_by_scontrol if inside_slurm else None)
         preemption.leave(interrupted, is_main=rank == "0", requeue=requeue)
+        raise
+    except LstScaleError as error:
+        distributed.disconnect(together=error.same_on_all_ranks)
         raise
     except RuntimeError as error:
         if not distributed.is_lost_contact(error):

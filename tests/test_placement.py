@@ -246,7 +246,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 60) -> list[
     found = []
     for process in processes:
         _, text = process.communicate(timeout=timeout)
-        assert "Traceback" not in text, text[-3000:]
+        assert "Traceback" not in text and process.returncode != -signal.SIGABRT, f"{process.returncode}: {text[-3000:]}"
         found.append((process.returncode, [line for line in text.splitlines() if line.startswith("error:")]))
     return found
 
