@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from lst_scale.compare import compare, find_results
-from lst_scale.members import expand
+from lst_scale.grid import expand
 from lst_scale.recipe import load_recipe, to_yaml
 
 GRID = ("optimizer.learning_rate=3e-4,1e-3,3e-3,1e-2", "method.reduction_factor=4,8", "seed=0,1,2,3")

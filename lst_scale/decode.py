@@ -129,6 +129,8 @@ def _messages(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
             yield f"{'.'.join(path)}: is missing; write {path[-1]}: ..."
         elif kind == "literal_error":
             yield f"{'.'.join(path)}: {given!r} is not valid.{did_you_mean(str(given), _literals(annotation))}"
+        elif kind == "too_short":
+            yield f"{'.'.join(path)}: needs at least {problem['ctx']['min_length']} value"
         elif kind == "value_error":
             yield f"{'.'.join(path) or 'recipe'}: {problem['ctx']['error']}"
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 
 class LstScaleError(Exception):
@@ -46,6 +47,18 @@ class CheckpointError(LstScaleError):
 
 class TrainingError(LstScaleError):
     """Training had to stop, for instance on a loss that is not finite."""
+
+
+class MembersFailed(LstScaleError):
+    """Some members of a run failed; the others are finished. One line each."""
+
+    same_on_all_ranks = True
+
+    def __init__(self, failures: Mapping[Path, str], *, of: int) -> None:
+        lines = [f"{folder.name}: {reason}" for folder, reason in failures.items()]
+        first = f"{len(failures)} of {of} members failed, the others are finished" if len(failures) < of else f"all {of} members failed"
+        super().__init__("\n       ".join([first, *lines]))
+        self.failures = dict(failures)
 
 
 def tell(error: LstScaleError) -> None:

@@ -11,6 +11,11 @@ from lst_scale.recipe import Recipe, to_yaml
 RECIPE, RESULT, METRICS = "recipe.yaml", "result.json", "metrics.jsonl"
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """Return where a recipe's run lives."""
+    return Path(recipe.output_dir) / recipe.run_name
+
+
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Make the folder and write the resolved recipe into it.
 

@@ -1,8 +1,7 @@
-"""Many recipes out of one: lists of overrides, products of values, and a name for each that says what distinguishes it. No torch."""
+"""Many recipes out of one: lists of overrides, and a name for each that says what distinguishes it. Imports no torch."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,15 +10,6 @@ from lst_scale.errors import RecipeError
 from lst_scale.recipe import Recipe, load_recipe, parse_recipe, to_yaml
 
 _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
-
-
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the members of `key=a,b key2=c,d`: every combination, the last key changing fastest. Commas in brackets do not divide."""
-    axes = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        axes.append([f"{key}{equals}{part}" for part in _split(value)])
-    return [list(member) for member in itertools.product(*axes)]
 
 
 def read_list(text: str) -> list[list[str]]:
@@ -46,7 +36,7 @@ def members_of(recipe: Recipe) -> list[Recipe]:
     assert recipe.members is not None
     text = to_yaml(recipe.model_copy(update={"members": None}))
     found = _named([shlex.split(line) for line in recipe.members], lambda member: parse_recipe(text, "members", member))
-    _refuse_what_can_not_share(found)
+    refuse_what_can_not_share(found)
     return found
 
 
@@ -69,8 +59,14 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
     return found
 
 
-def _refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
-    """Members train on the same taps: what taps and batches depend on must be one value for all."""
+def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
+    """Members train on the same taps: what taps and batches depend on must be one value for all.
+
+    Raises:
+        RecipeError: says which value is not.
+    """
+    if len(members) == 1:
+        return
     first = members[0]
 
     def shared(member: Recipe) -> dict[str, object]:
@@ -116,18 +112,3 @@ def _short(key: str, swept: Sequence[str]) -> str:
     """Return the last part of a dotted key, or more of it where two would look the same."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in swept) == 1 else key
-
-
-def _split(value: str) -> list[str]:
-    parts, depth, quote = [""], 0, ""
-    for character in value:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lst_scale import decode
 from lst_scale.assets import find_recipe
 from lst_scale.decode import Count, Section
+from lst_scale.grid import grid_as_lines
 from lst_scale.recipe_backbone import BackboneRecipe, NotFp16
 from lst_scale.recipe_task import GLUE, FileTask
 
@@ -194,7 +195,8 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = EvaluationRecipe()
     cache: CacheRecipe = CacheRecipe()
     logging: LoggingRecipe = LoggingRecipe()
-    members: tuple[str, ...] | None = Field(default=None, min_length=1)  # overrides, a line each: trained together on one backbone pass
+    # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
+    members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
 
     @field_validator("name")
     @classmethod

@@ -15,19 +15,20 @@ runs/NAME-TASK-seedN/
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from lst_scale import distributed
 from lst_scale.assets import load_ds_config
-from lst_scale.folder import prepare_folder
+from lst_scale.errors import MembersFailed
+from lst_scale.folder import folder_of, prepare_folder
 from lst_scale.logs import Logger
-from lst_scale.members import members_of
+from lst_scale.members import members_of, refuse_what_can_not_share
 from lst_scale.methods import check_method
 from lst_scale.recipe import Recipe
 from lst_scale.shared import load_shared
 from lst_scale.training.member import Member
-from lst_scale.training.sessions import fit_together
+from lst_scale.training.sessions import SomeFailed, fit_together
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -41,12 +42,23 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
     Raises:
         LstScaleError: anything the user can mend, in one line.
     """
-    recipes = [recipe] if recipe.members is None else members_of(recipe)
-    ds_config = load_ds_config(recipe.training.deepspeed)
+    return run_together([recipe] if recipe.members is None else members_of(recipe), resume=resume, overwrite=overwrite)
+
+
+def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
+    """Carry out recipes that differ in their side networks alone on one backbone pass, each in its own folder as if it were alone.
+
+    Raises:
+        RecipeError: they can't share a pass.
+        MembersFailed: some failed, for instance on a loss that is not finite; the others are finished.
+        LstScaleError: anything else the user can mend, in one line.
+    """
+    refuse_what_can_not_share(recipes)
+    ds_config = load_ds_config(recipes[0].training.deepspeed)
     for each in recipes:
         check_method(each)
     world = distributed.connect()
-    folders = [Path(each.output_dir) / each.run_name for each in recipes]
+    folders = [folder_of(each) for each in recipes]
 
     def prepare_folders() -> None:
         for each, folder in zip(recipes, folders, strict=True):
@@ -59,8 +71,12 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
             for each, folder in zip(recipes, folders, strict=True)
         ]
         shared = load_shared(recipes, world, loggers[0])
-        members = [
-            Member(each, folder, logger, shared, ds_config, resume=resume)
+        # Nothing but its session holds a member, so that one that ends is gone.
+        sessions = [
+            Member(each, folder, logger, shared, ds_config, resume=resume).session()
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
-        return fit_together([member.session() for member in members], shared.prepare, shared.encode, shared.prefetch)
+        try:
+            return fit_together(sessions, shared.prepare, shared.encode, shared.prefetch)
+        except SomeFailed as failed:
+            raise MembersFailed({folders[number]: str(error) for number, error in failed.failures.items()}, of=len(recipes)) from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shlex
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import train
+from conftest import launch, train
 from test_training import final_weights, losses
 
+from lst_scale import decode
 from lst_scale.errors import RecipeError
+from lst_scale.grid import grid_as_lines
 from lst_scale.members import members_of
-from lst_scale.recipe import load_recipe
+from lst_scale.recipe import load_recipe, parse_recipe, to_yaml
+from lst_scale.run import run as carry_out
+from lst_scale.training import member
 
 MEMBERS = [
     "seed=0 optimizer.learning_rate=1e-2",
@@ -30,9 +37,9 @@ SHARED: dict[str, Any] = {"data__shuffle_seed": 0, "method__dropout": 0.1, "eval
 def write_each_alone(recipe: Path, folder: Path) -> list[str]:
     """Write a recipe file for each member, into another output folder."""
     paths = []
-    for member in members_of(load_recipe(str(recipe))):
-        tree = member.model_dump(mode="json") | {"output_dir": str(folder / "alone")}
-        path = folder / f"{member.run_name}.yaml"
+    for each in members_of(load_recipe(str(recipe))):
+        tree = each.model_dump(mode="json") | {"output_dir": str(folder / "alone")}
+        path = folder / f"{each.run_name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         paths.append(str(path))
     return paths
@@ -79,6 +86,88 @@ def test_members_on_two_ranks_resume_and_one_that_is_behind_catches_up(write_rec
     for run in runs:
         found = final_weights(run)
         assert all(torch.equal(found[name], expected[run.name][name]) for name in found), run.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_member_whose_loss_is_not_finite_fails_alone(processes: int, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    members = ["optimizer.learning_rate=1e-2", "optimizer.learning_rate=3e37", "optimizer.learning_rate=3e-3"]
+    together = write_recipe("together", members=members, **SHARED)
+    first, wild, last = (recipe.run_name for recipe in members_of(load_recipe(str(together))))
+    alone = write_each_alone(together, tmp_path)
+    train(alone[0], alone[2], processes=processes)
+    done = launch(["lst_scale/train.py", "--recipe", str(together)], processes=processes)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("error: 1 of 3 members failed, the others are finished") == 1
+    assert f"{wild}: the loss of step " in done.stderr and "optimizer.learning_rate below 3e+37\n" in done.stderr
+    assert not (tmp_path / "runs" / wild / "result.json").exists()
+    assert "failed: the loss of step" in (tmp_path / "runs" / wild / "log.txt").read_text()
+    for name in (first, last):
+        assert (tmp_path / "runs" / name / "result.json").exists()
+        found, expected = final_weights(tmp_path / "runs" / name), final_weights(tmp_path / "alone" / name)
+        assert all(torch.equal(found[n], expected[n]) for n in expected), name
+    done = launch(["-m", "lst_scale.train", "--recipe", alone[1]], launcher="python")
+    assert done.returncode == 1 and "error: the loss of step " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_member_that_ends_is_gone_while_others_train_on(
+    stage: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: list[weakref.ref[Any]] = []
+    build, write_result = member.build_trainee, member.write_result
+    alive: list[list[bool]] = []
+
+    def building(*arguments: Any, **options: Any) -> Any:
+        trainee = build(*arguments, **options)
+        modules.append(weakref.ref(next(iter(trainee.module.parameters()))))
+        return trainee
+
+    def writing(*arguments: Any) -> None:
+        gc.collect()
+        alive.append([module() is not None for module in modules])
+        write_result(*arguments)
+
+    monkeypatch.setattr(member, "build_trainee", building)
+    monkeypatch.setattr(member, "write_result", writing)
+    members = [f"training.max_steps={steps} seed={steps}" for steps in (3, 1, 2)]
+    carry_out(load_recipe(str(write_recipe("ending", members=members, training__deepspeed=stage, **SHARED))))
+    assert alive == [[True, True, True], [True, False, True], [True, False, False]]
+
+
+def test_a_grid_stands_for_every_combination_and_is_stored_as_lines(write_recipe: Callable[..., Path]) -> None:
+    path = write_recipe("grid", **SHARED)
+    grid = "members={seed: [0, 1], method.side_layers: [all, [0, 2]], optimizer.learning_rate: [1e-3, 3e-3]}"
+    recipe = load_recipe(str(path), [grid])
+    assert recipe.members is not None and recipe.members[2] == "seed=0 'method.side_layers=[0, 2]' optimizer.learning_rate=0.001"
+    assert parse_recipe(to_yaml(recipe), "stored") == recipe
+    found = [(m.seed, m.method.side_layers, m.optimizer.learning_rate) for m in members_of(recipe)]  # type: ignore[union-attr]
+    assert found == [(seed, layers, rate) for seed in (0, 1) for layers in ("all", (0, 2)) for rate in (1e-3, 3e-3)]
+    assert len({m.run_name for m in members_of(recipe)}) == 8
+
+
+@pytest.mark.parametrize(
+    "value", [0.003, 1e-05, 7, True, None, "fisher", "true", "no", "", "a b", "12", "~", [1, 2], {"name": "tensor_parallel", "size": 2}]
+)
+def test_a_value_of_a_grid_is_read_back_as_it_was_written(value: Any) -> None:
+    (line,) = grid_as_lines({"key": (value,)})
+    tree: dict[str, Any] = {}
+    assert decode.apply_overrides(tree, shlex.split(line)) == [] and tree == {"key": value}
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"seed": 0}, "members: seed needs a list of values, such as seed: [1, 2]"),
+        ({"seed": []}, "members: seed needs a list of values"),
+        ([], "members: needs at least 1 value"),
+        ({"sed": [0, 1]}, "sed: there is no such key. Did you mean 'seed'?"),
+    ],
+)
+def test_a_grid_without_values_is_refused(grid: Any, message: str, write_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        members_of(load_recipe(str(write_recipe("wrong", members=grid, **SHARED))))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import typer
 from lst_scale.compare import compare
 from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.folder import RECIPE, RESULT
-from lst_scale.members import expand, load_members, read_list
+from lst_scale.grid import expand
+from lst_scale.members import load_members, read_list
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import ClusterOptions, load_options

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lst_scale import folder
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE
 from lst_scale.recipe import Recipe
 
 JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
@@ -28,8 +28,8 @@ class QueueEntry:
 
 
 def folder_of(recipe: Recipe) -> Path:
-    """Return where a recipe's run lives."""
-    return Path(recipe.output_dir).resolve() / recipe.run_name
+    """Return where a recipe's run lives, wherever a job is started."""
+    return folder.folder_of(recipe).resolve()
 
 
 def find_runs(output_dir: Path, names: list[str]) -> list[Path]:
@@ -38,7 +38,7 @@ def find_runs(output_dir: Path, names: list[str]) -> list[Path]:
     Raises:
         ArgumentError: there are none, or a name matches none.
     """
-    runs = sorted(path.parent for path in output_dir.glob(f"*/{RECIPE}"))
+    runs = sorted(path.parent for path in output_dir.glob(f"*/{folder.RECIPE}"))
     if not runs:
         raise ArgumentError(f"{output_dir.resolve()} holds no runs: give the output_dir of the recipe")
     for name in names:

@@ -60,6 +60,28 @@ def build_engine(
     return engine
 
 
+def let_go(engine: Any) -> None:
+    """End an engine that trains no more: ZeRO's hooks on weights would keep them, their gradients and Adam's moments in memory."""
+    engine.destroy()
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        _forget_in_zero3(engine.module)
+
+
+def _forget_in_zero3(module: nn.Module) -> None:
+    """Take a module out of what ZeRO-3 keeps for the whole process and never lets go of by itself (DeepSpeed 0.19)."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    # Root modules, and layers whose forward pass recomputation cut short.
+    ours, stack = set(module.modules()), parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other not in ours]
+    # An lru_cache on a method holds every coordinator, and so its engine; others' entries are made again when they are needed.
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def _size_buckets(config: dict[str, Any], trained: int) -> None:
     """Let ZeRO's communication buffers hold what trains, where the file does not say: DeepSpeed's own 5e8 elements are 2 GB in float32."""
     zero = dict(config.get("zero_optimization", {}))

@@ -191,9 +191,12 @@ class Trainer:
         total_nll, total_source, *bad = distributed.sum_over_ranks([nll if finite else 0.0, float(source_tokens), *bad], self.world.device)
         ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
         if ranks:
-            raise TrainingError(
-                f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken: "
-                "lower optimizer.learning_rate or set method.precision=fp32, then --resume"
+            mend = "" if self.recipe.method.precision == "fp32" else " or method.precision=fp32"
+            raise distributed.same_everywhere(
+                TrainingError(
+                    f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken: start again (--overwrite) "
+                    f"with an optimizer.learning_rate below {self.recipe.optimizer.learning_rate:g}{mend}"
+                )
             )
         return total_nll / num_target_tokens, int(total_source)
 

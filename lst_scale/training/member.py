@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from lst_scale import distributed
 from lst_scale.data.scores import score
 from lst_scale.durable import write_directory
+from lst_scale.errors import LstScaleError
 from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import trained_parameters
 from lst_scale.methods.importance import task_importance
+from lst_scale.preemption import Interrupted
 from lst_scale.recipe import Recipe
 from lst_scale.shared import AnyBackbone, Shared
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
-from lst_scale.training.engine import build_engine, restore_moments
+from lst_scale.training.engine import build_engine, let_go, restore_moments
 from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 from lst_scale.training.result import closing_sentence, result_of, write_result
@@ -44,7 +46,7 @@ class Member:
         checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
         self._start = _restore_weights(self.trainee.module, checkpoint, logger)
         self._trainable = sum(parameter.numel() for parameter in trained_parameters(self.trainee.module).values())
-        engine = build_engine(
+        self._engine = build_engine(
             self.trainee.module.to(world.device),
             recipe.optimizer,
             ds_config,
@@ -52,13 +54,13 @@ class Member:
             accumulation=plan.accumulation,
         )
         if checkpoint is not None:
-            restore_moments(engine, checkpoint.snapshot.moments, self._start.step)
+            restore_moments(self._engine, checkpoint.snapshot.moments, self._start.step)
         self._trainer = Trainer(
             world=world,
             recipe=recipe,
             plan=plan,
             trainee=self.trainee,
-            engine=engine,
+            engine=self._engine,
             train_split=splits["train"],
             evaluate=lambda weights, step: self._score(weights, "validation", (step, EVALUATION)),
             save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
@@ -69,8 +71,15 @@ class Member:
 
     def session(self) -> Session[dict[str, Any]]:
         """Train to the end and finish, asking for what the backbone makes of each batch on the way; return what result.json holds."""
-        progress = yield from self._trainer.session(self._start)
-        return (yield from self._finish(progress))
+        try:
+            progress = yield from self._trainer.session(self._start)
+            return (yield from self._finish(progress))
+        except LstScaleError as error:
+            if not isinstance(error, Interrupted):
+                self.logger.say(f"failed: {error}")
+            raise
+        finally:
+            let_go(self._engine)
 
     def _finish(self, progress: Progress) -> Session[dict[str, Any]]:
         """Score the best weights on the test split, save them, and write and return result.json."""

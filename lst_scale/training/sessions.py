@@ -7,12 +7,14 @@ A session is a generator: it yields an `Ask` where it needs the backbone and is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lst_scale.data.batches import Batch
+from lst_scale.errors import LstScaleError
 from lst_scale.preemption import Interrupted
 
 T = TypeVar("T")
@@ -39,6 +41,16 @@ class Answer:
 Session = Generator[Ask, Answer, T]
 
 
+class SomeFailed(LstScaleError):
+    """Some of several sessions failed, on all ranks alike; the others ended as they would have without them."""
+
+    same_on_all_ranks = True
+
+    def __init__(self, failures: dict[int, LstScaleError], finished: dict[int, Any]) -> None:
+        super().__init__("; ".join(map(str, failures.values())))
+        self.failures, self.finished = failures, finished
+
+
 def fit_together(
     sessions: Sequence[Session[T]],
     prepare: Callable[[Batch], Any],
@@ -48,18 +60,30 @@ def fit_together(
     """Run sessions side by side to their ends and return what they return.
 
     Sessions must ask for the same batches in the same order. One that starts behind the others catches up first; one that ends is let
-    go. When one is interrupted, all are, and save. `prepare` answers training, `encode` evaluation; `prefetch` is told what comes next
-    before a micro-batch trains.
+    go with all it held. One that fails on all ranks alike fails alone. When one is interrupted, all are, and save. `prepare` answers
+    training, `encode` evaluation; `prefetch` is told what comes next before a micro-batch trains.
+
+    Raises:
+        SomeFailed: after the others have ended. A session that is alone raises its own error.
     """
     finished: dict[int, T] = {}
+    failed: dict[int, LstScaleError] = {}
     asking: dict[int, Ask] = {}
 
     def resume(number: int, answer: Answer | None) -> None:
         asking.pop(number, None)
         try:
             asking[number] = next(sessions[number]) if answer is None else sessions[number].send(answer)
+            return
         except StopIteration as end:
             finished[number] = end.value
+        except Interrupted:
+            raise
+        except LstScaleError as error:
+            if len(sessions) == 1 or not error.same_on_all_ranks:
+                raise
+            failed[number] = error.with_traceback(None)  # whose frames hold what the session held
+        gc.collect()  # an engine is a ring of references
 
     try:
         for number in range(len(sessions)):
@@ -83,6 +107,8 @@ def fit_together(
             with contextlib.suppress(Interrupted):
                 sessions[number].throw(interrupted)
         raise
+    if failed:
+        raise SomeFailed(failed, finished)
     return [finished[number] for number in range(len(sessions))]
 
 
