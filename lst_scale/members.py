@@ -59,6 +59,30 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
     return found
 
 
+def each_of(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes that one recipe stands for: its members, or itself."""
+    return [recipe] if recipe.members is None else members_of(recipe)
+
+
+def share_passes(recipes: Sequence[Recipe], most: int) -> list[list[Recipe]]:
+    """Put recipes that can train on the same taps together, `most` (two or more) at once, in order.
+
+    Raises:
+        RecipeError: no two of them can; says why the first two can't.
+    """
+    groups: list[list[Recipe]] = []
+    for recipe in recipes:
+        fitting = (group for group in groups if len(group) < most and not _differences(group[0], recipe))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([recipe])
+        else:
+            group.append(recipe)
+    if len(recipes) > 1 and len(groups) == len(recipes):
+        refuse_what_can_not_share(recipes[:2])
+    return groups
+
+
 def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
     """Members train on the same taps: what taps and batches depend on must be one value for all.
 
@@ -67,7 +91,16 @@ def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
     """
     if len(members) == 1:
         return
-    first = members[0]
+    problems = [f"members: {problem}" for member in members for problem in _differences(members[0], member)]
+    folders = [member.run_name for member in members]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    problems += [f"members: two of them would share the folder {folder}: write name= for one" for folder in twice]
+    if problems:
+        raise RecipeError("\n       ".join(dict.fromkeys(problems)))
+
+
+def _differences(first: Recipe, other: Recipe) -> list[str]:
+    """Return why two recipes can't share a backbone pass; nothing when they can."""
 
     def shared(member: Recipe) -> dict[str, object]:
         return {
@@ -82,18 +115,13 @@ def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
             "training.deepspeed": member.training.deepspeed,
         }
 
-    problems = []
-    for member in members:
-        problems += [f"members: {key} must be the same for all" for key, value in shared(member).items() if value != shared(first)[key]]
-        if member.method.name != "lst":
-            problems.append(f"members: method {member.method.name} changes the backbone and can't share its pass: write method.name=lst")
-        if member.seed != first.seed and member.data.shuffle_seed is None:
-            problems.append("members: seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
-    folders = [member.run_name for member in members]
-    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
-    problems += [f"members: two of them would share the folder {folder}: write name= for one" for folder in twice]
-    if problems:
-        raise RecipeError("\n       ".join(dict.fromkeys(problems)))
+    problems = [f"{key} must be the same for all" for key, value in shared(other).items() if value != shared(first)[key]]
+    for method in dict.fromkeys((first.method.name, other.method.name)):
+        if method != "lst":
+            problems.append(f"method {method} changes the backbone and can't share its pass: write method.name=lst")
+    if other.seed != first.seed and other.data.shuffle_seed is None:
+        problems.append("seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
+    return problems
 
 
 def _swept_keys(members: Sequence[Sequence[str]]) -> list[str]:

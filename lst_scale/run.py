@@ -23,7 +23,7 @@ from lst_scale.assets import load_ds_config
 from lst_scale.errors import MembersFailed
 from lst_scale.folder import folder_of, prepare_folder
 from lst_scale.logs import Logger
-from lst_scale.members import members_of, refuse_what_can_not_share
+from lst_scale.members import each_of, refuse_what_can_not_share
 from lst_scale.methods import check_method
 from lst_scale.recipe import Recipe
 from lst_scale.shared import load_shared
@@ -42,7 +42,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
     Raises:
         LstScaleError: anything the user can mend, in one line.
     """
-    return run_together([recipe] if recipe.members is None else members_of(recipe), resume=resume, overwrite=overwrite)
+    return run_together(each_of(recipe), resume=resume, overwrite=overwrite)
 
 
 def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lst_scale import preemption
 from lst_scale.errors import LstScaleError, tell
+from lst_scale.members import each_of
 from lst_scale.recipe import Recipe, load_recipe
 
 
@@ -40,15 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_recipe:
             print(describe(recipe))
             return 0
-        carry_out(recipe, resume=options.resume, overwrite=options.overwrite)
+        carry_out(each_of(recipe), resume=options.resume, overwrite=options.overwrite)
     except LstScaleError as error:
         tell(error)
         return 1
     return 0
 
 
-def carry_out(recipe: Recipe, *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:
-    """Run one recipe in this process, and leave in time when a signal asks for it.
+def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:
+    """Run one recipe, or several on one backbone pass, in this process, and leave in time when a signal asks for it.
 
     Args:
         requeue: puts the job back into its queue; None: `scontrol requeue` inside a Slurm job, nothing elsewhere.
@@ -58,11 +59,11 @@ def carry_out(recipe: Recipe, *, resume: bool, overwrite: bool = False, requeue:
     """
     preemption.listen()
     from lst_scale import distributed
-    from lst_scale.run import run
+    from lst_scale.run import run_together
 
     rank = os.environ.get("RANK", "0")
     try:
-        run(recipe, resume=resume, overwrite=overwrite)
+        run_together(recipes, resume=resume, overwrite=overwrite)
         distributed.disconnect()
     except preemption.Interrupted as interrupted:
         distributed.disconnect()

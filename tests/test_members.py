@@ -20,7 +20,7 @@ from test_training import final_weights, losses
 from lst_scale import decode
 from lst_scale.errors import RecipeError
 from lst_scale.grid import grid_as_lines
-from lst_scale.members import members_of
+from lst_scale.members import members_of, share_passes
 from lst_scale.recipe import load_recipe, parse_recipe, to_yaml
 from lst_scale.run import run as carry_out
 from lst_scale.training import member
@@ -133,6 +133,16 @@ def test_a_member_that_ends_is_gone_while_others_train_on(
     members = [f"training.max_steps={steps} seed={steps}" for steps in (3, 1, 2)]
     carry_out(load_recipe(str(write_recipe("ending", members=members, training__deepspeed=stage, **SHARED))))
     assert alive == [[True, True, True], [True, False, True], [True, False, False]]
+
+
+def test_what_can_share_a_pass_is_put_together_in_order() -> None:
+    lines = ["method.reduction_factor=8", "task=rte", "method.reduction_factor=4", "method={name: lora}", "task=rte optimizer.warmup=3"]
+    lines += ["method.reduction_factor=2"]
+    recipes = [load_recipe("t5-base", line.split(maxsplit=0) if "{" in line else line.split()) for line in lines]
+    groups = share_passes([recipe.model_copy(update={"name": f"n{n}"}) for n, recipe in enumerate(recipes)], 2)
+    assert [[each.name for each in group] for group in groups] == [["n0", "n1"], ["n2", "n4"], ["n3"], ["n5"]]
+    with pytest.raises(RecipeError, match="seeds differ, so batches would"):
+        share_passes([load_recipe("t5-base", [f"seed={seed}"]) for seed in (0, 1)], 4)
 
 
 def test_a_grid_stands_for_every_combination_and_is_stored_as_lines(write_recipe: Callable[..., Path]) -> None:

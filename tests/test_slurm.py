@@ -99,9 +99,9 @@ def states(cluster: Cluster, runs: Path) -> dict[str, str]:
     return {line.split()[0]: line.split()[1] for line in lines if line.strip()}
 
 
-def reference(recipe: Path, folder: Path, *, processes: int = 1) -> dict[str, torch.Tensor]:
+def reference(recipe: Path, folder: Path, *overrides: str, processes: int = 1) -> dict[str, torch.Tensor]:
     """Run the recipe without Slurm and without interruption, in another folder, and return its final weights."""
-    changed = ["--recipe", str(recipe), f"output_dir={folder / 'reference'}"]
+    changed = ["--recipe", str(recipe), f"output_dir={folder / 'reference'}", *overrides]
     done = launch(["lst_scale/train.py", *changed], processes=processes, launcher="torchrun")
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (path for path in (folder / "reference").iterdir() if path.is_dir())
@@ -148,6 +148,33 @@ def test_a_sweep_of_four_with_two_at_once_and_its_table(cluster: Cluster, recipe
     table = cluster.script("collect", "--output-dir", str(tmp_path / "runs"), "--format", "csv").splitlines()
     assert {tuple(line.split(",")[:4]) for line in table[1:]} == {(f"sweep-reduction_factor-{r}", "lst", "kind", "2") for r in (2, 4)}
     assert cluster.script("sweep", *command).count("finished") == 4
+
+
+def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("shared", training__epochs=60, training__evaluate_every=120, training__save_every_steps=10, data__shuffle_seed=0)
+    sweep = ("seed=0,1", "optimizer.learning_rate=1e-2,3e37", "method.reduction_factor=2,4", "--together", "4")
+    said = cluster.script("sweep", "--recipe", str(path), *sweep, "--at-most", "1", *ON_ONE_CORE)
+    jobs = re.findall(r": job (\S+)", said)
+    assert len(jobs) == 8 and len(set(jobs)) == 2
+    root = tmp_path / "runs"
+    runs = {
+        (seed, rate): root / f"shared-learning_rate-{rate}-reduction_factor-4-kind-seed{seed}"
+        for seed in (0, 1)
+        for rate in ("1e-2", "3e37")
+    }
+    assert "too: name them as well" in cluster.script("cancel", "seed0", "learning_rate-1e-2", "--output-dir", str(root), check=False)
+    cluster.wait(lambda: last_step(runs[0, "1e-2"]) > 20, 90, "step 20")
+    assert "in the queue as" in cluster.script("sweep", "--recipe", str(path), *sweep, *ON_ONE_CORE)
+    cluster("scontrol", "requeue", jobs[0])
+    cluster.wait_until_idle()
+    assert starts(runs[0, "1e-2"])[1] >= 10
+    text = cluster.script("status", "--output-dir", str(root))
+    assert len(re.findall(r"learning_rate-1e-2-\S+ +DONE", text)) == 4, text
+    assert len(re.findall(r"learning_rate-3e37-\S+ +FAILED .*the loss of step \d is not finite on rank 0", text)) == 4, text
+    alone = ["method.reduction_factor=4", "optimizer.learning_rate=1e-2", "seed=1"]
+    assert_identical(runs[1, "1e-2"], reference(path, tmp_path, *alone))
+    again = re.findall(r": job (\S+)", cluster.script("resubmit", "--output-dir", str(root)))
+    assert len(again) == 4 and len(set(again)) == 2
 
 
 def test_the_time_limit_requeues_and_the_weights_are_those_of_one_go(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -361,6 +388,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(cluster: Cluster, recipe: 
         (["submit", "--recipe", "t5-base", "--nodes", "3", "--local", "--gpus-per-node", "1"], "--local has one machine"),
         (["sweep", "--recipe", "t5-base", "task=rte,mrpd"], "task: 'mrpd' is not valid. Did you mean 'mrpc'?"),
         (["sweep", "--recipe", "t5-base", "sed=1,2"], "sed: there is no such key. Did you mean 'seed'?"),
+        (["sweep", "--recipe", "t5-base", "seed=0,1", "--together", "2"], "seeds differ, so batches would: write data.shuffle_seed=0"),
         (["sweep", "--recipe", "t5-base", "--list", "nowhere.txt"], "--list nowhere.txt: there is no such file"),
         (["status", "--output-dir", "/tmp"], "/tmp holds no runs: give the output_dir of the recipe"),
     ],
@@ -379,6 +407,17 @@ def test_local_runs_a_sweep_without_slurm(cluster: Cluster, recipe: Callable[...
     cluster.script("sweep", "--recipe", str(recipe("here")), "seed=0,1", *options)
     for seed in (0, 1):
         assert json.loads((tmp_path / "runs" / f"here-kind-seed{seed}" / "result.json").read_text())["world_size"] == 2
+
+
+def test_the_members_of_a_submitted_recipe_are_runs_like_any_other(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("many", members=["method.reduction_factor=2", "method.reduction_factor=4"])
+    arguments = ("--recipe", str(path), "--local", "--gpus-per-node", "0", "--tasks-per-node", "1")
+    assert "# many-reduction_factor-2-kind-seed0, many-reduction_factor-4-kind-seed0" in cluster.script("submit", *arguments, "--dry-run")
+    cluster.script("submit", *arguments)
+    names = [f"many-reduction_factor-{r}-kind-seed0" for r in (2, 4)]
+    assert states(cluster, tmp_path / "runs") == dict.fromkeys(names, "DONE")
+    text = cluster.script("sweep", *arguments, "optimizer.learning_rate=1e-2,1e-3", "--together", "2", check=False)
+    assert "--together 2: the recipe has members of its own" in text
 
 
 def test_the_plain_sbatch_script_runs_and_requeues(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:

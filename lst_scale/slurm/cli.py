@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from lst_scale.compare import compare
 from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.grid import expand
-from lst_scale.members import load_members, read_list
+from lst_scale.members import each_of, load_members, read_list, share_passes
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import ClusterOptions, load_options
@@ -78,9 +79,9 @@ def submit_command(
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
 ) -> None:
-    """Submit one recipe: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
+    """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
     options = load_options(_given(locals()), cluster)
-    _carry_out([load_recipe(recipe, overrides or ())], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot)
+    _carry_out([each_of(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot)
 
 
 @app.command("sweep")
@@ -89,6 +90,7 @@ def sweep_command(
     overrides: Overrides = None,
     list_file: Annotated[Path | None, typer.Option("--list", help="a file with one member's overrides a line")] = None,
     at_most: AtMost = 8,
+    together: Annotated[int, typer.Option("--together", min=1, help="how many members one job trains, on one backbone pass")] = 1,
     nodes: Nodes = None,
     gpus_per_node: Gpus = None,
     tasks_per_node: Tasks = None,
@@ -107,13 +109,20 @@ def sweep_command(
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
 ) -> None:
-    """Submit every combination of `key=a,b key2=c,d` as a job array. What is finished or in the queue is left alone."""
+    """Submit every combination of `key=a,b key2=c,d` as a job array. What is finished or in the queue is left alone.
+
+    Each is a job of its own, or, with --together, up to so many share one job and its backbone passes.
+    """
     options = load_options(_given(locals()), cluster)
     if list_file is not None and not list_file.is_file():
         raise ArgumentError(f"--list {list_file}: there is no such file")
     lines = read_list(list_file.read_text()) if list_file is not None else [[]]
     members = [[*line, *rest] for line in lines for rest in expand(overrides or [])]
-    _carry_out(load_members(recipe, members), options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
+    loaded = load_members(recipe, members)
+    if together > 1 and any(each.members for each in loaded):
+        raise ArgumentError(f"--together {together}: the recipe has members of its own, which train in one job: leave one of the two out")
+    groups = share_passes(loaded, together) if together > 1 else [each_of(each) for each in loaded]
+    _carry_out(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
 
 
 @app.command("status")
@@ -162,23 +171,28 @@ def resubmit_command(
 
     lost = [status.run for status in look(runs.find_runs(output_dir, names or [])) if status.needs_resubmission]
     changes = {key: value for key, value in {"time": time, "memory": memory, "partition": partition}.items() if value is not None}
-    groups: dict[ClusterOptions, list[Recipe]] = {}
+    groups: dict[ClusterOptions, dict[str, list[Recipe]]] = {}
     for run in lost:
         job = runs.last_job(run)
         assert job is not None, "only submitted runs are lost"
         options = load_options(_as_written(job["options"]) | changes, None)
-        groups.setdefault(options, []).append(load_recipe(str(run / RECIPE)))
+        # What shared a job shares one again.
+        groups.setdefault(options, {}).setdefault(job["job"], []).append(load_recipe(str(run / RECIPE)))
     if not lost:
         typer.echo("nothing to resubmit")
-    for options, recipes in groups.items():
-        _carry_out(recipes, options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
+    for options, by_job in groups.items():
+        _carry_out(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
 
 
 @app.command("cancel")
 def cancel_command(names: Names = None, output_dir: Output = Path("runs")) -> None:
-    """Cancel the jobs of these runs, pending and running."""
+    """Cancel the jobs of these runs, pending and running. Runs that share a job end together."""
     queue = runs.queue() or {}
-    jobs = [job["job"] for run in runs.find_runs(output_dir, names or []) if (job := runs.last_job(run)) and job["job"] in queue]
+    folders = runs.find_runs(output_dir, names or [])
+    jobs = sorted({job["job"] for run in folders if (job := runs.last_job(run)) and job["job"] in queue})
+    others = [run for run in runs.find_runs(output_dir, []) if run not in folders and (runs.last_job(run) or {}).get("job") in jobs]
+    if others:
+        raise ArgumentError(f"these jobs train {', '.join(run.name for run in others)} too: name them as well")
     if jobs:
         subprocess.run(["scancel", *jobs], check=True)
     typer.echo(f"cancelled {len(jobs)} job{'' if len(jobs) == 1 else 's'}")
@@ -205,17 +219,19 @@ def _as_written(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _carry_out(recipes: list[Recipe], options: ClusterOptions, *, at_most: int, local: bool, dry_run: bool, snapshot: bool) -> None:
+def _carry_out(
+    groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, local: bool, dry_run: bool, snapshot: bool
+) -> None:
     from lst_scale.slurm import local as local_jobs
     from lst_scale.slurm import submission
 
-    plan = submission.plan(recipes)
+    plan = submission.plan(groups)
     for recipe, why in plan.skipped:
         typer.echo(f"{recipe.run_name}: {why}")
     if not plan.new:
         typer.echo("nothing to submit")
     elif dry_run:
-        typer.echo("\n".join(f"# {recipe.run_name}" for recipe in plan.new))
+        typer.echo("\n".join(f"# {', '.join(recipe.run_name for recipe in group)}" for group in plan.new))
         typer.echo(submission.script(plan.new, options, at_most=at_most, use_snapshot=snapshot))
     elif local:
         failed = local_jobs.run(plan.new, options, at_most=at_most)
@@ -224,8 +240,9 @@ def _carry_out(recipes: list[Recipe], options: ClusterOptions, *, at_most: int, 
         raise typer.Exit(1 if failed else 0)
     else:
         jobs = submission.submit(plan.new, options, at_most=at_most, use_snapshot=snapshot)
-        for recipe, job in zip(plan.new, jobs, strict=True):
-            typer.echo(f"{recipe.run_name}: job {job}")
+        for group, job in zip(plan.new, jobs, strict=True):
+            for recipe in group:
+                typer.echo(f"{recipe.run_name}: job {job}")
 
 
 def main(command: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """What a Slurm task runs, one on each GPU: ranks from Slurm, the same `train.carry_out` underneath, leaving in time when asked to.
 
-submitit pickles a `TrainJob` at submission. It holds a path and nothing of the run's state, because a requeue by an administrator and a
+submitit pickles a `TrainJob` at submission. It holds paths and nothing of the runs' state, because a requeue by an administrator and a
 node failure run that first pickle again: where to continue is looked up on disk, each time.
 """
 
@@ -14,43 +14,48 @@ import socket
 import subprocess
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lst_scale.durable import write_file
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import LstScaleError, MembersFailed
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.slurm import runs
 
 
 class TrainJob:
-    """Train the run in one folder to its end, from wherever it is."""
+    """Train the runs of some folders, on one backbone pass, to their ends, from wherever they are."""
 
-    def __init__(self, run: str, *, cpu: bool, threads: int, max_starts_without_progress: int) -> None:
-        self.run, self.cpu, self.threads = run, cpu, threads
+    def __init__(self, folders: Sequence[str], *, cpu: bool, threads: int, max_starts_without_progress: int) -> None:
+        self.folders, self.cpu, self.threads = list(folders), cpu, threads
         self.max_starts_without_progress = max_starts_without_progress
 
     def __call__(self) -> None:
-        run = Path(self.run)
         # submitit's own handler, which requeues; from now on signals only set a flag (lst_scale/preemption.py).
         requeue = signal.getsignal(signal.SIGUSR2)
         export_ranks(cpu=self.cpu, threads=self.threads)
         rank = int(os.environ["RANK"])
-        failure = run / "slurm" / f"failure-{rank}.json"
-        failure.unlink(missing_ok=True)
-        if (run / RESULT).exists():
+        unfinished = [run for run in map(Path, self.folders) if not (run / RESULT).exists()]
+        for run in unfinished:
+            (run / "slurm" / f"failure-{rank}.json").unlink(missing_ok=True)
+        if not unfinished:
             return
         try:
             if rank == 0:
-                self._note_start(run)
+                self._note_start(unfinished)
             from lst_scale.recipe import load_recipe
             from lst_scale.train import carry_out
 
             again = (lambda: requeue(signal.SIGUSR2, None)) if callable(requeue) else None
-            carry_out(load_recipe(str(run / RECIPE)), resume=True, requeue=again)
+            carry_out([load_recipe(str(run / RECIPE)) for run in unfinished], resume=True, requeue=again)
+        except MembersFailed as error:
+            for run, reason in error.failures.items():
+                _note_failure(run, rank, reason)
+            raise
         except Exception as error:
-            failure.parent.mkdir(exist_ok=True)
-            write_file(failure, json.dumps({"time": time.time(), "rank": rank, "line": one_line(error)}) + "\n")
+            for run in unfinished:
+                _note_failure(run, rank, one_line(error))
             raise
 
     def checkpoint(self) -> Any:
@@ -59,23 +64,34 @@ class TrainJob:
 
         return DelayedSubmission(self)
 
-    def _note_start(self, run: Path) -> None:
+    def _note_start(self, unfinished: Sequence[Path]) -> None:
         """Record this start, and refuse to go round in circles.
 
         Raises:
-            LstScaleError: the last starts of this job all began at the same step.
+            LstScaleError: the last starts of this job all began at the same step, of every run.
         """
         job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + os.environ.get("SLURM_ARRAY_TASK_ID", "") or os.environ.get(
             "SLURM_JOB_ID", "local"
         )
-        step = newest_step(run)
-        runs.append(run / runs.STARTS, {"job": job, "step": step, "time": time.time(), "host": socket.gethostname()})
-        latest = [start["step"] for start in runs.read(run / runs.STARTS) if start["job"] == job][-self.max_starts_without_progress - 1 :]
-        if len(latest) > self.max_starts_without_progress and set(latest) == {step}:
+        stuck = True
+        for run in unfinished:
+            step = newest_step(run)
+            runs.append(run / runs.STARTS, {"job": job, "step": step, "time": time.time(), "host": socket.gethostname()})
+            started = [start["step"] for start in runs.read(run / runs.STARTS) if start["job"] == job]
+            latest = started[-self.max_starts_without_progress - 1 :]
+            stuck = stuck and len(latest) > self.max_starts_without_progress and set(latest) == {step}
+        if stuck:
             raise LstScaleError(
-                f"started {len(latest)} times without getting past step {step}: give more time between signal and limit "
-                "(--signal-delay) or save more often (training.save_every_steps), then resubmit"
+                f"started {self.max_starts_without_progress + 1} times without getting past step {step}: give more time between signal "
+                "and limit (--signal-delay) or save more often (training.save_every_steps), then resubmit"
             )
+
+
+def _note_failure(run: Path, rank: int, line: str) -> None:
+    """Leave word of why a run failed where `status` looks for it."""
+    path = run / "slurm" / f"failure-{rank}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, json.dumps({"time": time.time(), "rank": rank, "line": line}) + "\n")
 
 
 def newest_step(run: Path) -> int:

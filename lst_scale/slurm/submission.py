@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,70 +29,76 @@ MAX_TIMEOUTS = 1000  # submitit gives up after these; long trainings meet their 
 class Plan:
     """What a submission would do."""
 
-    new: list[Recipe]
+    new: list[list[Recipe]]  # a list for each job: recipes that train together on one backbone pass
     skipped: list[tuple[Recipe, str]]  # with the reason
 
 
-def plan(recipes: Sequence[Recipe]) -> Plan:
-    """Divide recipes into those to submit and those that are finished or in the queue already.
+def plan(groups: Sequence[Sequence[Recipe]]) -> Plan:
+    """Divide the recipes of some jobs into those to submit and those that are finished or in the queue already.
 
     Raises:
         ArgumentError: two recipes share a folder, or a folder holds a run of another recipe.
     """
-    folders = [runs.folder_of(recipe) for recipe in recipes]
+    folders = [runs.folder_of(recipe) for group in groups for recipe in group]
     twice = {folder.name for folder in folders if folders.count(folder) > 1}
     if twice:
-        raise ArgumentError(f"{len(recipes)} members would share the folders {', '.join(sorted(twice))}: sweep name= too")
+        raise ArgumentError(f"{len(folders)} members would share the folders {', '.join(sorted(twice))}: sweep name= too")
     queue = runs.queue() or {}
-    new, skipped = [], []
-    for recipe, folder in zip(recipes, folders, strict=True):
-        job = runs.last_job(folder)
-        stored = folder / RECIPE
-        if stored.exists() and stored.read_text() != to_yaml(recipe):
-            raise ArgumentError(f"{folder} holds a run of another recipe: change name= or output_dir=, or remove the folder")
-        if (folder / RESULT).exists():
-            skipped.append((recipe, "finished"))
-        elif job is not None and job["job"] in queue:
-            skipped.append((recipe, f"in the queue as {job['job']}"))
-        else:
-            new.append(recipe)
+    new: list[list[Recipe]] = []
+    skipped: list[tuple[Recipe, str]] = []
+    for group in groups:
+        reasons = [(recipe, _reason_to_skip(recipe, queue)) for recipe in group]
+        skipped += [(recipe, reason) for recipe, reason in reasons if reason is not None]
+        if waiting := [recipe for recipe, reason in reasons if reason is None]:
+            new.append(waiting)
     return Plan(new=new, skipped=skipped)
 
 
-def submit(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> list[str]:
-    """Queue recipes that `plan` found new, as one job or one job array, and return their job ids.
+def _reason_to_skip(recipe: Recipe, queue: Mapping[str, Any]) -> str | None:
+    folder = runs.folder_of(recipe)
+    job, stored = runs.last_job(folder), folder / RECIPE
+    if stored.exists() and stored.read_text() != to_yaml(recipe):
+        raise ArgumentError(f"{folder} holds a run of another recipe: change name= or output_dir=, or remove the folder")
+    if (folder / RESULT).exists():
+        return "finished"
+    return f"in the queue as {job['job']}" if job is not None and job["job"] in queue else None
+
+
+def submit(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> list[str]:
+    """Queue what `plan` found new, as one job or one job array, and return each group's job id.
 
     Args:
         at_most: how many of them may run at once.
     """
-    root = _root(recipes)
+    root = _root(groups)
     setup = list(options.setup)
     if use_snapshot:
         setup.append(f"export PYTHONPATH={shlex.quote(str(snapshot.take(root / '.snapshots')))}:$PYTHONPATH")
     jobs: list[str] = []
-    for start in range(0, len(recipes), limit := _largest_array()):
-        part = recipes[start : start + limit]
-        executor = make_executor(root, options, setup, at_most=at_most, name=part[0].name)
-        for recipe in part:
+    for start in range(0, len(groups), limit := _largest_array()):
+        part = groups[start : start + limit]
+        executor = make_executor(root, options, setup, at_most=at_most, name=part[0][0].name)
+        for recipe in itertools.chain(*part):
             write_recipe(runs.folder_of(recipe), recipe)
         with _sbatch_errors(), _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
-            submitted = [executor.submit(_job(recipe, options)) for recipe in part]
-        for recipe, job in zip(part, submitted, strict=True):
+            submitted = [executor.submit(job_of(group, options, threads=options.cpus_per_task)) for group in part]
+        for group, job in zip(part, submitted, strict=True):
             record = {"job": job.job_id, "time": time.time(), "log": str(job.paths.stdout), "options": options.model_dump(mode="json")}
-            runs.append(runs.folder_of(recipe) / runs.JOBS, record)
+            for recipe in group:
+                runs.append(runs.folder_of(recipe) / runs.JOBS, record)
             jobs.append(job.job_id)
     return jobs
 
 
-def script(recipes: Sequence[Recipe], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> str:
+def script(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> str:
     """Return the sbatch script that `submit` would hand in, without writing anything."""
-    root = _root(recipes)
+    root = _root(groups)
     setup = list(options.setup)
     if use_snapshot:
         setup.append(f"export PYTHONPATH={shlex.quote(str(root / '.snapshots'))}/HASH-OF-THE-CODE:$PYTHONPATH")
-    executor = make_executor(root, options, setup, at_most=at_most, name=recipes[0].name)
-    if len(recipes) > 1:
-        executor.parameters["map_count"] = len(recipes)
+    executor = make_executor(root, options, setup, at_most=at_most, name=groups[0][0].name)
+    if len(groups) > 1:
+        executor.parameters["map_count"] = len(groups)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, uuid.uuid4().hex)
     return text
 
@@ -123,17 +130,18 @@ def make_executor(root: Path, options: ClusterOptions, setup: list[str], *, at_m
     return executor
 
 
-def _job(recipe: Recipe, options: ClusterOptions) -> TrainJob:
+def job_of(group: Sequence[Recipe], options: ClusterOptions, *, threads: int) -> TrainJob:
+    """Return what each task of one job runs."""
     return TrainJob(
-        str(runs.folder_of(recipe)),
+        [str(runs.folder_of(recipe)) for recipe in group],
         cpu=options.gpus_per_node == 0,
-        threads=options.cpus_per_task,
+        threads=threads,
         max_starts_without_progress=options.max_starts_without_progress,
     )
 
 
-def _root(recipes: Sequence[Recipe]) -> Path:
-    return Path(recipes[0].output_dir).resolve()
+def _root(groups: Sequence[Sequence[Recipe]]) -> Path:
+    return Path(groups[0][0].output_dir).resolve()
 
 
 def _largest_array() -> int:
