@@ -45,11 +45,15 @@ def verify_command(folder: Folder = None) -> None:
 def remove_command(
     name: Annotated[str, typer.Argument(help="a cache's name as list shows it, or its beginning")], folder: Folder = None
 ) -> None:
-    """Remove one cache."""
+    """Remove one cache; not while a run writes to it."""
+    from lst_scale.backbone.claim import is_claimed
+
     matching = [path for path in _caches(folder) if path.name.startswith(name)]
     if len(matching) != 1:
         names = ", ".join(path.name for path in _caches(folder)) or "there are none"
         raise ArgumentError(f"{name!r} is the beginning of {len(matching)} caches: {names}")
+    if is_claimed(matching[0]):
+        raise ArgumentError(f"{matching[0].name} is being written: wait for the run that does, or stop it")
     shutil.rmtree(matching[0])
     typer.echo(f"removed {matching[0]}")
 

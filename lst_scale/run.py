@@ -71,6 +71,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
             for each, folder in zip(recipes, folders, strict=True)
         ]
         shared = load_shared(recipes, world, loggers[0])
+        stack.callback(shared.close)
         # Nothing but its session holds a member, so that one that ends is gone.
         sessions = [
             Member(each, folder, logger, shared, ds_config, resume=resume).session()

@@ -29,6 +29,7 @@ from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
+from lst_scale.errors import BackboneError
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
 from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of, union
@@ -53,6 +54,11 @@ class Shared:
     prepare: Callable[[Batch], Taps | None]  # taps for all members; None: the method reads none
     encode: Callable[[Batch], EncoderState | None]  # of the source alone, for answering
     prefetch: Callable[[Batch], None] | None  # begins to read a later batch's taps; None: there is nothing to read
+
+    def close(self) -> None:
+        """Let other runs write to the tap cache."""
+        if isinstance(self.backbone, CachingBackbone):
+            self.backbone.let_others_write()
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
@@ -93,6 +99,9 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     """Run the training rows that are not in the tap cache through the backbone; return how many rows there are, and the cache's folder.
 
     Ranks share the rows. Batches are evaluation's: neighbours in length together.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line; another run that writes the same rows at the moment.
     """
     check_method(recipe)
     world = distributed.connect()
@@ -102,12 +111,17 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         split = _encode(task.train, tokenizer, recipe, task.target_prefix)
         backbone = _backbone([recipe], {"train": split}, world, logger)
         assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
+        if not backbone.may_write():
+            raise distributed.same_everywhere(
+                BackboneError(f"another run is writing these rows to {backbone.cache.folder}: start runs on them, or wait for its end")
+            )
         request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
         for batch in evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size):
             decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
             backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
         backbone.cache.flush()
+        backbone.let_others_write()
     distributed.barrier()
     return len(split.rows), backbone.cache.folder
 
@@ -146,10 +160,13 @@ def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world:
         return asked
 
     backbone = load_caching(recipe.backbone, recipe.cache, world, request, check)
-    rows = list(zip(splits["train"].input_ids, splits["train"].labels, strict=True))
-    missing = [(s, t) for s, t in rows if not backbone.known(torch.tensor(s), _decoder_ids(t, backbone))]
-    backbone.cache.refuse_if_too_large(sum(len(s) for s, _ in missing), sum(len(t) for _, t in missing))
-    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there")
+    rows = [(torch.tensor(s), _decoder_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
+    writes = backbone.claim_rows(rows, world)
+    missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
+    if writes:
+        backbone.cache.refuse_if_too_large(sum(len(source) for source, _ in missing), sum(len(target) for _, target in missing))
+    elsewhere = "; another run writes the others" if missing and not writes else ""
+    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
     return backbone
 
 

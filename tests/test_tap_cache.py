@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -231,6 +232,64 @@ def test_a_writer_killed_twenty_times_leaves_a_usable_part(write_recipe: Callabl
     live = torch.tensor(losses(tmp_path / "runs" / "live-kind-seed0"))
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "runs" / "killed-kind-seed0")), live, rtol=1e-3, atol=1e-4)
     assert result(tmp_path, "killed")["cache"]["damaged"] == []
+
+
+@pytest.mark.slow
+def test_runs_on_the_same_rows_at_once_write_them_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"training__epochs": 1, "data__max_train_rows": 200, "training__global_batch_size": 4}
+    paths = [cached(write_recipe, tmp_path / "taps", name, **changes) for name in ("one", "two", "three")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lst_scale.train", "--recipe", str(path)], cwd=ROOT, env=fresh(), stderr=subprocess.PIPE, text=True
+        )
+        for path in paths
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    digests = [digest for index in (tmp_path / "taps").rglob("*.index") for digest in digests_in(index)]
+    assert len(digests) == len(set(digests)) > 200, "no payload is there twice"
+    assert sum("another run writes the others" in text for text in said) == 2
+    train(write_recipe("live", evaluation__method="likelihood", **changes))
+    live = torch.tensor(losses(tmp_path / "runs" / "live-kind-seed0"))
+    for name in ("one", "two", "three"):
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / "runs" / f"{name}-kind-seed0")), live, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_when_the_run_that_writes_is_killed_another_goes_on_writing(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"training__epochs": 2, "data__max_train_rows": 200, "training__global_batch_size": 4}
+    paths = [cached(write_recipe, tmp_path / "taps", name, **changes) for name in ("first", "second", "third")]
+    command = [sys.executable, "-m", "lst_scale.train", "--recipe"]
+    writer = subprocess.Popen([*command, str(paths[0])], cwd=ROOT, env=fresh(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: entries(tmp_path) > 8)
+    writer.send_signal(signal.SIGSTOP)  # it has the claim, and gets no further
+    (folder,) = (path.parent for path in (tmp_path / "taps").rglob("key.json"))
+    removal = launch(["-m", "lst_scale.cli", "cache", "remove", folder.name, "--folder", str(tmp_path / "taps")], launcher="python")
+    assert removal.returncode == 1 and "is being written" in removal.stderr
+    building = launch(["-m", "lst_scale.cli", "cache", "build", "--recipe", str(paths[1])], launcher="python")
+    assert building.returncode == 1 and "error: another run is writing these rows to " in building.stderr
+    left = entries(tmp_path)
+    other = subprocess.Popen([*command, str(paths[1])], cwd=ROOT, env=fresh(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "runs" / "second-kind-seed0" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('"train"') > 3)
+    assert entries(tmp_path) == left
+    writer.kill()
+    writer.wait()
+    assert other.wait(120) == 0
+    train(paths[2])
+    assert result(tmp_path, "third")["cache"]["rows_run"] == 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def digests_in(index: Path) -> list[bytes]:
+    raw = index.read_bytes()
+    return [RECORD.unpack_from(raw, start)[0] for start in range(0, len(raw) - RECORD.size + 1, RECORD.size)]
 
 
 def entries(tmp_path: Path) -> int:

@@ -7,6 +7,8 @@ One thread of its own reads. Told which batch comes next (`prefetch`), it reads 
 use and one ahead, never more, and a step waits for the disk only when reading takes longer than training. All reads are that thread's, so
 none meets a write.
 
+Runs on the same rows at the same time: one of them writes (`claim_rows`), the others read what is there by then and run the rest.
+
 Stored in the backbone's own dtype, a row's taps are those of the batch it was first computed in: the same batch gives the same bits,
 another batch pads differently, which moves the last bits of float32 and bf16 sums.
 """
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lst_scale import distributed
+from lst_scale.backbone.claim import Claim, name_of
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.tap_cache import TapCache, decoder_digest, encoder_digest
 from lst_scale.backbone.taps import (
@@ -35,6 +39,7 @@ from lst_scale.backbone.taps import (
     Taps,
     selected,
 )
+from lst_scale.distributed import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,8 @@ class CachingBackbone:
         self._whole = TapRequest(layers=cache.key.layers, decoder_final=cache.key.decoder_final)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tap-reader")
         self._ahead: tuple[Wanted, Future[Read | None]] | None = None
+        self._claim: Claim | None = None
+        self.may_write: Callable[[], bool] = lambda: True  # asked at every batch that had to be run
 
     @property
     def live(self) -> LocalBackbone:
@@ -147,6 +154,24 @@ class CachingBackbone:
             self._write(wanted, taps)
             yield selected(taps, request)
 
+    def claim_rows(self, rows: Sequence[tuple[Tensor, Tensor]], world: World) -> bool:
+        """Claim the writing of these rows (source ids and decoder ids, without padding); return whether this run has it.
+
+        All ranks must call it, and all write or none does. A run of one process asks again whenever it had to run a batch: the one that
+        writes may have ended.
+        """
+        claim = Claim(self.cache.folder, name_of(decoder_digest(source, target) for source, target in rows))
+        first = distributed.on_main_rank(world, claim.take)
+        self.let_others_write()
+        self._claim = claim
+        self.may_write = claim.take if world.size == 1 else lambda: first
+        return first
+
+    def let_others_write(self) -> None:
+        """Give a claim back; the end of the process does, too."""
+        if self._claim is not None:
+            self._claim.let_go()
+
     def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""
         return encoder_digest(input_ids) in self.cache and decoder_digest(input_ids, decoder_input_ids) in self.cache
@@ -176,14 +201,19 @@ class CachingBackbone:
 
         `encoder`: its encoder's states, where they were read before.
         """
-        if not all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder)):
-            return None
+        if not self._has(wanted):
+            self.cache.refresh()  # another process may have written it since
+            if not self._has(wanted):
+                return None
         layers = len(self.cache.key.layers)
         encoder = encoder or self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
         if encoder is None:
             return None
         decoder = self._read_stack(wanted.decoder, wanted.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
         return None if decoder is None else (encoder, decoder)
+
+    def _has(self, wanted: Wanted) -> bool:
+        return all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder))
 
     def _read_stack(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
         """Return one stack's states, read straight into batches; padding is zero, which masked attention never sees."""
@@ -197,6 +227,8 @@ class CachingBackbone:
         return batches
 
     def _write(self, wanted: Wanted, taps: Taps) -> None:
+        if not self.may_write():
+            return
         final = [] if taps.decoder_final_BTD is None else [taps.decoder_final_BTD]
         for row, (source, target) in enumerate(zip(wanted.source_lengths, wanted.target_lengths, strict=True)):
             self.cache.write(wanted.encoder[row], [tap[row, :source] for tap in taps.encoder.tensors])

@@ -7,7 +7,8 @@
 A row's encoder taps are found by its source ids, its decoder taps by source and decoder ids, so a change of tokenizer, text format or
 truncation finds nothing, and a change of weights or precision looks in another folder: there is nothing that could be stale. Each
 process appends to files of its own, data before index; a killed writer leaves whole payloads behind, and any number of processes and
-ranks read them. A payload whose checksum is wrong counts as missing and is made again.
+ranks read them, while it writes too. A payload whose checksum is wrong counts as missing and is made again. Which of several runs on
+the same rows writes is settled in `claim.py`.
 
 Shapes: L tokens (source or target), K states, D = d_model.
 """
@@ -80,6 +81,7 @@ class TapCache:
         self.damaged: list[str] = []  # payloads that were passed over, named for the log
         self._where: dict[bytes, tuple[Path, int, int, int]] = {}
         self._files: dict[Path, int] = {}  # open for reading
+        self._seen: dict[Path, int] = {}  # how much of each index was read
         self._data: Any = None
         self._index: Any = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -101,16 +103,22 @@ class TapCache:
         return len(self._where)
 
     def refresh(self) -> None:
-        """Look again for what other processes have written."""
+        """Look for what was written since, by any process."""
         for index in sorted(self.folder.glob("*.index"), key=lambda path: path.stat().st_mtime_ns):  # what was made again comes later
+            seen = self._seen.get(index, 0)
             path = index.with_suffix(".taps")
-            if not path.exists():
+            if index.stat().st_size - seen < RECORD.size or not path.exists():
                 continue
-            size, raw = path.stat().st_size, index.read_bytes()
-            for start in range(0, len(raw) - RECORD.size + 1, RECORD.size):  # a record cut short by a kill is left out
+            with index.open("rb") as file:
+                file.seek(seen)
+                raw = file.read()
+            size = path.stat().st_size  # asked last: the data of a record is there before the record
+            whole = len(raw) - len(raw) % RECORD.size  # a record cut short by a kill is left out
+            for start in range(0, whole, RECORD.size):
                 digest, offset, tokens, checksum = RECORD.unpack_from(raw, start)
                 if offset + tokens * self._bytes_a_token() * len(self.key.layers) <= size:
                     self._where[digest] = (path, offset, tokens, checksum)
+            self._seen[index] = seen + whole
 
     def read(self, digest: bytes, states: int) -> list[Tensor] | None:
         """Return `states` tensors (L, D) in the storage's floating dtype, or None when they are missing or damaged."""
