@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone import precision as precisions
 from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
+from lst_scale.backbone.kernels import with_fused_kernels
 from lst_scale.errors import BackboneError
 
 
@@ -51,10 +52,8 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     """Return the model on the meta device."""
     from transformers import AutoModelForSeq2SeqLM
 
-    config = checkpoint.config
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        model = AutoModelForSeq2SeqLM.from_config(with_fused_kernels(checkpoint.config))
     return model
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.assemble import return_freed_memory
 from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
+from lst_scale.backbone.kernels import with_fused_kernels
 from lst_scale.backbone.masks import causal_mask
 from lst_scale.durable import write_directory
 
@@ -125,7 +126,7 @@ class _Walk:
         start = torch.tensor([self.spec.decoder_start_token_id], device=device)
         self.targets = [torch.cat([start, labels[:-1]])[None] for labels in self.labels]
         self.tables: dict[str, Any] = {}  # each stack's owner of the relative-position table, by which all its blocks are biased
-        checkpoint.config._attn_implementation = "sdpa"
+        with_fused_kernels(checkpoint.config)
 
     def run(self) -> None:
         sources, targets = self._looked_up()
@@ -292,5 +293,4 @@ def _stack_config(config: Any, stack: str) -> Any:
     narrowed = copy.deepcopy(config)
     narrowed.is_decoder = stack == "decoder"
     narrowed.use_cache = False
-    narrowed._attn_implementation = "sdpa"
     return narrowed

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
 from lst_scale.backbone.precision import replace
@@ -21,7 +20,7 @@ class WithAdapter(nn.Module):
         super().__init__()
         self.inner = inner
         self.down = nn.Linear(inner.out_features, bottleneck)
-        self.activation = NewGELUActivation()
+        self.activation = nn.GELU("tanh")
         self.up = nn.Linear(bottleneck, inner.out_features)
         for linear in (self.down, self.up):
             nn.init.normal_(linear.weight, std=ADAPTER_STD)

@@ -16,6 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lst_scale.backbone import precision as precisions
 from lst_scale.backbone.assemble import compute_dtype, places
 from lst_scale.backbone.checkpoint import spec_of
+from lst_scale.backbone.kernels import with_fused_kernels
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.data.batches import Batch
@@ -29,21 +30,21 @@ from lst_scale.side.count import Shape
 
 def config_of(shape: Shape, *, shards: int = 1) -> T5Config:
     """Return the configuration of a backbone of this shape, or of one rank's share of its matrices."""
-    config = T5Config(
-        vocab_size=shape.vocab_size,
-        d_model=shape.d_model,
-        d_ff=shape.d_ff // shards,
-        d_kv=shape.d_kv,
-        num_heads=shape.num_heads // shards,
-        num_layers=shape.num_layers,
-        num_decoder_layers=shape.num_decoder_layers,
-        relative_attention_num_buckets=shape.num_buckets,
-        feed_forward_proj="gated-gelu" if shape.gated else "relu",
-        dropout_rate=0.1,
-        decoder_start_token_id=0,
+    return with_fused_kernels(
+        T5Config(
+            vocab_size=shape.vocab_size,
+            d_model=shape.d_model,
+            d_ff=shape.d_ff // shards,
+            d_kv=shape.d_kv,
+            num_heads=shape.num_heads // shards,
+            num_layers=shape.num_layers,
+            num_decoder_layers=shape.num_decoder_layers,
+            relative_attention_num_buckets=shape.num_buckets,
+            feed_forward_proj="gated-gelu" if shape.gated else "relu",
+            dropout_rate=0.1,
+            decoder_start_token_id=0,
+        )
     )
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:

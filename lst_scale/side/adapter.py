@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNorm
 
 from lst_scale.backbone.masks import padding_mask
@@ -31,7 +30,7 @@ class SideAdapter(nn.Module):
         super().__init__()
         self.layer_norm = T5LayerNorm(d_model, eps=epsilon)
         self.down = nn.Linear(d_model, bottleneck)
-        self.activation = NewGELUActivation()
+        self.activation = nn.GELU("tanh")
         self.up = nn.Linear(bottleneck, d_model)
         self.dropout = Dropout(dropout)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config
 
+from lst_scale.backbone.kernels import with_fused_kernels
 from lst_scale.backbone.taps import BackboneSpec, PackedTap, Tap
 from lst_scale.side import attention
 from lst_scale.side.config import LadderConfig
@@ -142,5 +143,4 @@ def narrowed(spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> T
         feed_forward_proj=spec.feed_forward_proj,
         is_decoder=is_decoder,
     )
-    narrow._attn_implementation = attention.NAME
-    return narrow
+    return with_fused_kernels(narrow, attention.NAME)
