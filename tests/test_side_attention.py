@@ -13,11 +13,12 @@ from lst_scale.side.attention import Dropout, kept, side_attention, with_cheap_d
 MODULE = nn.Module()
 
 
-def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inputs(seed: int = 0, lengths: tuple[int, int] = (5, 7)) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    query, key, value = (torch.randn(2, 3, length, 4, generator=draw).requires_grad_(True) for length in (5, 7, 7))
-    bias = torch.randn(1, 3, 5, 7, generator=draw).requires_grad_(True)
-    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    T, S = lengths
+    query, key, value = (torch.randn(2, 3, length, 4, generator=draw).requires_grad_(True) for length in (T, S, S))
+    bias = torch.randn(1, 3, T, S, generator=draw).requires_grad_(True)
+    mask = torch.ones(2, 1, 1, S, dtype=torch.bool)
     mask[1, ..., 4:] = False
     return query, key, value, bias, mask
 
@@ -33,9 +34,10 @@ def test_each_element_is_dropped_by_itself_with_the_rate() -> None:
         assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.01
 
 
-def test_nothing_dropped_equals_torch_s_own_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lengths", [(5, 7), (40, 36)], ids=["short", "long enough for transposed products"])
+def test_nothing_dropped_equals_torch_s_own_with_its_gradients(lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "kept", lambda shape, rate, like: torch.ones(shape, dtype=like.dtype))
-    tensors, reference = inputs(), inputs()
+    tensors, reference = inputs(lengths=lengths), inputs(lengths=lengths)
     query, key, value, bias, mask = tensors
     found, _ = side_attention(MODULE, query, key, value, mask, dropout=1e-9, scaling=1.0, position_bias=bias)
     query, key, value, bias, mask = reference

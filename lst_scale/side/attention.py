@@ -65,7 +65,7 @@ class _DroppedAttention(torch.autograd.Function):
             torch.softmax(scores, dim=-1, out=weights[rows])
             mask = kept(scores.shape, rate, scores)
             masks[rows] = mask
-            output[rows] = torch.matmul(mask.mul_(weights[rows]), value[rows]).transpose(1, 2)
+            output[rows] = narrow_product(mask.mul_(weights[rows]), value[rows]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, weights, masks)
         ctx.rate, ctx.bias = rate, position_bias if position_bias is not None and ctx.needs_input_grad[3] else None
         return output.div_(1 - rate)
@@ -79,13 +79,24 @@ class _DroppedAttention(torch.autograd.Function):
         for rows in _row_groups(weights.shape):
             outer, mask = output_gradient[rows].transpose(1, 2) / (1 - ctx.rate), masks[rows].to(weights.dtype)
             for_weights = torch.matmul(outer, value[rows].transpose(2, 3)).mul_(mask)
-            for_value[rows] = torch.matmul(mask.mul_(weights[rows]).transpose(2, 3), outer)
+            for_value[rows] = narrow_product(mask.mul_(weights[rows]).transpose(2, 3), outer)
             for_scores = torch._softmax_backward_data(for_weights, weights[rows], -1, weights.dtype)
-            for_query[rows] = torch.matmul(for_scores, key[rows])
-            for_key[rows] = torch.matmul(for_scores.transpose(2, 3), query[rows])
+            for_query[rows] = narrow_product(for_scores, key[rows])
+            for_key[rows] = narrow_product(for_scores.transpose(2, 3), query[rows])
             if for_bias is not None:
                 _rows_of(for_bias, rows).add_(for_scores.sum(0, keepdim=True) if len(for_bias) == 1 else for_scores)
         return for_query, for_key, for_value, for_bias, None, None
+
+
+def narrow_product(maps: Tensor, states: Tensor) -> Tensor:
+    """Return maps @ states, (B, H, T, S) @ (B, H, S, d).
+
+    A side network's heads are d_kv / r wide. For fewer than 16 columns MKL takes four times as long as for as few rows (0.22 ms against
+    0.06 for 12 maps of 128 x 128 and d = 8), so there it is asked for the transpose.
+    """
+    if states.shape[-1] < 16 and min(maps.shape[-2:]) >= 32 and states.dtype == torch.float32:
+        return torch.matmul(states.transpose(2, 3), maps.transpose(2, 3)).transpose(2, 3)
+    return torch.matmul(maps, states)
 
 
 def _row_groups(shape: torch.Size, most: int = 1 << 18) -> list[slice]:
