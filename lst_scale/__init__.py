@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lst_scale.side.config import LadderConfig
+    from lst_scale.side.ensemble import LadderEnsemble
     from lst_scale.side.model import LadderModel
 
 __version__ = "0.1.0"
-__all__ = ["LadderConfig", "LadderModel", "__version__"]
+__all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from lst_scale.side.model import LadderModel
 
         return LadderModel
+    if name == "LadderEnsemble":
+        from lst_scale.side.ensemble import LadderEnsemble
+
+        return LadderEnsemble
     raise AttributeError(f"module 'lst_scale' has no attribute {name!r}")

@@ -43,6 +43,7 @@ def predict_command(
     inputs: Annotated[Path, typer.Argument(help="a .csv, .jsonl or .parquet file with the run's source fields")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="changes to the run's recipe")] = None,
     output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
+    others: Annotated[list[Path] | None, typer.Option("--with", help="a further run on the same backbone; they answer as one")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
@@ -53,8 +54,24 @@ def predict_command(
     from lst_scale.predict import predict_file
     from lst_scale.recipe import EvaluationRecipe
 
-    count = predict_file(run, inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams), overrides or ())
+    count = predict_file(
+        [run, *(others or ())], inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams), overrides or ()
+    )
     typer.echo(f"{count} predictions in {output}")
+
+
+@app.command("ensemble")
+def ensemble_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs on one backbone and task: seeds, sizes, designs")],
+    name: Annotated[str, typer.Option(help="of the run that holds the result")] = "ensemble",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what its folder holds")] = False,
+) -> None:
+    """Score several side networks as one: the mean of their probabilities, on one pass of the backbone."""
+    from lst_scale.ensemble import score_together
+
+    folder, result = score_together(runs, name, overwrite=overwrite)
+    alone = result["scores_alone"]
+    typer.echo(f"{folder}: score {result['scores']['score']:.2f}; alone {', '.join(f'{each:.2f}' for each in alone)}")
 
 
 @app.command("compare")

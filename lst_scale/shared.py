@@ -23,7 +23,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.backbone.remembered import load_caching
-from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps
+from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps, union
 from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import TaskData, load_task
@@ -32,7 +32,7 @@ from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of, union
+from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork

@@ -8,7 +8,7 @@ Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,14 @@ class TapRequest:
     layers: tuple[int, ...]
     decoder_final: bool = False  # also the decoder's final normed state, for a ladder that merges it
     storage: str = "exact"  # of block outputs: exact (as computed), bf16, or int8 with one scale a position
+
+
+def union(requests: Sequence[TapRequest]) -> TapRequest:
+    """Return the request that serves all: in their form where they agree on one, as computed where they don't."""
+    layers = sorted({layer for request in requests for layer in request.layers})
+    forms = {request.storage for request in requests}
+    storage = forms.pop() if len(forms) == 1 else "exact"
+    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests), storage=storage)
 
 
 @dataclass(frozen=True, kw_only=True)

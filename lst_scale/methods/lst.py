@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,6 @@ def source_of(backbone: Backbone, batch: Batch, request: TapRequest) -> EncoderS
 def prefetch_taps(backbone: CachingBackbone, batch: Batch) -> None:
     """Begin to read one micro-batch's taps, which `taps_of` will be asked for next."""
     backbone.prefetch(batch.input_ids_BS, batch.attention_mask_BS, shift_right(batch.labels_BT, backbone.spec))
-
-
-def union(requests: Sequence[TapRequest]) -> TapRequest:
-    """Return the request that serves all."""
-    layers = sorted({layer for request in requests for layer in request.layers})
-    (storage,) = {request.storage for request in requests}
-    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests), storage=storage)
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

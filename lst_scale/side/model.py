@@ -69,14 +69,16 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     def _assemble(self, backbone: Backbone, side: SideNetwork) -> None:
         object.__setattr__(self, "backbone", backbone)  # not a submodule, even if it were an nn.Module
         self.side = side
-        spec = backbone.spec
+        self._describe(backbone.spec, side.num_cache_layers)
+
+    def _describe(self, spec: BackboneSpec, side_cache_layers: int) -> None:
         # What GenerationMixin reads; the backbone's blocks come first in the cache, the side blocks after them.
         self.config = T5Config(
             vocab_size=spec.vocab_size,
             d_model=spec.d_model,
             d_kv=spec.d_kv,
             num_heads=spec.num_heads,
-            num_layers=spec.num_decoder_layers + len(side.config.side_layers) * (2 if side.config.design == "cross_attention" else 1),
+            num_layers=spec.num_decoder_layers + side_cache_layers,
             pad_token_id=spec.pad_token_id,
             eos_token_id=spec.eos_token_id,
             decoder_start_token_id=spec.decoder_start_token_id,
@@ -175,8 +177,10 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
 
     def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
-        decoder = self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache)
-        return self.backbone.head(self.side.decode(decoder, state[1], cache))
+        return self._logits(self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
+
+    def _logits(self, decoder: DecoderState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
+        return self.backbone.head(self.side.decode(decoder, side, cache))
 
     @torch.no_grad()
     def logits_of_each(
@@ -187,7 +191,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             side = None
             for taps in self.backbone.of_each(input_ids_BS, attention_mask_BS, targets, self.side.request):
                 side = side or self.side.encode(taps.encoder, attention_mask_BS)
-                yield self.backbone.head(self.side.decode(DecoderState(taps=taps.decoder, final_BTD=taps.decoder_final_BTD), side))
+                yield self._logits(DecoderState(taps=taps.decoder, final_BTD=taps.decoder_final_BTD), side)
             return
         state = self.encode(input_ids_BS, attention_mask_BS, source)
         for decoder_input_ids_BT in targets:

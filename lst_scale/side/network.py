@@ -47,6 +47,17 @@ class SideNetwork(nn.Module):
         """Return which states a side network of this configuration reads."""
         return TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last, storage=config.tap_storage)
 
+    @property
+    def encoder_width(self) -> int:
+        """Channels of the side encoder's final state: R, or D for the adapter design."""
+        wide = self.config.design == "adapter"
+        return self.spec.d_model if wide else self.spec.d_model // self.config.reduction_factor
+
+    @property
+    def num_cache_layers(self) -> int:
+        """How many entries of a cache its decoder fills, after the backbone's."""
+        return len(self.config.side_layers) * (2 if self.config.design == "cross_attention" else 1)
+
     def forward(self, taps: Taps) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""
         encoder = self.encode(taps.encoder, taps.attention_mask_BS)

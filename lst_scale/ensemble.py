@@ -1,0 +1,94 @@
+"""`lst-scale ensemble`: several finished runs on one backbone, scored as one model that averages their probabilities."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lst_scale import distributed
+from lst_scale.data.scores import score
+from lst_scale.errors import ArgumentError
+from lst_scale.folder import RECIPE, RESULT, folder_of, prepare_folder
+from lst_scale.logs import Logger
+from lst_scale.methods.lst import LadderTrainee
+from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.shared import load_shared
+from lst_scale.side.ensemble import LadderEnsemble
+from lst_scale.side.model import LadderModel
+from lst_scale.training.evaluation import answers
+from lst_scale.training.result import write_result
+from lst_scale.training.sessions import run_alone
+
+SUMMED = ("trainable_parameters", "trainable_share_percent", "saved_bytes", "train_seconds", "seconds_per_step")
+
+
+def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Score finished runs as an ensemble on the split that they were scored on, and write a run of its own: RUNS/NAME-TASK-seedN.
+
+    Its recipe is the first one's under another name; what its side networks cost together is the sum of what each cost.
+
+    Raises:
+        LstScaleError: a run is not finished, is no ladder, or differs in backbone, task, text or way of answering.
+    """
+    recipes, results = _read(runs)
+    recipe = recipes[0].model_copy(update={"name": name})
+    world = distributed.connect()
+    folder = folder_of(recipe)
+    distributed.on_main_rank(world, lambda: prepare_folder(folder, recipe, resume=False, overwrite=overwrite))
+    with Logger(folder if world.is_main else None) as logger:
+        shared = load_shared(recipes, world, logger)
+        sides = [LadderModel.from_pretrained(run / LadderTrainee.FOLDER, shared.backbone).side for run in runs]
+        model = LadderEnsemble(shared.backbone, sides)
+        start, split = time.perf_counter(), results[0]["split"]
+        asked = answers(
+            model, shared.splits[split], shared.tokenizer, recipe.evaluation, shared.task.labels, world, shared.task.target_prefix
+        )
+        texts = run_alone(asked, shared.encode)
+        shared.close()
+        scores = score(shared.task, texts, [row.target for row in shared.splits[split].rows])
+        alone = [each["scores"]["score"] for each in results]
+        result = results[0] | {"name": name, "recipe": recipe.model_dump(mode="json"), "ensemble_of": [str(run) for run in runs]}
+        result |= {"scores": {key: round(value, 4) for key, value in scores.items()}, "scores_alone": alone}
+        result |= {key: round(sum(each[key] for each in results), 4) for key in SUMMED}
+        result |= {"peak_memory_bytes": max(each["peak_memory_bytes"] for each in results)}
+        result |= {"seconds_to_answer": round(time.perf_counter() - start, 3)}
+        distributed.on_main_rank(world, lambda: write_result(folder, result))
+        logger.say(
+            f"{split} score {scores['score']:.2f} of {len(runs)} side networks together; alone {min(alone):.2f} to {max(alone):.2f}, "
+            f"mean {sum(alone) / len(alone):.2f}; saved in {folder}"
+        )
+    return folder, result
+
+
+def refuse_what_can_not_answer_together(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
+    """Compare runs with the first of them.
+
+    Raises:
+        ArgumentError: one is no ladder, or has another value of one of `keys`.
+    """
+    for run, recipe in zip(runs, recipes, strict=True):
+        if recipe.method.name != "lst":
+            raise ArgumentError(f"{run} trained method {recipe.method.name}, which shares no backbone with others: give runs of lst")
+        for key in keys:
+            if _asked(recipe, key) != _asked(recipes[0], key):
+                raise ArgumentError(f"{run} has another {key} than {runs[0]}: an ensemble answers one question on one backbone")
+
+
+def _asked(recipe: Recipe, key: str) -> object:
+    """Return a section of a recipe without what only training depends on."""
+    return recipe.data.model_copy(update={"shuffle_seed": None, "max_train_rows": None}) if key == "data" else getattr(recipe, key)
+
+
+def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[dict[str, Any]]]:
+    """Return recipes and results of runs that can answer together."""
+    if len(runs) < 2:
+        raise ArgumentError("an ensemble needs two runs or more: give their folders")
+    for run in runs:
+        if not (run / RESULT).is_file():
+            raise ArgumentError(f"{run} is no finished run: it holds no {RESULT}")
+    recipes = [load_recipe(str(run / RECIPE)) for run in runs]
+    refuse_what_can_not_answer_together(runs, recipes, ("task", "backbone", "data", "evaluation"))
+    return recipes, [json.loads((run / RESULT).read_text()) for run in runs]
