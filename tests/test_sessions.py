@@ -11,13 +11,15 @@ import torch
 from conftest import recipe_writer
 from test_prefetch import REQUEST, batches, opened
 
+from lst_scale import distributed
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.data.batches import Batch
+from lst_scale.errors import DataError, LstScaleError, TrainingError
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run
 from lst_scale.training import sessions
-from lst_scale.training.sessions import CLOSING, EVALUATION, TRAINING, Answer, Ask, Session, fit_together, timed
+from lst_scale.training.sessions import CLOSING, EVALUATION, TRAINING, Answer, Ask, Session, SomeFailed, fit_together, timed
 
 
 def batch_of(*rows: int) -> Batch:
@@ -96,6 +98,25 @@ def test_an_interruption_reaches_all_and_what_they_had_open_is_closed() -> None:
     with pytest.raises(Interrupted):
         fit_together([outer(name) for name in ("first", "second", "third")], batch_of, batch_of)
     assert sorted(left) == ["first", "second", "third"]
+
+
+def test_one_that_fails_on_all_ranks_alike_fails_alone_and_any_other_failure_ends_all() -> None:
+    def failing(error: LstScaleError) -> Session[None]:
+        yield Ask(at=(0, TRAINING, 0), batch=batch_of(1))
+        raise error
+
+    def whole(batch: Batch) -> str:
+        return f"{batch.indices}"
+
+    asks = (((0, TRAINING, 0), (1,)), ((1, TRAINING, 0), (2,)))
+    known = distributed.same_everywhere(TrainingError("not finite"))
+    with pytest.raises(SomeFailed) as caught:
+        fit_together([asking(*asks), failing(known), asking(*asks)], whole, whole)
+    assert caught.value.failures == {1: known}
+    assert caught.value.finished == {0: ["(1,)", "(2,)"], 2: ["(1,)", "(2,)"]}
+    for sessions_of, error in (([asking(*asks)], DataError("on this rank alone")), ([], known)):
+        with pytest.raises(type(error), match=str(error)):
+            fit_together([*sessions_of, failing(error)], whole, whole)
 
 
 def test_sessions_that_ask_for_different_batches_are_a_mistake_of_ours() -> None:
