@@ -20,7 +20,7 @@ from lst_scale import distributed
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
-from lst_scale.errors import TrainingError
+from lst_scale.errors import LstScaleError, TrainingError
 from lst_scale.logs import Logger
 from lst_scale.methods.base import Trainee
 from lst_scale.preemption import Interrupted
@@ -164,6 +164,8 @@ class Trainer:
                 loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
                 set_learning_rate(self.engine, rate)
             self.engine.step()
+            if index == last:
+                self._refuse_gradient(progress.step)
             seconds += time.perf_counter() - start
         progress = replace(
             progress,
@@ -191,23 +193,36 @@ class Trainer:
         total_nll, total_source, *bad = distributed.sum_over_ranks([nll if finite else 0.0, float(source_tokens), *bad], self.world.device)
         ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
         if ranks:
-            mend = "" if self.recipe.method.precision == "fp32" else " or method.precision=fp32"
-            raise distributed.same_everywhere(
-                TrainingError(
-                    f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken: start again (--overwrite) "
-                    f"with an optimizer.learning_rate below {self.recipe.optimizer.learning_rate:g}{mend}"
-                )
-            )
+            raise self._diverged(f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken")
         return total_nll / num_target_tokens, int(total_source)
+
+    def _refuse_gradient(self, step: int) -> None:
+        """Stop after a step whose gradient had no finite norm: clipping made nothing of it, or NaN, and no checkpoint may hold that."""
+        norm = self._gradient_norm()
+        if norm is not None and norm - norm != 0.0:
+            raise self._diverged(f"the gradient of step {step} is not finite")
+
+    def _gradient_norm(self) -> float | None:
+        """Return the norm before clipping, over all ranks; None under ZeRO 0, which does not tell."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _diverged(self, what: str) -> LstScaleError:
+        mend = "" if self.recipe.method.precision == "fp32" else " or method.precision=fp32"
+        return distributed.same_everywhere(
+            TrainingError(
+                f"{what}: start again (--overwrite) with an optimizer.learning_rate below {self.recipe.optimizer.learning_rate:g}{mend}"
+            )
+        )
 
     def _log_step(self, progress: Progress, loss: float, rate: float, seconds: float) -> None:
         due = progress.step % self.recipe.logging.log_every_steps == 0 or progress.step == 1
         self.logger.advance(progress.step, f"loss {loss:.4f}, lr {rate:.2e}, {seconds:.2f} s", say=due)
         if due:
             values: dict[str, Any] = {"loss": loss, "learning_rate": rate, "seconds": round(seconds, 4)}
-            norm = self.engine.get_global_grad_norm()
+            norm = self._gradient_norm()
             if norm is not None:
-                values["gradient_norm"] = float(norm)
+                values["gradient_norm"] = norm
             self.logger.record("train", progress.step, values)
 
     def _evaluate(self, progress: Progress) -> Session[Progress]:
