@@ -13,7 +13,9 @@ from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
 from lst_scale import LadderConfig, LadderModel
+from lst_scale.backbone.taps import FrozenHead
 from lst_scale.errors import LadderError
+from lst_scale.side import loss
 from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy, shift_right
 from lst_scale.side.network import Gate, SideNetwork
@@ -164,6 +166,30 @@ def test_the_summed_loss_over_its_tokens_is_the_mean_loss() -> None:
     loss, count = summed(model, labels)
     assert count == int((labels != -100).sum())
     torch.testing.assert_close(loss / count, model(**batch()).loss)
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize(
+    ("hidden", "head", "allowed"), [("float32", "float32", 1e-5), ("bfloat16", "bfloat16", 2e-2), ("float32", "bfloat16", 1e-5)]
+)
+def test_the_loss_over_the_frozen_head_and_its_gradient_are_autograd_s(
+    chunk: int, hidden: str, head: str, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    draw = torch.Generator().manual_seed(0)
+    frozen = FrozenHead(weight_VD=torch.randn(40, 16, generator=draw).to(getattr(torch, head)), scale=0.25)
+    labels = torch.randint(0, 40, (4, 5), generator=draw)
+    labels[0, 3:] = labels[2] = -100
+    states = 30 * torch.randn(4, 5, 16, generator=draw)  # logits of a hundred, whose plain exponentials overflow
+    mine, theirs = (states.to(getattr(torch, hidden)).requires_grad_(True) for _ in range(2))
+    found, _ = cross_entropy_sum(frozen, mine, labels)
+    expected = torch.nn.functional.cross_entropy(frozen(theirs).float().flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    (found * 0.5).backward()
+    (expected * 0.5).backward()
+    assert mine.grad is not None and theirs.grad is not None
+    assert not mine.grad[2].any() and not mine.grad[0, 3:].any()
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=allowed, atol=allowed)  # bf16 keeps 8 bits of mantissa
 
 
 def test_without_a_single_label_the_loss_is_zero_and_still_has_a_gradient() -> None:

@@ -182,6 +182,11 @@ class FrozenHead:
         dtype = torch.promote_types(hidden_BTD.dtype, self.weight_VD.dtype)
         return torch.nn.functional.linear(hidden_BTD.to(dtype) * self.scale, self.weight_VD.to(dtype))
 
+    def backward(self, logits_gradient: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+        """Return the gradient (..., D) of hidden states in `hidden_dtype`, given that (..., V) of their logits."""
+        dtype = torch.promote_types(hidden_dtype, self.weight_VD.dtype)
+        return torch.matmul(logits_gradient.to(dtype), self.weight_VD.to(dtype)).mul_(self.scale).to(hidden_dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:

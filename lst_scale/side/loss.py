@@ -10,7 +10,7 @@ from torch import Tensor
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
 
 IGNORED = -100
-CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,128 pieces, and as much for softmax and gradient each
+CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,128 pieces
 
 
 def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
@@ -39,19 +39,24 @@ def labelled_positions(labels_BT: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy over a frozen head. Keeps the gradient of the hidden states, (N, D), in place of the logits, (N, V)."""
+    """Cross-entropy over a frozen head. Keeps the gradient of the hidden states, (N, D), in place of the logits, (N, V).
+
+    nll = log sum exp(logits) - logits[label];  d nll / d logits = softmax(logits) - onehot(label), made where the logits were.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, labels_N: Tensor, head: FrozenHead) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
         for start in range(0, len(labels_N), CHUNK):
-            part = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                hidden = hidden_ND[part].detach().requires_grad_(True)
-                loss = torch.nn.functional.cross_entropy(head(hidden).float(), labels_N[part], reduction="sum")
-            (gradient_ND[part],) = torch.autograd.grad(loss, hidden)
-            total += loss.detach()
+            hidden, labels_N1 = hidden_ND[start : start + CHUNK], labels_N[start : start + CHUNK, None]
+            logits_NV = head(hidden).float()
+            largest_N1 = logits_NV.amax(-1, keepdim=True)
+            total += (largest_N1 - logits_NV.gather(-1, labels_N1)).sum()
+            sums_N1 = logits_NV.sub_(largest_N1).exp_().sum(-1, keepdim=True)
+            total += sums_N1.log().sum()
+            logits_NV.div_(sums_N1).scatter_add_(-1, labels_N1, -torch.ones_like(sums_N1))
+            gradient_ND[start : start + CHUNK] = head.backward(logits_NV, hidden.dtype)
         ctx.save_for_backward(gradient_ND)
         return total
 
