@@ -151,7 +151,7 @@ def test_a_sweep_of_four_with_two_at_once_and_its_table(cluster: Cluster, recipe
 
 
 def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("shared", training__epochs=60, training__evaluate_every=120, training__save_every_steps=10, data__shuffle_seed=0)
+    path = recipe("shared", training__epochs=40, training__evaluate_every=80, training__save_every_steps=10, data__shuffle_seed=0)
     sweep = ("seed=0,1", "optimizer.learning_rate=1e-2,3e37", "method.reduction_factor=2,4", "--together", "4")
     said = cluster.script("sweep", "--recipe", str(path), *sweep, "--at-most", "1", *ON_ONE_CORE)
     jobs = re.findall(r": job (\S+)", said)
