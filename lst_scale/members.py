@@ -89,8 +89,6 @@ def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
     Raises:
         RecipeError: says which value is not.
     """
-    if len(members) == 1:
-        return
     problems = [f"members: {problem}" for member in members for problem in _differences(members[0], member)]
     folders = [member.run_name for member in members]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})

@@ -53,7 +53,8 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
         MembersFailed: some failed, for instance on a loss that is not finite; the others are finished.
         LstScaleError: anything else the user can mend, in one line.
     """
-    refuse_what_can_not_share(recipes)
+    if len(recipes) > 1:
+        refuse_what_can_not_share(recipes)
     ds_config = load_ds_config(recipes[0].training.deepspeed)
     for each in recipes:
         check_method(each)

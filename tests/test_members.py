@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from lst_scale.errors import RecipeError
 from lst_scale.grid import grid_as_lines
 from lst_scale.members import members_of, share_passes
 from lst_scale.recipe import load_recipe, parse_recipe, to_yaml
-from lst_scale.run import run as carry_out
-from lst_scale.training import member
 
 MEMBERS = [
     "seed=0 optimizer.learning_rate=1e-2",
@@ -116,28 +112,14 @@ def test_a_run_that_diverges_stops_with_one_line(rate: str, what: str, write_rec
     assert done.returncode == 1 and f"error: the {what} of step " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_a_member_that_ends_is_gone_while_others_train_on(
-    stage: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modules: list[weakref.ref[Any]] = []
-    build, write_result = member.build_trainee, member.write_result
-    alive: list[list[bool]] = []
-
-    def building(*arguments: Any, **options: Any) -> Any:
-        trainee = build(*arguments, **options)
-        modules.append(weakref.ref(next(iter(trainee.module.parameters()))))
-        return trainee
-
-    def writing(*arguments: Any) -> None:
-        gc.collect()
-        alive.append([module() is not None for module in modules])
-        write_result(*arguments)
-
-    monkeypatch.setattr(member, "build_trainee", building)
-    monkeypatch.setattr(member, "write_result", writing)
+def test_a_member_that_ends_is_gone_while_others_train_on(stage: str, write_recipe: Callable[..., Path]) -> None:
     members = [f"training.max_steps={steps} seed={steps}" for steps in (3, 1, 2)]
-    carry_out(load_recipe(str(write_recipe("ending", members=members, training__deepspeed=stage, **SHARED))))
+    path = write_recipe("ending", members=members, training__deepspeed=stage, **SHARED)
+    done = launch(["tests/run_ending_members.py", str(path)], launcher="python")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alive = [json.loads(line.removeprefix("alive ")) for line in done.stdout.splitlines() if line.startswith("alive ")]
     assert alive == [[True, True, True], [True, False, True], [True, False, False]]
 
 
