@@ -15,10 +15,11 @@ import statistics
 from pathlib import Path
 
 import methods
+import yaml
 from methods import TASKS, prepare, recipe
 
 from lst_scale.ensemble import score_together
-from lst_scale.recipe import Recipe
+from lst_scale.recipe import Recipe, parse_recipe
 from lst_scale.run import run
 
 RATES = {"lst-norm": {"kind": 3e-3, "speech": 3e-3, "tweets": 1e-3}, "lst": {"kind": 1e-3, "speech": 1e-3, "tweets": 1e-3}}
@@ -26,18 +27,12 @@ SIZES = (2, 4, 8)
 
 
 def members(folder: Path, task: str, method: str, epochs: int, seeds: int) -> Recipe:
+    many = f"{method}-{epochs}"
     one = recipe(folder, task, method, RATES[method][task], 0, epochs)
-    tree = one.model_dump(mode="json") | {"name": f"{method}-{epochs}", "output_dir": str(folder / "ensembles")}
+    tree = one.model_dump(mode="json") | {"name": many, "output_dir": str(folder / "ensembles")}
     tree["data"]["shuffle_seed"] = 0
     tree["members"] = [f"seed={seed}" for seed in range(seeds)]
-    return Recipe.model_validate(as_tuples(tree))
-
-
-def as_tuples(value: object) -> object:
-    """Lists of a dumped recipe as the tuples that a record has."""
-    if isinstance(value, dict):
-        return {key: as_tuples(item) for key, item in value.items()}
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+    return parse_recipe(yaml.safe_dump(tree), many)
 
 
 def main() -> None:

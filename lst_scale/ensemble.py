@@ -35,8 +35,10 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
     """
     recipes, results = _read(runs)
     recipe = recipes[0].model_copy(update={"name": name})
-    world = distributed.connect()
     folder = folder_of(recipe)
+    if folder.resolve() in [run.resolve() for run in runs]:
+        raise ArgumentError(f"--name {name} is that of {folder}, a run of the ensemble itself: write another name")
+    world = distributed.connect()
     distributed.on_main_rank(world, lambda: prepare_folder(folder, recipe, resume=False, overwrite=overwrite))
     with Logger(folder if world.is_main else None) as logger:
         shared = load_shared(recipes, world, logger)

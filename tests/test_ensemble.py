@@ -95,6 +95,9 @@ def test_runs_score_together_predict_together_and_stand_in_the_table(runs: dict[
     assert "all-four" in compare([folder, *grid])
     with pytest.raises(ArgumentError, match="already holds a run"):
         score_together(grid, "all-four")
+    with pytest.raises(ArgumentError, match="a run of the ensemble itself: write another name"):
+        score_together(grid, load_recipe(str(grid[0] / "recipe.yaml")).name, overwrite=True)
+    assert (grid[0] / "side_network").is_dir()
     _, again = score_together([grid[0], grid[0]], "twice-one")
     assert again["scores"] == each[0]["scores"], "two of a kind answer as one of them"
 
