@@ -6,11 +6,14 @@ and what to write instead. The console shows that line alone; a traceback means 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+LONGEST_REASON = 300
 
 
 class LstScaleError(Exception):
@@ -59,6 +62,43 @@ class MembersFailed(LstScaleError):
         first = f"{len(failures)} of {of} members failed, the others are finished" if len(failures) < of else f"all {of} members failed"
         super().__init__("\n       ".join([first, *lines]))
         self.failures = dict(failures)
+
+
+@contextlib.contextmanager
+def fence(error_class: type[LstScaleError], what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into `error_class` with the line "what: reason".
+
+    Put it around all reading of what a user or an earlier run wrote. Parsers raise dozens of kinds (a damaged file has found each of
+    them), so none is listed: only our own errors, which say more, and Ctrl-C pass. `what` names the file, and the row if it is known:
+
+        with fence(DataError, f"{path}: row {number}"):
+            ...
+    """
+    try:
+        yield
+    except LstScaleError:
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust (tokenizers, safetensors) is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise error_class(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in one printable line of bounded length."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, UnicodeError):
+        return f"not UTF-8 text ({error})"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return printable if len(printable) <= LONGEST_REASON else f"{printable[:LONGEST_REASON]}..."
 
 
 def tell(error: LstScaleError) -> None:
