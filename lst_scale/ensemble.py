@@ -34,7 +34,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
         LstScaleError: a run is not finished, is no ladder, or differs in backbone, task, text or way of answering.
     """
     recipes, results = _read(runs)
-    recipe = recipes[0].model_copy(update={"name": name})
+    recipe = recipes[0].renamed(name)
     folder = folder_of(recipe)
     if folder.resolve() in [run.resolve() for run in runs]:
         raise ArgumentError(f"--name {name} is that of {folder}, a run of the ensemble itself: write another name")

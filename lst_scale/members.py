@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Sequence
 
 from lst_scale.errors import RecipeError
+from lst_scale.names import fitting_name
 from lst_scale.recipe import Recipe, load_recipe, parse_recipe, to_yaml
 
 _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
@@ -53,7 +53,7 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
         values = dict(override.split("=", 1) for override in member)
         parts = [f"{_short(key, swept)}-{values[key]}" for key in swept if key in values]
         name = "-".join([loaded.name, *parts])
-        found.append(loaded.model_copy(update={"name": re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_")}))
+        found.append(loaded.renamed(fitting_name(name)))
     if problems:
         raise RecipeError("\n       ".join(line.strip() for line in problems))
     return found

@@ -6,7 +6,6 @@ their sections in `recipe_backbone.py` and `recipe_task.py`; decoding and its er
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +15,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from lst_scale import decode
 from lst_scale.assets import find_recipe
 from lst_scale.decode import Count, Section
+from lst_scale.errors import RecipeError
 from lst_scale.grid import grid_as_lines
+from lst_scale.names import Name, PathText, checked_name
 from lst_scale.recipe_backbone import BackboneRecipe, NotFp16
 from lst_scale.recipe_task import GLUE, FileTask
 
@@ -131,7 +132,7 @@ class TrainingRecipe(Section):
     max_steps: Count | None = None
     global_batch_size: Count = 100
     micro_batch_size: Count | None = None  # rows a forward pass; None: all of a rank's share
-    deepspeed: str = "zero2"  # a file of ds_configs/, or a path
+    deepspeed: PathText = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
     save_every_steps: Count | None = None  # None: at every evaluation
@@ -172,7 +173,7 @@ class CacheRecipe(Section):
 
     enabled: bool = False
     dtype: Literal["bf16", "fp32", "int8"] = "bf16"
-    folder: str | None = None  # None: ~/.cache/lst_scale/taps
+    folder: PathText | None = None  # None: ~/.cache/lst_scale/taps
 
 
 class LoggingRecipe(Section):
@@ -183,10 +184,10 @@ class LoggingRecipe(Section):
 class Recipe(Section):
     """What `run` carries out. `task` is one of GLUE's names, or a mapping for one's own files."""
 
-    name: str
+    name: Name
     task: decode.either(word=Literal[GLUE], mapping=FileTask)  # type: ignore[valid-type]
     seed: int = Field(default=0, ge=0)
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     backbone: BackboneRecipe
     method: Method
     optimizer: OptimizerRecipe = OptimizerRecipe()
@@ -198,13 +199,6 @@ class Recipe(Section):
     # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
 
-    @field_validator("name")
-    @classmethod
-    def _fit_for_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{name!r} names a folder: letters, digits, '.', '_' and '-' only, starting with a letter or digit")
-        return name
-
     @property
     def task_name(self) -> str:
         return self.task if isinstance(self.task, str) else self.task.name
@@ -213,6 +207,17 @@ class Recipe(Section):
     def run_name(self) -> str:
         """The run's folder below output_dir."""
         return f"{self.name}-{self.task_name}-seed{self.seed}"
+
+    def renamed(self, name: str) -> Recipe:
+        """Return the same recipe under another name.
+
+        Raises:
+            RecipeError: it is not fit for a folder. (`model_copy` would not look.)
+        """
+        try:
+            return self.model_copy(update={"name": checked_name(name)})
+        except ValueError as error:
+            raise RecipeError(f"name: {error}") from error
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

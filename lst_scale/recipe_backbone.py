@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lst_scale import decode
 from lst_scale.decode import Count, Section
+from lst_scale.names import PathText
 
 FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"
 
@@ -33,7 +34,7 @@ class TensorParallel(Section):
     name: Literal["tensor_parallel"]
     size: Count | None = None  # None: all ranks
     across_nodes: bool = False  # whether a group may span machines
-    deepspeed: str = "inference"  # a file of ds_configs/, or a path
+    deepspeed: PathText = "inference"  # a file of ds_configs/, or a path
 
 
 class Zero3(Section):
@@ -47,7 +48,7 @@ class Streamed(Section):
 
     name: Literal["streamed"]
     source: Literal["host", "disk"] = "host"
-    folder: str | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
+    folder: PathText | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
 
     @model_validator(mode="after")
     def _folder_needs_disk(self) -> Streamed:
@@ -63,8 +64,8 @@ else:
 
 
 class BackboneRecipe(Section):
-    checkpoint: str
-    revision: str | None = None
+    checkpoint: PathText
+    revision: PathText | None = None
     precision: Annotated[Literal["fp32", "bf16", "int8", "nf4"], NotFp16] = "bf16"
     max_quantization_error: float | None = Field(default=None, gt=0)  # None: the precision's own
     placement: Placement = Replicated(name="replicated")

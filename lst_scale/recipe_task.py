@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lst_scale.decode import Section
+from lst_scale.names import Name, PathText
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge_l", "chrf")
@@ -16,11 +17,11 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "
 class FileTask(Section):
     """One's own data: a local .csv, .jsonl or .parquet file, "embedded:..." or "hub:owner/name[:config][:split]" for each split."""
 
-    name: str = "custom"
+    name: Name = "custom"
     kind: Literal["classification", "regression", "text"]
-    train: str
-    validation: str
-    test: str | None = None
+    train: PathText
+    validation: PathText
+    test: PathText | None = None
     source: tuple[str, ...] = Field(min_length=1)
     target: str
     prefix: str | None = None
