@@ -14,7 +14,8 @@ from sklearn import metrics as sklearn_metrics
 
 from lst_scale.data.batches import FILLER, IGNORED, evaluation_batches, merge_predictions, training_steps
 from lst_scale.data.encode import EncodedSplit, answer_in, encode
-from lst_scale.data.scores import METRICS, majority_score, score
+from lst_scale.data.metrics import METRICS
+from lst_scale.data.scores import majority_score, score
 from lst_scale.data.tasks import GLUE, Row, TaskData, file_source, glue_row, split_glue
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.recipe_task import FileTask

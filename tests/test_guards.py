@@ -48,6 +48,13 @@ def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
     assert "seed: 7" in done.stdout and "task: mrpc" in done.stdout and "name: x" in done.stdout  # options between overrides
 
 
+def test_what_only_some_runs_need_is_imported_where_it_is_used() -> None:
+    optional = ("datasets", "evaluate", "sklearn", "pandas", "rouge_score", "sacrebleu", "matplotlib", "submitit", "tensorboard")
+    program = f"import sys, lst_scale.run; print([name for name in {optional} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr + done.stdout
+
+
 def test_every_command_of_the_readme_exists() -> None:
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
