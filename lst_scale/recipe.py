@@ -135,7 +135,7 @@ class TrainingRecipe(Section):
     deepspeed: PathText = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
-    save_every_steps: Count | None = None  # None: at every evaluation
+    save_every_steps: Count | None = None  # beside those at every evaluation
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lst_scale.durable import sha256_of, write_directory
+from lst_scale.durable import sha256_of, write_directory, write_file
 from lst_scale.errors import CheckpointError
 from lst_scale.training.engine import Snapshot
 
@@ -60,12 +60,27 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, progress: Progress, identi
         save_file(snapshot.weights, partial / WEIGHTS)
         save_file(snapshot.moments, partial / MOMENTS)
         digests = {name: sha256_of(partial / name) for name in (WEIGHTS, MOMENTS)}
-        state = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "sha256": digests}
-        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        (partial / STATE).write_text(_state(progress, identity, digests))
 
-    path = folder / f"step-{progress.step:08d}"
+    path = _path(folder, progress.step)
     write_directory(path, fill, read_state)
     return path
+
+
+def update_progress(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """Say in the checkpoint of `progress.step` what has happened since, in one move: an evaluation changes no weight. Rank 0 only."""
+    path = _path(folder, progress.step) / STATE
+    digests = json.loads(path.read_text())["sha256"]
+    write_file(path, _state(progress, identity, digests))
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _state(progress: Progress, identity: dict[str, Any], digests: dict[str, str]) -> str:
+    state = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "sha256": digests}
+    return json.dumps(state, indent=2) + "\n"
 
 
 def read_state(path: Path) -> dict[str, Any]:

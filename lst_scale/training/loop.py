@@ -25,7 +25,7 @@ from lst_scale.logs import Logger
 from lst_scale.methods.base import Trainee
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import Recipe
-from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint
+from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint, update_progress
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
 from lst_scale.training.sessions import TRAINING, Ask, Session, timed
@@ -94,28 +94,28 @@ class Trainer:
         plan = self.plan
         self.logger.start_bar(plan.total_steps, progress.step)
         self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
-        saved_at = progress
+        self._saved = progress
         while True:
             try:
                 distributed.poll_interruption(self.world)
                 if self._evaluation_is_due(progress):
+                    self._keep(progress)  # an evaluation that fails, or is killed, loses no step
                     progress = yield from self._evaluate(progress)
+                    self._keep(progress)
             except Interrupted:
-                if progress != saved_at and progress.step > 0:
-                    self._save(progress)
-                self.logger.say(f"step {progress.step}: saved on a signal")
+                self._keep(progress)
+                self.logger.say(f"step {progress.step}: saved on a signal; --resume goes on from here")
                 raise
             last = progress.step == plan.total_steps or progress.finished
-            if progress.step > 0 and progress != saved_at and (progress.step % plan.save_every == 0 or last):
-                self._save(progress)
-                saved_at = progress
+            if progress.step % plan.save_every == 0 or last:
+                self._keep(progress)
             if last:
                 return replace(progress, finished=True)
             try:
                 progress = yield from self._train_step(self._step(progress.step), progress)
             except Interrupted:  # thrown in while others left: this step was not taken
-                if progress != saved_at and progress.step > 0:
-                    self._save(progress)
+                self._keep(progress)
+                self.logger.say(f"step {progress.step}: saved on a signal; --resume goes on from here")
                 raise
 
     def _evaluation_is_due(self, progress: Progress) -> bool:
@@ -244,9 +244,19 @@ class Trainer:
         finished = patience is not None and since >= patience
         return replace(progress, evaluated_at=progress.step, evaluations_since_best=since, finished=finished)
 
-    def _save(self, progress: Progress) -> None:
-        state = snapshot(self.engine, keep=self.world.is_main)
+    def _keep(self, progress: Progress) -> None:
+        """Put `progress` on disk unless it is there: as a checkpoint, or as a new state of the one of this step, whose weights it has."""
+        if progress == self._saved or progress.step == 0:
+            return
         folder = self.folder / "checkpoints"
+        if self._saved.step == progress.step:
+            distributed.on_main_rank(self.world, lambda: update_progress(folder, progress, self.identity))
+        else:
+            self._save(folder, progress)
+        self._saved = progress
+
+    def _save(self, folder: Path, progress: Progress) -> None:
+        state = snapshot(self.engine, keep=self.world.is_main)
 
         def write() -> None:
             save_checkpoint(folder, state, progress, self.identity)
