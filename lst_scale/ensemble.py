@@ -46,7 +46,14 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
         model = LadderEnsemble(shared.backbone, sides)
         start, split = time.perf_counter(), results[0]["split"]
         asked = answers(
-            model, shared.splits[split], shared.tokenizer, recipe.evaluation, shared.task.labels, world, shared.task.target_prefix
+            model,
+            shared.splits[split],
+            shared.tokenizer,
+            recipe.evaluation,
+            shared.task.labels,
+            world,
+            shared.task.target_prefix,
+            longest=shared.splits["train"].longest_target,
         )
         texts = run_alone(asked, shared.encode)
         shared.close()

@@ -51,7 +51,7 @@ def predict_file(runs: Sequence[Path], source: Path, output: Path, evaluation: E
     labels = None if isinstance(recipe.task, str) else recipe.task.labels
     prefix = "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
     with _answering(runs, recipe, world) as model:
-        session = answers(model, split, tokenizer, evaluation, labels, world, prefix, MAX_NEW_TOKENS)
+        session = answers(model, split, tokenizer, evaluation, labels, world, prefix, longest=MAX_NEW_TOKENS)
         predictions = run_alone(
             session, lambda batch: model.read(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device))
         )

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lst_scale.data.encode import EncodedSplit
 
+T = TypeVar("T")
 IGNORED = -100
 FILLER = -1
 POOL = 50  # global batches that are sorted by length together: long enough to save padding, short enough to stay random
@@ -104,12 +106,12 @@ def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
     return Batch(input_ids_BS=input_ids_BS, attention_mask_BS=attention_mask_BS, labels_BT=_padded(targets, IGNORED), indices=tuple(rows))
 
 
-def merge_predictions(gathered: Iterable[Iterable[tuple[int, str]]], count: int) -> list[str]:
+def merge_predictions(gathered: Iterable[Iterable[tuple[int, T]]], count: int) -> list[T]:
     """Return the predictions of all ranks in row order."""
-    merged: dict[int, str] = {}
-    for index, text in (pair for part in gathered for pair in part):
+    merged: dict[int, T] = {}
+    for index, said in (pair for part in gathered for pair in part):
         assert index not in merged, f"row {index} was predicted twice"
-        merged[index] = text
+        merged[index] = said
     assert len(merged) == count, f"{len(merged)} predictions for {count} rows"
     return [merged[index] for index in range(count)]
 

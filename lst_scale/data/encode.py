@@ -19,6 +19,11 @@ class EncodedSplit:
     labels: list[list[int]]
     pad_token_id: int
 
+    @property
+    def longest_target(self) -> int:
+        """How many tokens the longest target has, </s> among them."""
+        return max(map(len, self.labels))
+
 
 def encode(
     rows: Sequence[Row], tokenizer: Any, max_source_length: int, max_target_length: int | None, target_prefix: str = ""

@@ -6,10 +6,11 @@ the metric of a single process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from lst_scale import distributed
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
@@ -21,6 +22,8 @@ from lst_scale.recipe import EvaluationRecipe
 from lst_scale.side.loss import shift_right
 from lst_scale.training.sessions import EVALUATION, Ask, Session
 
+T = TypeVar("T")
+
 
 def answers(
     model: Answerer,
@@ -30,19 +33,37 @@ def answers(
     labels: Sequence[str] | None,
     world: World,
     target_prefix: str = "",
-    longest: int | None = None,
     *,
+    longest: int,
     at: tuple[int, int] = (0, EVALUATION),
 ) -> Session[list[str]]:
     """A session that ends with the predicted text of every row of `split`, in order, on every rank. All ranks must run it.
 
-    It asks for what the frozen backbone makes of each batch's source, where there is one. `longest` bounds the new tokens when the recipe
-    does not; None: the longest target.
+    `longest` bounds the new tokens when the recipe does not: that of a training target, since those of the rows to answer are not known.
     """
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
-    longest = longest or max(len(target) for target in split.labels)
-    mine: list[tuple[int, str]] = []
+
+    def reply(batch: Batch, source: Any) -> list[str]:
+        return answer(model, batch, tokenizer, recipe, labels, longest, target_prefix, source)
+
+    return each_row(model, split, recipe, world, reply, at=at)
+
+
+def each_row(
+    model: Answerer,
+    split: EncodedSplit,
+    recipe: EvaluationRecipe,
+    world: World,
+    reply: Callable[[Batch, Any], Sequence[T]],
+    *,
+    at: tuple[int, int] = (0, EVALUATION),
+) -> Session[list[T]]:
+    """A session that ends with what `reply` says of every row, in order, on every rank. All ranks must run it.
+
+    It asks for what the frozen backbone makes of each batch's source, where there is one; `reply` gets the batch and that.
+    """
+    mine: list[tuple[int, T]] = []
     replica = model.replica
     batches: Iterator[Batch] = evaluation_batches(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
@@ -54,9 +75,9 @@ def answers(
         source = (yield Ask(at=(*at, number), batch=batch)).prepared if model.asks(recipe.method) else None
         if batch is None:
             continue
-        texts = answer(model, batch, tokenizer, recipe, labels, longest, target_prefix, source)
+        replies = reply(batch, source)
         del source
-        mine.extend((row, text) for row, text in zip(batch.indices, texts, strict=True) if row != FILLER)
+        mine.extend((row, said) for row, said in zip(batch.indices, replies, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
     return merge_predictions(by_replica.values(), len(split.rows))
@@ -80,7 +101,9 @@ def answer(
         source: what `model.read` makes of the batch; None: it is made here.
     """
     if recipe.method == "likelihood":
-        return _likeliest(model, batch, tokenizer, labels or (), target_prefix, source)
+        assert labels, "answers() refuses likelihood without labels"
+        scores_BL = label_scores(model, batch, tokenizer, labels, target_prefix, source)
+        return [labels[int(best)] for best in scores_BL.argmax(-1)]
     output_BT = model.generate(
         input_ids=batch.input_ids_BS.to(model.device),
         attention_mask=batch.attention_mask_BS.to(model.device),
@@ -92,8 +115,11 @@ def answer(
     return [answer_in(text, target_prefix) for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
 
 
-def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str, source: Any) -> list[str]:
-    """Return for each row the label with the largest log-likelihood. The encoders run once for all labels."""
+@torch.no_grad()
+def label_scores(
+    model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", source: Any = None
+) -> Tensor:
+    """Return the log-likelihood of every label for every row (B, L), in nats. The encoders run once for all labels."""
     device = model.device
     targets = [torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device) for label in labels]
     labels_each = [target_1T.expand(len(batch.indices), -1) for target_1T in targets]
@@ -103,4 +129,4 @@ def _likeliest(model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[s
         logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)
         for logits_BTV, labels_BT in zip(found, labels_each, strict=True)
     ]
-    return [labels[int(best)] for best in torch.stack(scores, -1).argmax(-1)]
+    return torch.stack(scores, -1)

@@ -106,8 +106,17 @@ class Member:
         shared, split = self.shared, self.shared.splits[name]
         task = shared.task
         with self.trainee.answering(weights) as model:
-            asked = answers(model, split, shared.tokenizer, self.recipe.evaluation, task.labels, shared.world, task.target_prefix, at=at)
-            texts = yield from asked
+            texts = yield from answers(
+                model,
+                split,
+                shared.tokenizer,
+                self.recipe.evaluation,
+                task.labels,
+                shared.world,
+                task.target_prefix,
+                longest=shared.splits["train"].longest_target,
+                at=at,
+            )
         return score(task, texts, [row.target for row in split.rows])
 
 
