@@ -113,7 +113,11 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
         if not backbone.may_write():
             raise distributed.same_everywhere(
-                BackboneError(f"another run is writing these rows to {backbone.cache.folder}: start runs on them, or wait for its end")
+                BackboneError(
+                    f"these rows can't be written: {backbone.not_writing_because}"
+                    if backbone.not_writing_because
+                    else f"another run is writing these rows to {backbone.cache.folder}: start runs on them, or wait for its end"
+                )
             )
         request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
@@ -165,7 +169,9 @@ def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world:
     missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
     if writes:
         backbone.cache.refuse_if_too_large(sum(len(source) for source, _ in missing), sum(len(target) for _, target in missing))
-    elsewhere = "; another run writes the others" if missing and not writes else ""
+    why = backbone.not_writing_because
+    others = f"the others can't be written: {why}" if why else "another run writes the others"
+    elsewhere = f"; {others}" if missing and not writes else ""
     logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
     return backbone
 

@@ -167,6 +167,11 @@ class CachingBackbone:
         self.may_write = claim.take if world.size == 1 else lambda: first
         return first
 
+    @property
+    def not_writing_because(self) -> str | None:
+        """Why nothing can be written here; None when only another run's claim is in the way."""
+        return None if self._claim is None else self._claim.refused
+
     def let_others_write(self) -> None:
         """Give a claim back; the end of the process does, too."""
         if self._claim is not None:

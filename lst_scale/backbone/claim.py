@@ -7,38 +7,61 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from lst_scale.errors import reason_of
 
 ENDING = ".claim"
 
 
 class Claim:
-    """The right to write down certain rows; `name` says which."""
+    """The right to write down certain rows; `name` says which. `refused` says why nobody can have it here, where that is so."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / f"{name}{ENDING}"
-        self._file: Any = None
+        self._descriptor: int | None = None
+        self.refused: str | None = None
 
     def take(self) -> bool:
-        """Return whether this process has the claim, taking it if it is free."""
-        if self._file is None:
-            file = self._path.open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                return False
-            except OSError:
-                pass  # a file system without locks: everybody writes, and what is there twice is read once
-            self._file = file
+        """Return whether this process has the claim, taking it if it is free. None is given where nothing can be written."""
+        if self._descriptor is not None:
+            return True
+        self.refused = None
+        if not os.access(self._path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            self.refused = f"{self._path.parent} is read-only"
+            return False
+        try:
+            descriptor = _open(self._path)
+        except OSError as error:
+            self.refused = f"{self._path}: {'is a symbolic link' if self._path.is_symlink() else reason_of(error)}"
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            pass  # a file system without locks: everybody writes, and what is there twice is read once
+        self._descriptor = descriptor
         return True
 
     def let_go(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    __del__ = let_go
+
+
+def _open(path: Path) -> int:
+    """Open a claim in a folder that others may write to: its name can be guessed, so no link is followed and nothing is emptied."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, flags | os.O_RDONLY)  # somebody else's: a lock asks for no more
 
 
 def name_of(digests: Iterable[bytes]) -> str:
@@ -50,7 +73,8 @@ def is_claimed(folder: Path) -> bool:
     """Whether a process is writing in `folder` now."""
     for path in folder.glob(f"*{ENDING}"):
         claim = Claim(folder, path.name.removesuffix(ENDING))
-        if not claim.take():
-            return True
+        free = claim.take()
         claim.let_go()
+        if not free and claim.refused is None:
+            return True
     return False

@@ -24,7 +24,6 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.cache_key import KEY, CacheKey, read_key
 from lst_scale.durable import write_file
-from lst_scale.errors import BackboneError
+from lst_scale.errors import BackboneError, reason_of
 
-FORMAT = 1
 RECORD = struct.Struct("<16sQII")  # digest, offset, tokens, CRC-32 of the payload
 STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheKey:
-    """All that a row's taps depend on, but for its token ids."""
-
-    fingerprint: str
-    precision: str  # of the backbone
-    layers: tuple[int, ...]
-    decoder_final: bool
-    d_model: int
-    dtype: str  # of storage: bf16, fp32, or int8 with one scale a token
-
-    @property
-    def folder(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self) | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:20]
-
-    def bytes_of(self, source_tokens: int, target_tokens: int) -> int:
-        """Return what rows with so many tokens take on disk."""
-        width = {"bf16": 2 * self.d_model, "fp32": 4 * self.d_model, "int8": self.d_model + 4}[self.dtype]
-        decoder_states = len(self.layers) + self.decoder_final
-        return width * (source_tokens * len(self.layers) + target_tokens * decoder_states)
 
 
 def encoder_digest(input_ids: Tensor) -> bytes:
@@ -86,10 +63,23 @@ class TapCache:
         self._index: Any = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.taps"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "key.json").exists():
-            write_file(self.folder / "key.json", json.dumps(asdict(key) | {"format": FORMAT}, indent=2) + "\n")
+        self._make()
         self.refresh()
+
+    def _make(self) -> None:
+        """Make the folder and its mark, unless they are there: a cache that is there may be read-only.
+
+        Raises:
+            BackboneError: it can't be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / KEY).exists():
+                write_file(self.folder / KEY, json.dumps(self.key.as_json(), indent=2) + "\n")
+        except OSError as error:
+            raise BackboneError(
+                f"cache.folder: {self.folder} can't be made ({reason_of(error)}): write another folder, or cache.enabled=false"
+            ) from error
 
     @property
     def floating(self) -> torch.dtype:
@@ -103,22 +93,28 @@ class TapCache:
         return len(self._where)
 
     def refresh(self) -> None:
-        """Look for what was written since, by any process."""
-        for index in sorted(self.folder.glob("*.index"), key=lambda path: path.stat().st_mtime_ns):  # what was made again comes later
-            seen = self._seen.get(index, 0)
-            path = index.with_suffix(".taps")
-            if index.stat().st_size - seen < RECORD.size or not path.exists():
+        """Look for what was written since, by any process. What can't be read counts as missing."""
+        for index in sorted(self.folder.glob("*.index"), key=_time_of):  # what was made again comes later
+            try:
+                self._read_index(index)
+            except OSError:
                 continue
-            with index.open("rb") as file:
-                file.seek(seen)
-                raw = file.read()
-            size = path.stat().st_size  # asked last: the data of a record is there before the record
-            whole = len(raw) - len(raw) % RECORD.size  # a record cut short by a kill is left out
-            for start in range(0, whole, RECORD.size):
-                digest, offset, tokens, checksum = RECORD.unpack_from(raw, start)
-                if offset + tokens * self._bytes_a_token() * len(self.key.layers) <= size:
-                    self._where[digest] = (path, offset, tokens, checksum)
-            self._seen[index] = seen + whole
+
+    def _read_index(self, index: Path) -> None:
+        seen = self._seen.get(index, 0)
+        path = index.with_suffix(".taps")
+        if index.stat().st_size - seen < RECORD.size or not path.exists():
+            return
+        with index.open("rb") as file:
+            file.seek(seen)
+            raw = file.read()
+        size = path.stat().st_size  # asked last: the data of a record is there before the record
+        whole = len(raw) - len(raw) % RECORD.size  # a record cut short by a kill is left out
+        for start in range(0, whole, RECORD.size):
+            digest, offset, tokens, checksum = RECORD.unpack_from(raw, start)
+            if offset + tokens * self.key.bytes_a_token() * len(self.key.layers) <= size:
+                self._where[digest] = (path, offset, tokens, checksum)
+        self._seen[index] = seen + whole
 
     def read(self, digest: bytes, states: int) -> list[Tensor] | None:
         """Return `states` tensors (L, D) in the storage's floating dtype, or None when they are missing or damaged."""
@@ -138,7 +134,7 @@ class TapCache:
             return False
         path, offset, tokens, checksum = found
         states, width = len(into), self.key.d_model
-        packed = torch.empty(states * tokens * self._bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
+        packed = torch.empty(states * tokens * self.key.bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
         places = [packed] if self.key.dtype == "int8" else [state.view(torch.uint8) for state in into]
         if tokens != len(into[0]) or not self._fill(path, offset, [place.numpy().data for place in places], checksum):
             self._give_up(digest, path, offset)
@@ -235,9 +231,6 @@ class TapCache:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch[:size]
 
-    def _bytes_a_token(self) -> int:
-        return {"bf16": 2 * self.key.d_model, "fp32": 4 * self.key.d_model, "int8": self.key.d_model + 4}[self.key.dtype]
-
     def _give_up(self, digest: bytes, path: Path, offset: int) -> None:
         """Forget a payload that can't be used, and remember where it was."""
         self.damaged.append(f"{path} at byte {offset}")
@@ -256,11 +249,13 @@ def _write_all(file: Any, data: bytes | memoryview) -> None:
 
 
 def damaged_payloads(folder: Path) -> Iterator[str]:
-    """Yield the place of every payload of one cache whose checksum is wrong, or which is not there."""
-    width = {"bf16": 2, "fp32": 4, "int8": 1}
-    key = json.loads((folder / "key.json").read_text())
-    token = key["d_model"] * width[key["dtype"]] + (4 if key["dtype"] == "int8" else 0)
-    layers, finals = len(key["layers"]), int(key["decoder_final"])
+    """Yield the place of every payload of one cache whose checksum is wrong, or which is not there.
+
+    Raises:
+        BackboneError: `folder` is no tap cache of ours.
+    """
+    key = read_key(folder)
+    token, layers, finals = key.bytes_a_token(), len(key.layers), int(key.decoder_final)
     for index in sorted(folder.glob("*.index")):
         path, raw = index.with_suffix(".taps"), index.read_bytes()
         data = np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and path.stat().st_size else np.zeros(0, np.uint8)
@@ -270,6 +265,13 @@ def damaged_payloads(folder: Path) -> Iterator[str]:
             sizes = {states * tokens * token for states in (layers, layers + finals)}
             if all(zlib.crc32(data[offset : offset + size].tobytes()) != checksum for size in sizes):
                 yield f"{path} at byte {offset}"
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _id_bytes(ids: Tensor) -> bytes:
