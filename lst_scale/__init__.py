@@ -28,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return LadderEnsemble
     raise AttributeError(f"module 'lst_scale' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -59,7 +59,10 @@ def available_ds_configs() -> list[str]:
 
 def find_recipe(name: str) -> Path:
     """Return the file of a shipped recipe, or the path itself when it names a file."""
-    return _find(name, _folder("recipes"), ".yaml", available_recipes(), "--recipe")
+    try:
+        return _find(name, _folder("recipes"), ".yaml", available_recipes(), "--recipe")
+    except RecipeError as error:
+        raise RecipeError(f"{error} A model is named by backbone.checkpoint=, not here.") from None
 
 
 def load_ds_config(name: str) -> dict[str, Any]:

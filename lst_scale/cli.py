@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lst_scale import assets, train
+from lst_scale import __version__, assets, train
 from lst_scale.cache_cli import app as cache_app
 from lst_scale.errors import LstScaleError, tell
 from lst_scale.plan_cli import plan_command
@@ -22,6 +22,19 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and stop")] = False,
+) -> None:
+    pass
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """List the recipes and DeepSpeed files that ship with the package."""
@@ -29,12 +42,21 @@ def list_recipes() -> None:
     typer.echo("ds_configs: " + ", ".join(assets.available_ds_configs()))
 
 
-@app.command("train", context_settings={"ignore_unknown_options": True})
+@app.command("train")
 def train_command(
-    arguments: Annotated[list[str], typer.Argument(help="as for lst_scale/train.py: --recipe NAME [--resume] [key=value ...]")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [key=value]...", help="a shipped recipe's name or a YAML file, and changes to it"),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="the recipe, where it does not stand first")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest whole checkpoint, or start")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what the run's folder holds")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="print the resolved recipe and the trainable count, and stop")
+    ] = False,
 ) -> None:
     """Train, score and save a side network in one process (several: deepspeed lst_scale/train.py ...)."""
-    raise typer.Exit(train.main(arguments))
+    train.start(recipe, words or [], resume=resume, overwrite=overwrite, print_recipe=print_recipe)
 
 
 @app.command("predict")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
+from lst_scale.extras import require
 from lst_scale.folder import RESULT
 
 COLUMNS = (
@@ -77,10 +78,9 @@ def plot(folders: Sequence[Path], path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg"):
         raise ArgumentError(f"--plot {path}: write a file that ends in .png or .svg")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ArgumentError("--plot needs matplotlib: pip install 'lst_scale[plot]'") from error
+    require("matplotlib", "plot", asked_by="--plot")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

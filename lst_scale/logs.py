@@ -22,10 +22,14 @@ LOG = "log.txt"
 
 
 class Logger:
-    """The voice of one run. On ranks other than 0 (`folder=None`) every call does nothing."""
+    """The voice of one run. On ranks other than 0 (`folder=None`) every call does nothing.
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = False) -> None:
-        self._folder = folder
+    Args:
+        speaker: stands before each line on the console, where several runs speak; they have no bar.
+    """
+
+    def __init__(self, folder: Path | None, *, tensorboard: bool = False, speaker: str | None = None) -> None:
+        self._folder, self._speaker = folder, speaker
         self._console = Console(file=sys.stderr, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -50,7 +54,8 @@ class Logger:
         """Print a sentence and append it, with the time, to log.txt."""
         if self._folder is None:
             return
-        (self._bar.console if self._bar is not None else self._console).print(sentence, markup=False, soft_wrap=True)
+        shown = sentence if self._speaker is None or sentence.startswith(self._speaker) else f"{self._speaker}: {sentence}"
+        (self._bar.console if self._bar is not None else self._console).print(shown, markup=False, soft_wrap=True)
         with (self._folder / LOG).open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
 
@@ -80,7 +85,7 @@ class Logger:
 
     def start_bar(self, total: int, done: int) -> None:
         """Show a bar over `total` steps when the console is a terminal."""
-        if self._folder is None or not self._console.is_terminal:
+        if self._folder is None or self._speaker is not None or not self._console.is_terminal:
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=self._console)

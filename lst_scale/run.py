@@ -21,6 +21,7 @@ from typing import Any
 from lst_scale import distributed
 from lst_scale.assets import load_ds_config
 from lst_scale.errors import MembersFailed
+from lst_scale.extras import require
 from lst_scale.folder import folder_of, prepare_folder
 from lst_scale.logs import Logger
 from lst_scale.members import each_of, refuse_what_can_not_share
@@ -58,6 +59,8 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     ds_config = load_ds_config(recipes[0].training.deepspeed)
     for each in recipes:
         check_method(each)
+        if each.logging.tensorboard:
+            require("tensorboard", "tensorboard", asked_by="logging.tensorboard")
     world = distributed.connect()
     folders = [folder_of(each) for each in recipes]
 
@@ -68,7 +71,13 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     distributed.on_main_rank(world, prepare_folders)
     with contextlib.ExitStack() as stack:
         loggers = [
-            stack.enter_context(Logger(folder if world.is_main else None, tensorboard=each.logging.tensorboard))
+            stack.enter_context(
+                Logger(
+                    folder if world.is_main else None,
+                    tensorboard=each.logging.tensorboard,
+                    speaker=each.run_name if len(recipes) > 1 else None,
+                )
+            )
             for each, folder in zip(recipes, folders, strict=True)
         ]
         shared = load_shared(recipes, world, loggers[0])

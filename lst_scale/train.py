@@ -16,20 +16,22 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
-from lst_scale import preemption
-from lst_scale.errors import LstScaleError, tell
+from lst_scale import __version__, preemption
+from lst_scale.assets import available_recipes
+from lst_scale.errors import ArgumentError, LstScaleError, tell
 from lst_scale.members import each_of
 from lst_scale.recipe import Recipe, load_recipe
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lst_scale/train.py", description="Train, score and save a side network.", allow_abbrev=False)
-    parser.add_argument("--recipe", required=True, help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--recipe", help="a shipped recipe's name or a YAML file; it may also stand alone, before the key=values")
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, or start")
     parser.add_argument("--overwrite", action="store_true", help="throw away what the run's folder holds")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and the trainable count, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance task=mrpc method.reduction_factor=4")
+    parser.add_argument("overrides", nargs="*", metavar="[recipe] key=value", help="for instance task=mrpc method.reduction_factor=4")
     return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
@@ -37,15 +39,33 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one recipe and return the exit status: 0, 1 for a mistake that the one printed line explains, 2 for wrong usage."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        if options.print_recipe:
-            print(describe(recipe))
-            return 0
-        carry_out(each_of(recipe), resume=options.resume, overwrite=options.overwrite)
+        start(options.recipe, options.overrides, resume=options.resume, overwrite=options.overwrite, print_recipe=options.print_recipe)
     except LstScaleError as error:
         tell(error)
         return 1
     return 0
+
+
+def start(recipe: str | None, words: Sequence[str], *, resume: bool, overwrite: bool, print_recipe: bool) -> None:
+    """Do what the command line asks: `words` are overrides, after the recipe where it has no option of its own.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    loaded = load_recipe(*_recipe_and_overrides(recipe, words))
+    if print_recipe:
+        print(describe(loaded))
+        return
+    carry_out(each_of(loaded), resume=resume, overwrite=overwrite)
+
+
+def _recipe_and_overrides(recipe: str | None, words: Sequence[str]) -> tuple[str, list[str]]:
+    if recipe is not None:
+        return recipe, list(words)
+    alone = [word for word in words if "=" not in word or Path(word).is_file()]
+    if not alone:
+        raise ArgumentError(f"no recipe is named: write a YAML file's name, or one of {', '.join(available_recipes())}")
+    return alone[0], [word for word in words if word is not alone[0]]
 
 
 def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:

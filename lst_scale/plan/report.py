@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,6 +10,7 @@ from typing import Any
 
 from lst_scale.assets import resolve
 from lst_scale.errors import ArgumentError
+from lst_scale.extras import require
 from lst_scale.members import members_of
 from lst_scale.plan.footprint import (
     BACKWARD,
@@ -238,8 +238,7 @@ def check_picture(path: Path) -> None:
         raise ArgumentError(f"{path}: write a file that ends in .png or .svg")
     if not path.parent.is_dir():
         raise ArgumentError(f"{path}: there is no folder {path.parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("--plot needs matplotlib: pip install 'lst_scale[plot]'")
+    require("matplotlib", "plot", asked_by="--plot")
 
 
 def draw(found: Sequence[Line], path: Path, memory: int | None) -> None:
