@@ -30,7 +30,7 @@ def ladders() -> list[LadderModel]:
         draw = torch.Generator().manual_seed(seed)
         for parameter in other.side.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
-        found.append(LadderModel.from_parts(first.backbone, other.side).eval())
+        found.append(LadderModel(first.backbone, other.side).eval())
     return found
 
 
@@ -62,6 +62,29 @@ def test_generation_with_one_cache_for_all_equals_generation_without(num_beams: 
     assert any(other.shape != found.shape or not torch.equal(other, found) for other in alone)
     same = [models[1], models[1], models[1]]
     assert torch.equal(generate(together(same), source(), num_beams=num_beams), alone[1])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_ensemble_leaves_its_side_networks_as_they_were_to_other_ensembles_and_to_themselves(num_beams: int) -> None:
+    models = ladders()
+    backbone, sides = models[0].backbone, [model.side for model in models]
+    alone = [generate(model, source(), num_beams=num_beams) for model in models]
+    first = LadderEnsemble(backbone, sides)
+    before = generate(first, source(), num_beams=num_beams)
+    second = LadderEnsemble(backbone, sides[::-1])
+    assert torch.equal(generate(second, source(), num_beams=num_beams), generate(second, source(), num_beams=num_beams, use_cache=False))
+    assert torch.equal(generate(first, source(), num_beams=num_beams), before)
+    for model, expected in zip(models, alone, strict=True):
+        assert torch.equal(generate(model, source(), num_beams=num_beams), expected)
+
+
+@pytest.mark.parametrize("number", range(len(LADDERS)), ids=list(LADDERS))
+def test_the_same_side_network_twice_answers_as_itself(number: int) -> None:
+    model = ladders()[number]
+    expected = generate(model, source(), num_beams=3)
+    twice = LadderEnsemble(model.backbone, [model.side, model.side])
+    assert torch.equal(generate(twice, source(), num_beams=3), expected)
+    assert sum(p.numel() for p in twice.parameters()) == sum(p.numel() for p in model.parameters())
 
 
 def test_an_ensemble_says_what_it_can_not_do(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class LadderTrainee:
         with torch.device("meta"):
             side = SideNetwork(self._spec, self._config)
         side.load_state_dict({name: tensor.to(self.backbone.device) for name, tensor in weights.items()}, assign=True)
-        yield LadderModel.from_parts(self.backbone, side.eval().requires_grad_(False))
+        yield LadderModel(self.backbone, side.eval().requires_grad_(False))
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_side_network(folder, weights, self._config, self.backbone)

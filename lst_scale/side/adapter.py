@@ -73,10 +73,7 @@ class AdapterStack(nn.Module):
         narrow = narrowed(spec, config, is_decoder=is_decoder)
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
         self.dropout = Dropout(narrow.dropout_rate)
-        first = spec.num_decoder_layers
-        self.blocks = nn.ModuleDict(
-            {str(layer): AdapterBlock(spec, config, narrow, first + j) for j, layer in enumerate(config.side_layers)}
-        )
+        self.blocks = nn.ModuleDict({str(layer): AdapterBlock(spec, config, narrow, j) for j, layer in enumerate(config.side_layers)})
         self.final_norm = T5LayerNorm(spec.d_model, eps=narrow.layer_norm_epsilon)
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:

@@ -61,8 +61,7 @@ class CrossAttentionStack(TransformerStack):
         self.gates = nn.ModuleDict()
 
     def _make_block(self, narrow: Any, j: int, count: int) -> nn.Module:
-        first = self.first_cache_layer
-        return CrossAttentionBlock(narrow, has_relative_attention_bias=j == 0, layer_idx=first + j, ladder_layer_idx=first + count + j)
+        return CrossAttentionBlock(narrow, has_relative_attention_bias=j == 0, layer_idx=j, ladder_layer_idx=count + j)
 
     def _rung(
         self, key: str, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, self_mask: Tensor, bias: Any, cache: Any

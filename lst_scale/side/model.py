@@ -1,8 +1,7 @@
 """LadderModel: a frozen backbone and a side network as one model that trains, generates, saves and loads.
 
 The backbone is no submodule: `parameters()`, `state_dict()`, `train()` and an optimizer see the side network alone.
-Generation is transformers' own (greedy, beams, sampling); backbone and side blocks share one EncoderDecoderCache, because beam search
-reorders only the first cache it knows.
+Generation is transformers' own (greedy, beams, sampling); backbone and side blocks share one cache (`cache.py`).
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, T5Config
+from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin, T5Config
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
+from lst_scale.side.cache import new_cache, part_of
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_random
 from lst_scale.side.loss import mean_cross_entropy, shift_right
@@ -35,13 +35,11 @@ class LadderEncoderOutput(ModelOutput):  # type: ignore[misc]
     side_state: Tensor | None = None  # the side encoder's (B, S, R)
 
 
-class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
-    """A side network on a frozen backbone.
+class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
+    """What trains or has trained, on a frozen backbone: all that a `LadderModel` and a `LadderEnsemble` have in common.
 
     Args:
-        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
-        config: the side network's design. Its weights start at random (seed 0), its position tables as the backbone's;
-            see `lst_scale.side.initialize` for pruning.
+        side: what makes logits of taps: one side network, or several that answer as one.
     """
 
     main_input_name = "input_ids"
@@ -50,35 +48,21 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     _supports_cache_class = True
     input_modalities = ("text",)
     output_modalities = ("text",)
+    side: Any
 
-    def __init__(self, backbone: Any, config: LadderConfig) -> None:
+    def __init__(self, backbone: Backbone, side: Any) -> None:
         super().__init__()
-        frozen = as_backbone(backbone)
-        side = SideNetwork(frozen.spec, config)
-        initialize_random(side, seed=0, weights=frozen.weight_source)
-        self._assemble(frozen, side.to(frozen.device))
-
-    @classmethod
-    def from_parts(cls, backbone: Backbone, side: SideNetwork) -> LadderModel:
-        """Join a backbone with a side network that already has its weights."""
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model._assemble(backbone, side)
-        return model.train(side.training)
-
-    def _assemble(self, backbone: Backbone, side: SideNetwork) -> None:
-        object.__setattr__(self, "backbone", backbone)  # not a submodule, even if it were an nn.Module
+        self._frozen = (backbone,)  # no submodule, even if it is an nn.Module
         self.side = side
-        self._describe(backbone.spec, side.num_cache_layers)
-
-    def _describe(self, spec: BackboneSpec, side_cache_layers: int) -> None:
-        # What GenerationMixin reads; the backbone's blocks come first in the cache, the side blocks after them.
+        self.train(side.training)
+        # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
+        spec = backbone.spec
         self.config = T5Config(
             vocab_size=spec.vocab_size,
             d_model=spec.d_model,
             d_kv=spec.d_kv,
             num_heads=spec.num_heads,
-            num_layers=spec.num_decoder_layers + side_cache_layers,
+            num_layers=spec.num_decoder_layers + side.num_cache_layers,
             pad_token_id=spec.pad_token_id,
             eos_token_id=spec.eos_token_id,
             decoder_start_token_id=spec.decoder_start_token_id,
@@ -87,7 +71,9 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             pad_token_id=spec.pad_token_id, eos_token_id=spec.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
         )
 
-    backbone: Backbone
+    @property
+    def backbone(self) -> Backbone:
+        return self._frozen[0]
 
     @property
     def spec(self) -> BackboneSpec:
@@ -105,7 +91,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LadderModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> Ladder:
         """Stand behind `.to()`, `.cuda()`, `.half()` and their kin: the side network follows the backbone, and stays float32."""
         probe = fn(torch.empty(1, dtype=torch.float32, device=self.backbone.device))
         if probe.dtype != torch.float32:
@@ -155,7 +141,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
                 raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
             state = self._state_of(encoder_outputs, attention_mask)
         if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            past_key_values = new_cache()
         logits_BTV = self.decode(decoder_input_ids, state, past_key_values)
         loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
@@ -180,7 +166,9 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         return self._logits(self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
 
     def _logits(self, decoder: DecoderState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
-        return self.backbone.head(self.side.decode(decoder, side, cache))
+        own = part_of(cache, self.spec.num_decoder_layers, self.side.num_cache_layers)
+        logits_BTV: Tensor = self.side.logits(self.backbone.head, decoder, side, own)
+        return logits_BTV
 
     @torch.no_grad()
     def logits_of_each(
@@ -214,7 +202,7 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
         encoder, side = self.encode(input_ids, attention_mask, source)
-        cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if use_cache else {}
+        cache = {"past_key_values": new_cache()} if use_cache else {}
         return super().generate(
             input_ids,
             attention_mask=attention_mask,
@@ -253,6 +241,22 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
         encoder = EncoderState(taps=nothing, final_BSD=output.last_hidden_state, attention_mask_BS=attention_mask_BS)
         return encoder, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
 
+
+class LadderModel(Ladder):
+    """A side network on a frozen backbone.
+
+    Args:
+        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
+        side: the design of a fresh side network, whose weights start at random (seed 0), its position tables as the backbone's (see
+            `lst_scale.side.initialize` for pruning); or a side network that has its weights.
+    """
+
+    side: SideNetwork
+
+    def __init__(self, backbone: Any, side: LadderConfig | SideNetwork) -> None:
+        frozen = as_backbone(backbone)
+        super().__init__(frozen, _fresh(frozen, side) if isinstance(side, LadderConfig) else side)
+
     # Weights under the release's names, and files.
 
     def load_release_state_dict(self, weights: Mapping[str, Tensor]) -> None:
@@ -287,7 +291,13 @@ class LadderModel(nn.Module, GenerationMixin):  # type: ignore[misc]
             )
         side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
         files.load_weights(side, saved)
-        return cls.from_parts(frozen, side.to(frozen.device).eval())
+        return cls(frozen, side.to(frozen.device).eval())
+
+
+def _fresh(backbone: Backbone, config: LadderConfig) -> SideNetwork:
+    side = SideNetwork(backbone.spec, config)
+    initialize_random(side, seed=0, weights=backbone.weight_source)
+    return side.to(backbone.device)
 
 
 def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, backbone: Backbone) -> None:
@@ -310,4 +320,4 @@ def _load(saved: files.Saved) -> Backbone:
     return load_backbone(saved.identity.checkpoint, revision=saved.identity.revision, precision=saved.identity.precision)
 
 
-__all__ = ["LadderModel", "save_side_network"]
+__all__ = ["Ladder", "LadderModel", "save_side_network"]

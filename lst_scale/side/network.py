@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import BackboneSpec, DecoderState, StackTaps, TapRequest, Taps
+from lst_scale.backbone.taps import BackboneSpec, DecoderState, FrozenHead, StackTaps, TapRequest, Taps
 from lst_scale.side.adapter import AdapterStack
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.cross_attention import CrossAttentionStack
@@ -55,7 +55,7 @@ class SideNetwork(nn.Module):
 
     @property
     def num_cache_layers(self) -> int:
-        """How many entries of a cache its decoder fills, after the backbone's."""
+        """How many layers of a cache its decoder fills."""
         return len(self.config.side_layers) * (2 if self.config.design == "cross_attention" else 1)
 
     def forward(self, taps: Taps) -> Tensor:
@@ -69,7 +69,7 @@ class SideNetwork(nn.Module):
         return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=attention_mask_BS)
 
     def decode(self, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
-        """Return hidden states (B, T, D) of the given positions; with a cache, of the new ones."""
+        """Return hidden states (B, T, D) of the given positions; with a cache, which holds its own layers alone, of the new ones."""
         with self._precision(decoder.taps):
             final_BTR = self.decoder(decoder.taps, encoder, None, cache)
             hidden_BTD: Tensor = self.upsample(final_BTR)
@@ -79,6 +79,10 @@ class SideNetwork(nn.Module):
                 # Without a gate the upsample starts at zero, so the first prediction is the backbone's own.
                 hidden_BTD = hidden_BTD + final_BTD if self.merge_gate is None else self.merge_gate(hidden_BTD, final_BTD)
         return hidden_BTD
+
+    def logits(self, head: FrozenHead, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+        """Return logits (B, T, V), by the backbone's head, of what `decode` returns."""
+        return head(self.decode(decoder, encoder, cache))
 
     @contextlib.contextmanager
     def _precision(self, taps: StackTaps) -> Iterator[None]:

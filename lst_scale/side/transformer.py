@@ -32,8 +32,6 @@ class TransformerStack(nn.Module):
         width, keys = narrow.d_model, [str(layer) for layer in config.side_layers]
         self.is_decoder = is_decoder
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
-        # In a cache the backbone's blocks come first, the side blocks after them.
-        self.first_cache_layer = spec.num_decoder_layers
         self.dropout = Dropout(narrow.dropout_rate)
         self.first_downsample = make_downsample(config, spec.d_model, width)
         self.downsamples = nn.ModuleDict({key: make_downsample(config, spec.d_model, width) for key in keys})
@@ -43,7 +41,7 @@ class TransformerStack(nn.Module):
 
     def _make_block(self, narrow: Any, j: int, count: int) -> nn.Module:
         # The first kept block owns the relative-position table, the others reuse its bias.
-        block: nn.Module = T5Block(narrow, has_relative_attention_bias=j == 0, layer_idx=self.first_cache_layer + j)
+        block: nn.Module = T5Block(narrow, has_relative_attention_bias=j == 0, layer_idx=j)
         return block
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
@@ -87,5 +85,5 @@ class TransformerStack(nn.Module):
         if not self.is_decoder:
             assert mask_BS is not None
             return padding_mask(mask_BS)
-        past = 0 if cache is None else int(cache.get_seq_length(self.first_cache_layer))
+        past = 0 if cache is None else int(cache.get_seq_length())
         return causal_mask(hidden.shape[1], past, hidden.device)

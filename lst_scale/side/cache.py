@@ -1,0 +1,29 @@
+"""One cache of keys and values for a backbone and all side networks on it, because beam search reorders only the first cache it knows.
+
+The backbone's layers come first, then each side network's, one after another. Where they begin goes with the call: a side network sees
+its own layers alone, counted from 0, so that the same one may stand in any number of models.
+"""
+
+from __future__ import annotations
+
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+
+def new_cache() -> EncoderDecoderCache:
+    """Return a cache that is empty and grows."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def part_of(cache: EncoderDecoderCache | None, first: int, count: int) -> EncoderDecoderCache | None:
+    """Return `count` layers of a cache from number `first` on as a cache of their own: the layers are the same objects."""
+    if cache is None:
+        return None
+    return EncoderDecoderCache(_part_of(cache.self_attention_cache, first, count), _part_of(cache.cross_attention_cache, first, count))
+
+
+def _part_of(cache: DynamicCache, first: int, count: int) -> DynamicCache:
+    cache.layers.extend(DynamicLayer() for _ in range(first + count - len(cache.layers)))
+    part = DynamicCache()
+    part.layers = cache.layers[first : first + count]
+    return part
