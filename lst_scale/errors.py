@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,12 +94,20 @@ def reason_of(error: BaseException) -> str:
         return "needs more memory than there is"
     if isinstance(error, UnicodeError):
         return f"not UTF-8 text ({error})"
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"{error.msg} at {line}character {error.colno}"
     if isinstance(error, KeyError):
         return f"{error} is missing"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    printable = "".join(character if character.isprintable() else "?" for character in line)
-    return printable if len(printable) <= LONGEST_REASON else f"{printable[:LONGEST_REASON]}..."
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """Return a text from a user's file as part of a line: without line breaks and control characters, and not endless."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[: LONGEST_REASON + 1])
+    return shown if len(shown) <= LONGEST_REASON else f"{shown[:LONGEST_REASON]}..."
 
 
 def tell(error: LstScaleError) -> None:
@@ -113,4 +122,4 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"
-    return f" Valid: {', '.join(names)}." if names else ""
+    return f" Valid: {printable(', '.join(names))}." if names else ""

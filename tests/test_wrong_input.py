@@ -161,7 +161,7 @@ DATA = [
         "train.jsonl",
         '{"x": "a", "y": "0"}\n{"x"',
         {},
-        "{path}: line 2 is not valid JSON: Expecting ':' delimiter: line 1 column 5 (char 4)",
+        "{path}: line 2 is not valid JSON: Expecting ':' delimiter at character 5",
     ),
     ("train.jsonl", "[1]", {}, '{path}: line 1 is not an object; write {{"field": value, ...}}'),
     ("train.jsonl", '{"x": "a", "yy": "0"}', {}, "{path}: row 1 has no field 'y'. Did you mean 'yy'?"),

@@ -1,24 +1,33 @@
-"""Read records out of one's own files (.csv, .jsonl, .parquet) or the hub. No pickle, no remote code."""
+"""Read records out of one's own files (.csv, .jsonl, .parquet) or the hub. No pickle, no remote code.
+
+Whatever a file holds, reading it ends in records or in one line that names the file and where in it: see `errors.fence`.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lst_scale.assets import resolve
-from lst_scale.errors import DataError, did_you_mean
+from lst_scale.errors import DataError, did_you_mean, fence, printable
 
 HUB = "hub:"
-SUFFIXES = (".csv", ".jsonl", ".parquet")
 Record = Mapping[str, Any]
 Records = Sequence[Record]
 
+UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+OTHER_DELIMITERS = ";\t|"  # than the comma: what Excel writes where the comma is the decimal point, and what databases do
 
-def load_records(name: str, split: str) -> Records:
-    """Return the records of "embedded:...", a local file, or "hub:owner/name[:config][:split]".
+
+def load_records(name: str, split: str, at_most: int | None = None) -> Records:
+    """Return the records of "embedded:...", a local file, or "hub:owner/name[:config][:split]"; the first `at_most` of a file.
 
     Raises:
         DataError: it is not there, not readable, or empty.
@@ -26,12 +35,9 @@ def load_records(name: str, split: str) -> Records:
     if name.startswith(HUB):
         dataset, config, wanted = _hub_parts(name, split)
         return load_hub_splits(dataset, config, (wanted,))[wanted]
-    path = Path(resolve(name))
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"task.{split}: {name} must end in {', '.join(SUFFIXES)}; convert it to one of them")
-    if not path.is_file():
-        raise DataError(f"task.{split}: {name} is not there; write the path of a file, relative to {Path.cwd()}")
-    records = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix](path)
+    with fence(DataError, f"task.{split}: {printable(name)}"):
+        path = _path_of(name, f"task.{split}: {printable(name)}")
+        records = list(itertools.islice(READERS[path.suffix.lower()](path), at_most))
     if not records:
         raise DataError(f"task.{split}: {name} has no rows")
     return records
@@ -56,47 +62,116 @@ def missing_field(path: str, number: int, field: str, record: Mapping[str, Any])
     return f"{path}: row {number} has no field {field!r}.{did_you_mean(field, map(str, record))}"
 
 
+def _path_of(name: str, what: str) -> Path:
+    path = Path(resolve(name))
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{what} must end in {', '.join(READERS)}; convert it to one of them")
+    if path.is_dir():
+        raise DataError(f"{what} is a folder; write the path of a file in it")
+    if not path.exists():
+        raise DataError(f"{what} is not there; write the path of a file, relative to {Path.cwd()}")
+    if not path.is_file():  # a FIFO would be waited for, a device read without end
+        raise DataError(f"{what} is no ordinary file; write its rows into one")
+    return path
+
+
 def _hub_parts(name: str, split: str) -> tuple[str, str | None, str]:
     parts = name.removeprefix(HUB).split(":")
+    if parts[0].startswith((".", "/", "~")) or Path(parts[0]).suffix in READERS:
+        raise DataError(f"task.{split}: {name!r} names a file: write its path without {HUB}")
     if len(parts) > 3 or not parts[0]:
         raise DataError(f"task.{split}: {name!r} should be hub:owner/name, hub:owner/name:config or hub:owner/name:config:split")
     return parts[0], (parts[1] or None) if len(parts) > 1 else None, parts[2] if len(parts) > 2 else split
 
 
-def _read_csv(path: Path) -> Records:
+def _read_csv(path: Path) -> Iterator[Record]:
+    """Yield the rows of a CSV file as spreadsheets write it: with or without a byte order mark, divided by commas, semicolons or tabs."""
+    _refuse_utf_16(path, "in a spreadsheet, save it as 'CSV UTF-8'")
+    previous = csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters a cell
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            records = list(csv.DictReader(file, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a UTF-8 CSV file: {error}") from error
-    for number, record in enumerate(records, start=1):
-        if None in record:
-            raise DataError(f"{path}: row {number} has more values than the header has names; quote values that hold commas")
-    return records
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield from _csv_rows(file, path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not a UTF-8 CSV file (byte {error.object[error.start]:#x} can't be read): save it as 'CSV UTF-8'"
+        ) from error
+    finally:
+        csv.field_size_limit(previous)
 
 
-def _read_jsonl(path: Path) -> Records:
-    records = []
+def _csv_rows(file: Any, path: Path) -> Iterator[Record]:
+    delimiter = _delimiter(file)
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
+    number = 0
+    try:
+        header = next((names for names in reader if names), [])
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise DataError(f"{path}: the header names {twice[0]!r} twice; rename one of the two columns")
+        for values in reader:
+            if not values:
+                continue  # an empty line
+            number += 1
+            if len(values) > len(header):
+                raise DataError(
+                    f"{path}: row {number} has more values than the header has names; quote values that hold {_spoken(delimiter)}"
+                )
+            yield dict(itertools.zip_longest(header, values))
+    except csv.Error as error:
+        raise DataError(f"{path} is not a UTF-8 CSV file: {error} in line {reader.line_num}; quote values that hold quotes") from error
+
+
+def _delimiter(file: Any) -> str:
+    """Return what divides the header's names, and leave the file at the header. A first line such as "sep=;" is Excel's own."""
+    first = file.readline()
+    if declared := re.fullmatch(r"sep=(.)\r?\n?", first, re.IGNORECASE):
+        return declared[1]
+    while first and not first.strip():
+        first = file.readline()
+    file.seek(0)
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    if "," in unquoted or not any(each in unquoted for each in OTHER_DELIMITERS):
+        return ","
+    return max(OTHER_DELIMITERS, key=unquoted.count)
+
+
+def _spoken(delimiter: str) -> str:
+    return {",": "commas", ";": "semicolons", "\t": "tabs"}.get(delimiter, delimiter)
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    _refuse_utf_16(path, "save it as UTF-8")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: line {number} is not valid JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f'{path}: line {number} is not an object; write {{"field": value, ...}}')
-            records.append(record)
-    return records
+            if line.strip():
+                yield _json_object(line, path, number)
 
 
-def _read_parquet(path: Path) -> Records:
-    import pyarrow
+def _json_object(line: bytes, path: Path, number: int) -> Record:
+    with fence(DataError, f"{path}: line {number} is not valid JSON"):
+        record = json.loads(line.strip())
+    if not isinstance(record, dict):
+        raise DataError(f'{path}: line {number} is not an object; write {{"field": value, ...}}')
+    return record
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
     from pyarrow import parquet
 
-    try:
-        records: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a whole parquet file: {error}") from error
-    return records
+    with fence(DataError, f"{path} is not a whole parquet file"), parquet.ParquetFile(path) as file:
+        twice = sorted({name for name in file.schema_arrow.names if file.schema_arrow.names.count(name) > 1})
+        if twice:
+            raise DataError(f"{path} has two columns {twice[0]!r}; rename one of the two")
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _refuse_utf_16(path: Path, remedy: str) -> None:
+    """UTF-16 is what Windows calls Unicode; read as UTF-8 it makes no sense."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(UTF_16_AND_32) or (len(start) == 4 and b"\0" in start[:2] and start[:2] != b"\0\0"):
+        raise DataError(f"{path} is UTF-16 text: {remedy}")
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

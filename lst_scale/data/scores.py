@@ -8,15 +8,16 @@ functions to whoever works with the `evaluate` package. What is heavy is importe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lst_scale.data.tasks import Row, TaskData
+from lst_scale.recipe_task import POSITIVE
 
 UNPARSABLE = -1.0
-POSITIVE = "1"  # the label that F1 looks for, when it is among the labels
 
 
 @dataclass(frozen=True)
@@ -111,5 +112,6 @@ def score(task: TaskData, predictions: Sequence[str], references: Sequence[str])
 def majority_score(task: TaskData, rows: Sequence[Row]) -> dict[str, float]:
     """Return the scores of always giving the commonest training target (the median, for a regression)."""
     targets = [row.target for row in task.train]
-    constant = sorted(targets, key=float)[len(targets) // 2] if task.kind == "regression" else max(sorted(set(targets)), key=targets.count)
+    counts = Counter(targets)
+    constant = sorted(targets, key=float)[len(targets) // 2] if task.kind == "regression" else max(sorted(counts), key=counts.__getitem__)
     return score(task, [constant] * len(rows), [row.target for row in rows])

@@ -6,18 +6,24 @@ from what is labelled. One's own files are described in the recipe.
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from lst_scale.data import files
-from lst_scale.errors import DataError
+from lst_scale.errors import DataError, printable
 from lst_scale.recipe import Recipe
-from lst_scale.recipe_task import FileTask
+from lst_scale.recipe_task import FileTask, metrics_misfit
+from lst_scale.template import fill
 
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000
 FILE_TASK_EPOCHS = 3
+FILE_SPLITS = ("train", "validation", "test")
+WRITABLE = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # cells whose text says what they are
 
 
 @dataclass(frozen=True)
@@ -177,22 +183,21 @@ def _load_glue(name: str) -> TaskData:
 
 
 def _load_files(task: FileTask) -> TaskData:
-    splits = {
-        name: [_file_row(task, record, path, number) for number, record in enumerate(files.load_records(path, name), start=1)]
-        for name, path in (("train", task.train), ("validation", task.validation), ("test", task.test))
-        if path is not None
-    }
+    splits = {name: file_rows(task, name) for name in FILE_SPLITS if getattr(task, name) is not None}
     labels = None
     if task.kind == "classification":
         labels = task.labels or tuple(sorted({row.target for row in splits["train"]}))
         for name, rows in splits.items():
-            _refuse_unknown_labels(name, rows, labels)
+            refuse_unknown_labels(name, rows, labels)
+    metrics = tuple(task.metrics or DEFAULT_METRICS[task.kind])
+    if misfit := metrics_misfit(task.kind, metrics, labels):
+        raise DataError(f"task.{misfit}")
     return TaskData(
         name=task.name,
         kind=task.kind,
         labels=labels,
         target_prefix=task.target_prefix or "",
-        metrics=tuple(task.metrics or DEFAULT_METRICS[task.kind]),
+        metrics=metrics,
         epochs=FILE_TASK_EPOCHS,
         train=splits["train"],
         validation=splits["validation"],
@@ -200,32 +205,73 @@ def _load_files(task: FileTask) -> TaskData:
     )
 
 
+def file_rows(task: FileTask, split: str, at_most: int | None = None) -> list[Row]:
+    """Return the rows of one split of one's own files, the first `at_most` of a local file.
+
+    Raises:
+        DataError: the file, a field or a row is wrong; the message names it.
+    """
+    path = getattr(task, split)
+    return [_file_row(task, record, path, number) for number, record in enumerate(files.load_records(path, split, at_most), start=1)]
+
+
 def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
-    for field in (*task.source, task.target):
+    refuse_bad_cells(record, (*task.source, task.target), path, number)
+    target = str(record[task.target])
+    if not target.strip():
+        raise DataError(f"{path}: row {number} has an empty {task.target}; fill it in or remove the row")
+    if task.kind == "regression" and not _is_finite(target):
+        raise DataError(f"{path}: row {number}: {task.target} is {printable(repr(target))}, not a number; kind regression needs numbers")
+    return Row(file_source(task, record), target)
+
+
+def refuse_bad_cells(record: Mapping[str, Any], fields: Sequence[str], path: str, number: int) -> None:
+    """Refuse a row of which a field is missing, empty, no text or number, or no text that can be written.
+
+    Raises:
+        DataError: names file, row and field.
+    """
+    for field in fields:
         if field not in record:
             raise DataError(files.missing_field(path, number, field, record))
-        if record[field] is None or record[field] != record[field]:
+        value = record[field]
+        if value is None or value != value:
             raise DataError(f"{path}: row {number} has no {field}; fill it in or remove the row")
-    target = str(record[task.target])
-    if task.kind == "regression":
-        try:
-            float(target)
-        except ValueError as error:
-            raise DataError(f"{path}: row {number}: {task.target} is {target!r}, not a number; kind regression needs numbers") from error
-    return Row(file_source(task, record), target)
+        if not isinstance(value, WRITABLE):
+            raise DataError(f"{path}: row {number}: {field} holds {_spoken_type(value)}; write a text or a number there")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{path}: row {number}: {field} holds half a character (a lone surrogate); mend the text or remove the row")
+
+
+def _spoken_type(value: Any) -> str:
+    kinds: dict[type, str] = {bytes: "bytes", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def file_source(task: FileTask, record: Mapping[str, Any]) -> str:
     """Return the source text of one row of one's own files."""
     if task.template is not None:
-        return task.template.format(**{field: record[field] for field in task.source})
+        return fill(task.template, record)
     return source_text(task.prefix, [(f"{field}:", field) for field in task.source], record)
 
 
-def _refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:
+def refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """Refuse a row whose target is none of the labels.
+
+    Raises:
+        DataError: names split, row and label.
+    """
+    known = frozenset(labels)
     for number, row in enumerate(rows, start=1):
-        if row.target not in labels:
+        if row.target not in known:
             raise DataError(
-                f"{split}: row {number} has the label {row.target!r}; known: {', '.join(labels[:8])}. "
+                f"{split}: row {number} has the label {printable(repr(row.target))}; known: {printable(', '.join(labels[:8]))}. "
                 "Add it to task.labels, or mend the row"
             )
