@@ -204,3 +204,18 @@ def test_the_formula_refuses_what_the_module_would(tiny_t5_dir: Path) -> None:
     assert shape is not None
     with pytest.raises(LadderError, match="reduction_factor 5 does not divide"):
         trainable_parameters(shape, LstRecipe(name="lst", reduction_factor=5))
+
+
+def test_a_backbone_may_be_named(tiny_t5_dir: Path) -> None:
+    model = LadderModel(str(tiny_t5_dir), LadderConfig(reduction_factor=4, side_layers=[0]))
+    assert model.backbone.identity.precision == "fp32" and model(**batch()).loss > 0
+    with pytest.raises(LstScaleError, match="nowhere") as caught:
+        LadderModel("/nowhere/t5-small", LadderConfig(reduction_factor=4, side_layers=[0]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_states_that_a_ladder_does_not_return_are_refused_in_one_line(asked: str, model: LadderModel) -> None:
+    assert model(**batch(), **{asked: False}).loss > 0
+    with pytest.raises(LadderError, match=r"^a ladder returns no hidden states or attentions: leave output_hidden_states"):
+        model(**batch(), **{asked: True})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.taps import Backbone
 
 
 def as_backbone(model: Any) -> Backbone:
-    """Return `model` itself when it is a backbone, or a Hugging Face T5 or mT5 model frozen behind the boundary."""
+    """Return `model` itself when it is a backbone, or a T5 or mT5, live or named and then in float32, frozen behind the boundary."""
+    if isinstance(model, str | Path):
+        return load_backbone(str(model), revision=None, precision="fp32")
     if hasattr(model, "encode") and hasattr(model, "identity"):
         backbone: Backbone = model
         return backbone

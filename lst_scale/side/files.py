@@ -1,6 +1,9 @@
 """A saved side network: side_network.safetensors, ladder_config.json, README.md. The backbone is named in it, never stored.
 
 The first two are read back after writing. Only safetensors and JSON are read: nothing in such a folder can run.
+
+transformers' Trainer saves `model.state_dict()` alone, as model.safetensors. So what ladder_config.json says travels in every state
+dict, as bytes under one more name (`as_bytes`), and a Trainer's checkpoint reads like a folder of ours.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from lst_scale.side.config import LadderConfig
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "side_network.safetensors", "ladder_config.json", "README.md"
+TRAINERS_WEIGHTS, RECORD, PREFIX = "model.safetensors", "ladder_config", "side."
+# What a design may differ in and still compute the same from the same weights.
+_NO_MATTER = ("dropout", "precision", "recompute", "tap_storage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Saved:
 def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, identity: BackboneIdentity, spec: BackboneSpec) -> None:
     """Write the folder at once and read it back."""
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    record = {"format": FORMAT, "config": asdict(config), "backbone": asdict(identity), "backbone_spec": asdict(spec)}
+    record = record_of(config, identity, spec)
 
     def fill(partial: Path) -> None:
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
@@ -56,6 +62,49 @@ def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, ide
     write_directory(folder, fill, check)
 
 
+def record_of(config: LadderConfig, identity: BackboneIdentity, spec: BackboneSpec) -> dict[str, Any]:
+    """Return what has to be known beside the weights."""
+    return {"format": FORMAT, "config": asdict(config), "backbone": asdict(identity), "backbone_spec": asdict(spec)}
+
+
+def as_bytes(record: dict[str, Any]) -> Tensor:
+    """Return a record as a tensor, which is all that a state dict can hold in safetensors."""
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def from_bytes(tensor: Tensor) -> dict[str, Any]:
+    """Return the record that `as_bytes` packed."""
+    record: dict[str, Any] = json.loads(bytes(tensor.cpu().tolist()))
+    return record
+
+
+def refuse_another_design(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare the record of weights about to be loaded with that of the model: shapes don't tell designs and backbones apart.
+
+    Raises:
+        LadderError: they were trained in another design or beside another backbone.
+    """
+    theirs, ours = json.loads(json.dumps(found))["config"], json.loads(json.dumps(expected))["config"]
+    differ = [
+        f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in ours if key not in _NO_MATTER and theirs.get(key) != ours[key]
+    ]
+    if found["backbone"]["fingerprint"] != expected["backbone"]["fingerprint"]:
+        differ.append(f"another backbone, {found['backbone']['checkpoint']}")
+    if differ:
+        raise LadderError(
+            f"these weights were trained with {', '.join(differ)}: build the model so, or remove {RECORD!r} from the state dict"
+        )
+
+
+def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the record and the weights of a folder of ours, or of a checkpoint of transformers' Trainer."""
+    if (folder / CONFIG).exists() or not (folder / TRAINERS_WEIGHTS).exists():
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    found = load_file(folder / TRAINERS_WEIGHTS)
+    record = from_bytes(found.pop(RECORD))
+    return record, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+
+
 def read(folder: Path) -> Saved:
     """Read a saved side network.
 
@@ -63,14 +112,14 @@ def read(folder: Path) -> Saved:
         LadderError: a file is missing or damaged, or was written in another format.
     """
     try:
-        record: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        record, weights = _contents(folder)
         if record["format"] != FORMAT:
             raise LadderError(f"{folder / CONFIG} has format {record['format']}, this version reads {FORMAT}: use the one that wrote it")
         return Saved(
             config=LadderConfig(**record["config"]),
             identity=BackboneIdentity(**record["backbone"]),
             spec=BackboneSpec(**record["backbone_spec"]),
-            weights=load_file(folder / WEIGHTS),
+            weights=weights,
             folder=folder,
         )
     except (FileNotFoundError, NotADirectoryError) as error:

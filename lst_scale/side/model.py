@@ -113,6 +113,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> Seq2SeqLMOutput:
         """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
@@ -123,9 +125,15 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
             past_key_values: one cache for backbone and side network, read and filled; with `use_cache` one is made when none is given.
             return_dict: always True; generation passes it.
+            output_hidden_states, output_attentions: never True; transformers' tools pass them.
         """
         if not return_dict:
             raise LadderError("a forward pass returns an object with .loss and .logits: leave return_dict out, or write True")
+        if output_hidden_states or output_attentions:
+            raise LadderError(
+                "a ladder returns no hidden states or attentions: leave output_hidden_states and output_attentions out; "
+                "model.backbone(input_ids, attention_mask, decoder_input_ids, model.side.request) gives the backbone's states"
+            )
         if decoder_input_ids is None:
             if labels is None:
                 raise LadderError("a forward pass needs labels or decoder_input_ids")
@@ -188,17 +196,21 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
+        synced_gpus: bool | None = None,
         use_cache: bool = True,
         source: EncoderState | None = None,
         **options: Any,
     ) -> Any:
         """Return generated ids (B, T), start token first; `source` is what `read` made of the batch, `options` are transformers'.
 
+        `inputs` is transformers' other name of `input_ids`.
         Encoders run once here, and the caches start empty and grow: one that transformers sized would know the backbone's layers only.
         """
+        input_ids = _one_of(input_ids, inputs)
         if attention_mask is None:
             attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
         encoder, side = self.encode(input_ids, attention_mask, source)
@@ -209,7 +221,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR),
             use_cache=use_cache,
             # Where blocks are gathered from all ranks, one that is done goes on until all are.
-            synced_gpus=self.backbone.replica.in_step and self.backbone.replica.count > 1,
+            synced_gpus=bool(synced_gpus) or (self.backbone.replica.in_step and self.backbone.replica.count > 1),
             **cache,
             **options,
         )
@@ -246,7 +258,8 @@ class LadderModel(Ladder):
     """A side network on a frozen backbone.
 
     Args:
-        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, or anything behind `backbone.taps.Backbone`.
+        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, the name or folder of one (loaded in float32), or
+            anything behind `backbone.taps.Backbone`.
         side: the design of a fresh side network, whose weights start at random (seed 0), its position tables as the backbone's (see
             `lst_scale.side.initialize` for pruning); or a side network that has its weights.
     """
@@ -256,6 +269,8 @@ class LadderModel(Ladder):
     def __init__(self, backbone: Any, side: LadderConfig | SideNetwork) -> None:
         frozen = as_backbone(backbone)
         super().__init__(frozen, _fresh(frozen, side) if isinstance(side, LadderConfig) else side)
+        self.register_state_dict_post_hook(_add_record)
+        self.register_load_state_dict_pre_hook(_take_record)
 
     # Weights under the release's names, and files.
 
@@ -298,6 +313,28 @@ def _fresh(backbone: Backbone, config: LadderConfig) -> SideNetwork:
     side = SideNetwork(backbone.spec, config)
     initialize_random(side, seed=0, weights=backbone.weight_source)
     return side.to(backbone.device)
+
+
+def _one_of(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
+    if input_ids is not None and inputs is not None:
+        raise LadderError("generate takes input_ids or inputs, which are two names of one thing: write one of them")
+    found = inputs if input_ids is None else input_ids
+    if found is None:
+        raise LadderError("generate needs input_ids (B, S)")
+    return found
+
+
+def _add_record(model: LadderModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Let a state dict say what its weights are, since transformers' Trainer saves nothing else."""
+    state[prefix + files.RECORD] = files.as_bytes(files.record_of(model.side.config, model.backbone.identity, model.backbone.spec))
+
+
+def _take_record(model: LadderModel, state: dict[str, Any], prefix: str, *_others: Any) -> None:
+    found = state.pop(prefix + files.RECORD, None)
+    if found is not None:
+        files.refuse_another_design(
+            files.from_bytes(found), files.record_of(model.side.config, model.backbone.identity, model.backbone.spec)
+        )
 
 
 def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, backbone: Backbone) -> None:
