@@ -227,7 +227,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every mistake of the file and of the overrides, one line each.
     """
     path = find_recipe(name_or_path)
-    return parse_recipe(path.read_text(), str(path.name), overrides)
+    recipe = parse_recipe(path.read_text(), str(path.name), overrides)
+    if isinstance(recipe.task, str):
+        return recipe
+    return recipe.model_copy(update={"task": recipe.task.with_metrics_of(path.parent)})
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lst_scale.decode import Section
+from lst_scale.errors import did_you_mean
 from lst_scale.names import Name, PathText
 from lst_scale.template import fields_in
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge_l", "chrf")
-OF_CLASSES = ("f1", "matthews")
-OF_NUMBERS = ("pearson", "spearman")
-OF_TEXTS = ("accuracy", "exact_match", "rouge_l", "chrf")
+OF_CLASSES = ("f1", "macro_f1", "matthews")
+OF_NUMBERS = ("pearson", "spearman", "mae", "rmse")
+OF_TEXTS = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rouge_l", "bleu", "chrf")
+METRICS = (*OF_CLASSES, *OF_NUMBERS, *OF_TEXTS)
 POSITIVE = "1"  # the label that F1 looks for
+_OWN_METRIC = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|.+\.py):[A-Za-z_]\w*")
+
+
+def _known_metric(name: str) -> str:
+    if name in METRICS or _OWN_METRIC.fullmatch(name):
+        return name
+    own = " One's own is written module:function." if ":" in name else did_you_mean(name, METRICS)
+    raise ValueError(f"{name!r} is not valid.{own}")
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
 
 
 class FileTask(Section):
@@ -34,7 +48,7 @@ class FileTask(Section):
     template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
     target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
     labels: tuple[str, ...] | None = None
-    metrics: tuple[Literal[METRICS], ...] | None = None  # type: ignore[valid-type]
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None  # of METRICS, or one's own as module:function
 
     @model_validator(mode="after")
     def _template_names_the_source(self) -> FileTask:
@@ -46,6 +60,13 @@ class FileTask(Section):
             raise ValueError(f"template and source must name the same fields, but {wrong[0]!r} is only in one of them")
         if self.prefix is not None:
             raise ValueError("prefix has no effect beside template: write it into the template")
+        return self
+
+    @model_validator(mode="after")
+    def _each_metric_once(self) -> FileTask:
+        for metric in self.metrics or ():
+            if (self.metrics or ()).count(metric) > 1:
+                raise ValueError(f"metrics names {metric} twice: remove one")
         return self
 
     @model_validator(mode="after")
@@ -75,6 +96,12 @@ class FileTask(Section):
             raise ValueError(misfit)
         return self
 
+    def with_metrics_of(self, folder: Path) -> FileTask:
+        """Return the task with each metric of one's own that is a file in `folder` named by that file's whole path."""
+        if self.metrics is None:
+            return self
+        return self.model_copy(update={"metrics": tuple(_metric_in(folder, metric) for metric in self.metrics)})
+
 
 def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | None) -> str | None:
     """Return why a metric would always say the same of such a task, and what to write instead; None: they fit.
@@ -90,8 +117,9 @@ def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | 
         if name in OF_NUMBERS and kind == "text":
             return f"metrics: {name} compares numbers, which kind text lacks: write kind: regression, or {_instead(kind)}"
         if kind == "classification" and labels is not None:
-            if name in OF_NUMBERS and not all(map(_is_number, labels)):
-                return f"metrics: {name} compares numbers, and labels such as {min(labels)!r} are none: write {_instead(kind)}"
+            words = sorted(label for label in labels if not _is_number(label))
+            if name in OF_NUMBERS and words:
+                return f"metrics: {name} compares numbers, and labels such as {words[0]!r} are none: write {_instead(kind)}"
             if name == "f1" and not (len(labels) == 2 and POSITIVE in labels):
                 return (
                     f"metrics: f1 is of two classes, of which {POSITIVE!r} is the positive one: call the labels '0' and '1', "
@@ -104,9 +132,9 @@ def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | 
 
 def _instead(kind: str) -> str:
     return {
-        "classification": "accuracy or matthews",
-        "regression": "pearson and spearman",
-        "text": "exact_match, rouge_l or chrf",
+        "classification": "accuracy, macro_f1 or matthews",
+        "regression": "pearson, spearman, mae or rmse",
+        "text": "exact_match, rougeL, bleu or chrf",
     }[kind]
 
 
@@ -115,3 +143,11 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def _metric_in(folder: Path, metric: str) -> str:
+    module, colon, function = metric.rpartition(":")
+    if not colon:
+        return metric
+    file = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
+    return f"{file.resolve()}:{function}" if file.is_file() else metric

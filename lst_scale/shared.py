@@ -26,6 +26,7 @@ from lst_scale.backbone.remembered import load_caching
 from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps, union
 from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
+from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.distributed import World
@@ -69,6 +70,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
     """
     recipe = recipes[0]
     task = load_task(recipe)
+    try_own_metrics(task)
     tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
     splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
     distributed.poll_interruption(world)

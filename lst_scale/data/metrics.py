@@ -1,11 +1,11 @@
-"""Our metrics as `evaluate.Metric` subclasses: the interface of the hub's, without a network. The harness itself calls `scores.py`."""
+"""Our metrics as `evaluate.Metric` subclasses: the interface of the hub's, without a network. The harness itself calls `measures.py`."""
 
 from __future__ import annotations
 
 import datasets
 import evaluate
 
-from lst_scale.data.scores import MEASURES, Measure
+from lst_scale.data.measures import MEASURES, Measure
 
 
 class TextMetric(evaluate.Metric):  # type: ignore[misc]
