@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import Any
 from lst_scale import distributed
 from lst_scale.data.scores import score
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE, RESULT, folder_of, prepare_folder
+from lst_scale.folder import RECIPE, RESULT, check_folder, folder_of, prepare_folder
+from lst_scale.lock import locked
 from lst_scale.logs import Logger
 from lst_scale.methods.lst import LadderTrainee
 from lst_scale.recipe import Recipe, load_recipe
@@ -39,8 +41,17 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
     if folder.resolve() in [run.resolve() for run in runs]:
         raise ArgumentError(f"--name {name} is that of {folder}, a run of the ensemble itself: write another name")
     world = distributed.connect()
-    distributed.on_main_rank(world, lambda: prepare_folder(folder, recipe, resume=False, overwrite=overwrite))
-    with Logger(folder if world.is_main else None) as logger:
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> str | None:
+            check_folder(folder, resume=False, overwrite=overwrite)
+            stack.enter_context(locked(folder))
+            return prepare_folder(folder, recipe, resume=False, overwrite=overwrite)
+
+        said = distributed.on_main_rank(world, prepare)
+        logger = stack.enter_context(Logger(folder if world.is_main else None))
+        if said is not None:
+            logger.say(said)
         shared = load_shared(recipes, world, logger)
         sides = [LadderModel.from_pretrained(run / LadderTrainee.FOLDER, shared.backbone).side for run in runs]
         model = LadderEnsemble(shared.backbone, sides)

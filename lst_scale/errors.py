@@ -49,6 +49,10 @@ class CheckpointError(LstScaleError):
     """A training checkpoint is missing, broken, or belongs to another run."""
 
 
+class StorageError(LstScaleError):
+    """A disk refuses what has to be written: it is full, read-only or gone, or something else is in the way."""
+
+
 class TrainingError(LstScaleError):
     """Training had to stop, for instance on a loss that is not finite."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from lst_scale.durable import write_file, writing
 from lst_scale.errors import ArgumentError
+from lst_scale.overwrite import RECIPE, refuse_to_overwrite, remove_run
 from lst_scale.recipe import Recipe, to_yaml
 
-RECIPE, RESULT, METRICS = "recipe.yaml", "result.json", "metrics.jsonl"
+RESULT, METRICS = "result.json", "metrics.jsonl"
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -16,22 +17,41 @@ def folder_of(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / recipe.run_name
 
 
-def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder and write the resolved recipe into it.
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Look whether a run may use a folder, and change nothing. `prepare_folder` looks again.
 
     Raises:
-        ArgumentError: it holds a run already, and nothing was said of what to do with that; or both things were.
+        ArgumentError: it holds a run already, and nothing was said of what to do with that; or both things were; or what stands there
+            is not to be overwritten.
     """
     if resume and overwrite:
         raise ArgumentError("--resume and --overwrite exclude each other: write one of them")
     if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        refuse_to_overwrite(folder)
     elif not resume and (folder / RECIPE).exists():
         raise ArgumentError(f"{folder} already holds a run: add --resume to continue it, --overwrite to start again, or change name=")
+
+
+def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+    """Make a folder ready and write the resolved recipe into it; return what there is to say of what was there.
+
+    Rank 0 only, while it holds the folder (`lock.locked`).
+
+    Raises:
+        ArgumentError: as `check_folder` does.
+        StorageError: the disk refused.
+    """
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    removed = remove_run(folder) if overwrite else None
     write_recipe(folder, recipe)
+    return None if removed is None else removed.sentence(folder)
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into the folder, made first where there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(to_yaml(recipe))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / RECIPE, to_yaml(recipe))
+
+
+__all__ = ["METRICS", "RECIPE", "RESULT", "check_folder", "folder_of", "prepare_folder", "write_recipe"]

@@ -5,8 +5,8 @@ On a terminal there is a progress bar; in a file, or when the output is piped, t
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lst_scale.durable import append_line, write_file, writing
+from lst_scale.errors import StorageError, fence
 from lst_scale.folder import METRICS
 
 LOG = "log.txt"
@@ -35,11 +37,18 @@ class Logger:
         self._task: TaskID | None = None
         self._board: Any = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "tensorboard"))
+                with writing(self._board_folder):
+                    self._board = SummaryWriter(str(self._board_folder))
+
+    @property
+    def _board_folder(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "tensorboard"
 
     def __enter__(self) -> Logger:
         return self
@@ -48,7 +57,9 @@ class Logger:
         if self._bar is not None:
             self._bar.stop()
         if self._board is not None:
-            self._board.close()
+            # What its thread could not write comes out here; an error that is on its way already says more.
+            with contextlib.suppress(StorageError) if error is not None else contextlib.nullcontext(), writing(self._board_folder):
+                self._board.close()
 
     def say(self, sentence: str) -> None:
         """Print a sentence and append it, with the time, to log.txt."""
@@ -56,32 +67,29 @@ class Logger:
             return
         shown = sentence if self._speaker is None or sentence.startswith(self._speaker) else f"{self._speaker}: {sentence}"
         (self._bar.console if self._bar is not None else self._console).print(shown, markup=False, soft_wrap=True)
-        with (self._folder / LOG).open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+        append_line(self._folder / LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}")
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line of numbers to metrics.jsonl, flushed to disk so that a kill loses none."""
         if self._folder is None:
             return
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values)
-        with (self._folder / METRICS).open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._folder / METRICS, line, flushed=True)
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            with writing(self._board_folder):
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def forget_after(self, step: int, evaluated_at: int) -> None:
         """Drop the numbers of steps past `step`, and of evaluations past `evaluated_at`: a resumed run will write them again."""
         if self._folder is None or not (self._folder / METRICS).exists():
             return
         path = self._folder / METRICS
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= (step if _kind_of(line) == "train" else evaluated_at)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        os.replace(partial, path)
+        with fence(StorageError, f"can't read {path}"):
+            lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= (step if _kind_of(line) == "train" else evaluated_at)]
+        write_file(path, "".join(line + "\n" for line in kept))
 
     def start_bar(self, total: int, done: int) -> None:
         """Show a bar over `total` steps when the console is a terminal."""
@@ -107,5 +115,5 @@ def _kind_of(line: str) -> str:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        return float("inf")  # a line cut short by a kill
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return float("inf")  # a line cut short by a kill, or damaged

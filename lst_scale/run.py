@@ -22,7 +22,8 @@ from lst_scale import distributed
 from lst_scale.assets import load_ds_config
 from lst_scale.errors import MembersFailed
 from lst_scale.extras import require
-from lst_scale.folder import folder_of, prepare_folder
+from lst_scale.folder import check_folder, folder_of, prepare_folder
+from lst_scale.lock import locked
 from lst_scale.logs import Logger
 from lst_scale.members import each_of, refuse_what_can_not_share
 from lst_scale.methods import check_method
@@ -64,12 +65,16 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     world = distributed.connect()
     folders = [folder_of(each) for each in recipes]
 
-    def prepare_folders() -> None:
-        for each, folder in zip(recipes, folders, strict=True):
-            prepare_folder(folder, each, resume=resume, overwrite=overwrite)
-
-    distributed.on_main_rank(world, prepare_folders)
     with contextlib.ExitStack() as stack:
+
+        def prepare_folders() -> list[str | None]:
+            for folder in folders:
+                check_folder(folder, resume=resume, overwrite=overwrite)
+            for folder in folders:
+                stack.enter_context(locked(folder))
+            return [prepare_folder(*pair, resume=resume, overwrite=overwrite) for pair in zip(folders, recipes, strict=True)]
+
+        said = distributed.on_main_rank(world, prepare_folders)
         loggers = [
             stack.enter_context(
                 Logger(
@@ -80,6 +85,9 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
             )
             for each, folder in zip(recipes, folders, strict=True)
         ]
+        for logger, sentence in zip(loggers, said, strict=True):
+            if sentence is not None:
+                logger.say(sentence)
         shared = load_shared(recipes, world, loggers[0])
         stack.callback(shared.close)
         # Nothing but its session holds a member, so that one that ends is gone.
