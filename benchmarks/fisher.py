@@ -33,7 +33,7 @@ def allowed_bytes(name: str) -> tuple[int, int]:
     """Return the float32 size of all weights and of the largest block."""
     checkpoint = open_checkpoint(name)
     model = assemble.empty_model(checkpoint)
-    blocks = [sum(p.numel() for p in place.get(model).parameters()) for place in assemble.places(model)]
+    blocks = [sum(p.numel() for p in ref.get(model).parameters()) for ref in assemble.block_refs(checkpoint)]
     return 4 * assemble.count_parameters(model, checkpoint), 4 * max(blocks)
 
 

@@ -1,4 +1,4 @@
-"""Put a checkpoint's weights into transformers' T5, one tensor at a time: meta device first, then every weight read into its place.
+"""Put a checkpoint's weights into transformers' model, one tensor at a time: meta device first, then every weight read into its place.
 
 A model is its ends (embedding, head, final norms, always whole) and its blocks, which a placement may hold otherwise: divided over
 ranks, or off the device.
@@ -8,60 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
-from lst_scale.backbone.kernels import with_fused_kernels
+from lst_scale.backbone.checkpoint import Checkpoint, read_to
+from lst_scale.backbone.families import BlockRef
 from lst_scale.errors import BackboneError
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockPlace:
-    """One block of a model: which stack, which number, where it sits."""
-
-    stack: str  # "encoder" or "decoder"
-    index: int
-
-    @property
-    def path(self) -> str:
-        """Its name in checkpoints."""
-        return f"{self.stack}.block.{self.index}"
-
-    def get(self, model: Any) -> nn.Module:
-        block: nn.Module = getattr(model, self.stack).block[self.index]
-        return block
-
-    def put(self, model: Any, block: nn.Module) -> None:
-        getattr(model, self.stack).block[self.index] = block
-
-
-def places(model: Any) -> Iterator[BlockPlace]:
-    """Yield all blocks in the order in which a forward pass runs them."""
-    for stack in ("encoder", "decoder"):
-        for index in range(len(getattr(model, stack).block)):
-            yield BlockPlace(stack=stack, index=index)
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
     """Return the model on the meta device."""
-    from transformers import AutoModelForSeq2SeqLM
+    return checkpoint.family.skeleton(checkpoint.config)
 
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(with_fused_kernels(checkpoint.config))
-    return model
+
+def block_refs(checkpoint: Checkpoint) -> tuple[BlockRef, ...]:
+    """Return all blocks in the order in which a forward pass runs them."""
+    return checkpoint.family.blocks(checkpoint.spec)
 
 
 def count_parameters(model: Any, checkpoint: Checkpoint) -> int:
-    """Count the weights of both stacks and the one embedding, and the head where it is a matrix of its own."""
-    stacks = {name: p for name, p in model.named_parameters() if ".block." in name or "final_layer_norm" in name}
-    head = model.lm_head.weight.numel() if checkpoint.has_own_head else 0
-    return int(sum(p.numel() for p in stacks.values()) + model.shared.weight.numel() + head)
+    """Count the weights of an empty model, shared ones once."""
+    family, sizes = checkpoint.family, dict[str, int]()
+    for name, parameter in model.named_parameters():
+        for one in family.canonical((name,)):
+            if one != family.head_name or checkpoint.has_own_head:
+                sizes[one] = parameter.numel()
+    return sum(sizes.values())
 
 
 def check_shapes(model: Any, checkpoint: Checkpoint) -> None:
@@ -71,7 +47,7 @@ def check_shapes(model: Any, checkpoint: Checkpoint) -> None:
         BackboneError: a file, a tensor or a shape is wrong; the message names it.
     """
     for name, parameter in model.named_parameters():
-        if name != HEAD or checkpoint.has_own_head:
+        if name != checkpoint.family.head_name or checkpoint.has_own_head:
             _refuse_shape(checkpoint, name, checkpoint.shape(name), tuple(parameter.shape))
 
 
@@ -82,14 +58,12 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 def fill_ends(model: Any, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
     """Put embedding, head and final norms in place."""
-    dtype = compute_dtype(precision)
-    shared = _read_parameter(checkpoint, SHARED, model.shared.weight, dtype, device)
-    model.shared.weight = shared
-    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
-    model.lm_head.weight = _read_parameter(checkpoint, HEAD, model.lm_head.weight, dtype, device) if checkpoint.has_own_head else shared
-    for stack in ("encoder", "decoder"):
-        norm = getattr(model, stack).final_layer_norm
-        norm.weight = _read_parameter(checkpoint, f"{stack}.final_layer_norm.weight", norm.weight, dtype, device)
+    dtype, own_head = compute_dtype(precision), checkpoint.has_own_head
+    for name in checkpoint.family.ends(own_head=own_head):
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        setattr(module, last, _read_parameter(checkpoint, name, getattr(module, last), dtype, device))
+    checkpoint.family.tie(model, own_head=own_head)
 
 
 def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
@@ -104,6 +78,12 @@ def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: s
         for parameter_name, parameter in list(module.named_parameters(recurse=False)):
             full = ".".join(part for part in (path, name, parameter_name) if part)
             setattr(module, parameter_name, _read_parameter(checkpoint, full, parameter, dtype, device))
+
+
+def filled(module: nn.Module, path: str, read: Callable[[str], Tensor]) -> nn.Module:
+    """Return a part of a model that was made on the meta device, with the weights that `read` gives under their full names; frozen."""
+    module.load_state_dict({name: read(f"{path}.{name}") for name, _ in module.named_parameters()}, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def return_freed_memory() -> None:

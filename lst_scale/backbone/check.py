@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lst_scale.backbone.assemble import filled
 from lst_scale.backbone.checkpoint import open_checkpoint, read_to
+from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.taps import TapRequest
@@ -61,14 +63,15 @@ def check_quantization(
     mask_BS = attention_mask_BS.to(device)
     encoder_request = TapRequest(layers=tuple(range(spec.num_layers)))
     decoder_request = TapRequest(layers=tuple(range(spec.num_decoder_layers)))
+    source, target = backbone.family.stacks
     encoder = backbone.encode(input_ids_BS.to(device), mask_BS, encoder_request)
     decoder = backbone.decode(decoder_input_ids_BT.to(device), encoder, decoder_request)
 
     reference = _Reference(backbone)
-    states, final_BSD = reference.stack("encoder", encoder.taps.embedding, None, mask_BS)
-    errors = {f"encoder block {i}": _error(q, r, mask_BS) for i, (q, r) in enumerate(zip(encoder.taps.tensors, states, strict=True))}
-    states, _ = reference.stack("decoder", decoder.taps.embedding, final_BSD, mask_BS)
-    errors |= {f"decoder block {i}": _error(q, r, None) for i, (q, r) in enumerate(zip(decoder.taps.tensors, states, strict=True))}
+    states, final_BSD = reference.stack(source, encoder.taps.embedding, None, mask_BS)
+    errors = {ref.label: _error(q, r, mask_BS) for ref, q, r in zip(reference.refs(source), encoder.taps.tensors, states, strict=True)}
+    states, _ = reference.stack(target, decoder.taps.embedding, final_BSD, mask_BS)
+    errors |= {ref.label: _error(q, r, None) for ref, q, r in zip(reference.refs(target), decoder.taps.tensors, states, strict=True)}
 
     for name, error in errors.items():
         if not error <= allowed:
@@ -83,42 +86,32 @@ class _Reference:
     """Runs one stack of the checkpoint in float32 or bf16, a block at a time."""
 
     def __init__(self, backbone: LocalBackbone) -> None:
-        self.backbone = backbone
+        self.family, self.spec, self.device = backbone.family, backbone.spec, backbone.device
         self.checkpoint = open_checkpoint(backbone.identity.checkpoint, backbone.identity.revision)
         # bf16 rounds away 1 % over a deep stack, nearly as much as int8: the reference computes in float32.
         self.dtype = torch.float32
 
-    def stack(self, prefix: str, embedding: Tensor, encoder_final: Tensor | None, encoder_mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the outputs of all blocks (on the CPU in bf16) and the final normed state."""
-        from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
+    def refs(self, stack: str) -> list[BlockRef]:
+        return [ref for ref in self.family.blocks(self.spec) if ref.stack == stack]
 
-        config = self.backbone.stack_config(prefix)
-        device = self.backbone.device
+    def stack(self, stack: str, embedding: Tensor, encoder_final: Tensor | None, encoder_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the outputs of all blocks (on the CPU in bf16) and the final normed state."""
         hidden = embedding.to(self.dtype)
         cross_mask = padding_mask(encoder_mask)
-        self_mask = cross_mask if prefix == "encoder" else causal_mask(hidden.shape[1], 0, hidden.device)
-        bias: Any = None
+        self_mask = cross_mask if encoder_final is None else causal_mask(hidden.shape[1], 0, hidden.device)
+        along: Any = None
         outputs = []
-        for index in range(config.num_layers):
-            with torch.device("meta"):
-                block = T5Block(config, has_relative_attention_bias=index == 0, layer_idx=index)
-            self._fill(block, f"{prefix}.block.{index}", device)
-            hidden, bias, _ = block(
-                hidden,
-                attention_mask=self_mask,
-                position_bias=bias,
-                encoder_hidden_states=encoder_final,
-                encoder_attention_mask=cross_mask if encoder_final is not None else None,
-            )
+        for ref in self.refs(stack):
+            block = filled(self.family.block(self.checkpoint.config, ref), ref.path, self._read)
+            if along is None:
+                along = self.family.positions(block)(hidden.shape[1], hidden.device)
+            source_mask = None if encoder_final is None else cross_mask
+            hidden, along = self.family.run_block(block, hidden, along, mask=self_mask, source=encoder_final, source_mask=source_mask)
             outputs.append(hidden.to("cpu", torch.bfloat16))
-        norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        norm.weight = nn.Parameter(read_to(self.checkpoint, f"{prefix}.final_layer_norm.weight", self.dtype, device), requires_grad=False)
-        return outputs, norm(hidden)
+        return outputs, filled(*self.family.final_norm(self.spec, stack), self._read)(hidden)
 
-    def _fill(self, block: nn.Module, prefix: str, device: torch.device) -> None:
-        weights = {name: read_to(self.checkpoint, f"{prefix}.{name}", self.dtype, device) for name, _ in block.named_parameters()}
-        block.load_state_dict(weights, assign=True)
-        block.eval().requires_grad_(False)
+    def _read(self, name: str) -> Tensor:
+        return read_to(self.checkpoint, name, self.dtype, self.device)
 
 
 def _error(quantized: Tensor, reference: Tensor, mask: Tensor | None) -> float:

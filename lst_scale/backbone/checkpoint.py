@@ -1,4 +1,4 @@
-"""A T5-family checkpoint on disk, read one tensor at a time.
+"""A checkpoint on disk, read one tensor at a time.
 
 Weights come from safetensors only: nothing is unpickled, and nothing but the tensor asked for becomes resident.
 """
@@ -18,16 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lst_scale.assets import resolve
+from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import BackboneError
 
-SUPPORTED = ("t5", "mt5")
-SHARED = "shared.weight"
-# Names under which checkpoints store the one embedding matrix.
-EMBEDDING_NAMES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-HEAD = "lm_head.weight"
-# Old T5 checkpoints carry this table; no model has a place for it.
-UNUSED_TABLE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -37,11 +31,12 @@ class Checkpoint:
 
     def __init__(self, name: str, revision: str | None, folder: Path, config: PretrainedConfig) -> None:
         self.name, self.revision, self.folder, self.config = name, revision, folder, config
+        self.family: Family = family_of(config.model_type, name)
         self._headers: dict[str, tuple[dict[str, Any], int]] = {}
 
     @cached_property
     def spec(self) -> BackboneSpec:
-        return spec_of(self.config)
+        return self.family.spec(self.config)
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -59,8 +54,8 @@ class Checkpoint:
 
     @property
     def has_own_head(self) -> bool:
-        """Whether the output head is a matrix of its own (T5 v1.1, Flan-T5, mT5) and not the embedding."""
-        return HEAD in self.files
+        """Whether the output head is a matrix of its own and not the embedding."""
+        return self.family.head_name in self.files
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory, in the precision it is stored in. Tied names find the one stored matrix."""
@@ -88,12 +83,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Return the hex digest of architecture and weights: any changed weight changes it."""
-        names = {SHARED if name in EMBEDDING_NAMES else name for name in self.files} - {UNUSED_TABLE}
-        return fingerprint_of(self.spec, names, self.tensor)
+        return fingerprint_of(self.spec, self.family.canonical(self.files), self.tensor)
 
     def _stored_name(self, name: str) -> str:
-        candidates = (name, *EMBEDDING_NAMES) if name in (*EMBEDDING_NAMES, HEAD) else (name,)
-        for candidate in candidates:
+        for candidate in self.family.stored_names(name):
             if candidate in self.files:
                 return candidate
         raise BackboneError(f"{self.folder} has no tensor {name}: it is not a whole {self.spec.model_type} checkpoint")
@@ -125,7 +118,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint by local path, embedded name ("embedded:tiny-t5") or hub name.
 
     Raises:
-        BackboneError: it is not there, not T5-like, or holds no safetensors.
+        BackboneError: it is not there, of no known family, or holds no safetensors.
     """
     path = resolve(name)
     folder = Path(path) if Path(path).exists() else _download(path, revision)
@@ -133,8 +126,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BackboneError(f"{folder}/config.json can't be read as a model configuration: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED:
-        raise BackboneError(f"{name} is a {config.model_type!r} model: choose a checkpoint of type {' or '.join(SUPPORTED)}")
+    family_of(config.model_type, name)
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         found = sorted(file.name for file in folder.glob("pytorch_model*"))
         hint = f" ({found[0]} is a pickle, which can run code and is never loaded)" if found else ""
@@ -143,27 +135,8 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 
 def spec_of(config: Any) -> BackboneSpec:
-    """Return what a side network must know of the model that `config` (T5Config or MT5Config) describes."""
-    return BackboneSpec(
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        d_model=config.d_model,
-        d_ff=config.d_ff,
-        d_kv=config.d_kv,
-        num_heads=config.num_heads,
-        num_layers=config.num_layers,
-        num_decoder_layers=config.num_decoder_layers,
-        feed_forward_proj=config.feed_forward_proj,
-        dropout_rate=float(config.dropout_rate),
-        layer_norm_epsilon=config.layer_norm_epsilon,
-        relative_attention_num_buckets=config.relative_attention_num_buckets,
-        relative_attention_max_distance=config.relative_attention_max_distance,
-        # transformers 5 forces tie_word_embeddings to True and keeps T5's scaling in a flag of its own; mT5 never scales.
-        scale_decoder_outputs=bool(getattr(config, "scale_decoder_outputs", False)),
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0],
-        decoder_start_token_id=config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id,
-    )
+    """Return what a side network must know of the model that a transformers configuration describes."""
+    return family_of(config.model_type, type(config).__name__).spec(config)
 
 
 def fingerprint_of(spec: BackboneSpec, names: Iterable[str], read: Callable[[str], Tensor]) -> str:

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lst_scale.backbone.assemble import return_freed_memory
-from lst_scale.backbone.checkpoint import HEAD, SHARED, Checkpoint, read_to
-from lst_scale.backbone.kernels import with_fused_kernels
+from lst_scale.backbone.assemble import filled, return_freed_memory
+from lst_scale.backbone.checkpoint import Checkpoint, read_to
+from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.masks import causal_mask
 from lst_scale.durable import write_directory
 
@@ -120,40 +120,39 @@ class _Walk:
     """Up and down the whole model with a few examples."""
 
     def __init__(self, checkpoint: Checkpoint, examples: Sequence[Example], device: torch.device, total: _Sums) -> None:
-        self.checkpoint, self.spec, self.device, self.total = checkpoint, checkpoint.spec, device, total
+        self.checkpoint, self.family, self.spec, self.device, self.total = checkpoint, checkpoint.family, checkpoint.spec, device, total
         self.sources = [example.input_ids_S.to(device)[None] for example in examples]
         self.labels = [example.labels_T.to(device) for example in examples]
-        start = torch.tensor([self.spec.decoder_start_token_id], device=device)
-        self.targets = [torch.cat([start, labels[:-1]])[None] for labels in self.labels]
-        self.tables: dict[str, Any] = {}  # each stack's owner of the relative-position table, by which all its blocks are biased
-        with_fused_kernels(checkpoint.config)
+        self.targets = [self.family.target_inputs(self.spec, labels[None]) for labels in self.labels]
+        self.positions: dict[str, Callable[[int, torch.device], Any]] = {}  # by stack
 
     def run(self) -> None:
         sources, targets = self._looked_up()
-        encoder_inputs = self._up("encoder", sources, None)
+        source_stack, target_stack = self.family.stacks
+        encoder_inputs = self._up(source_stack, sources, None)
         encoder_last = encoder_inputs.pop()
-        encoder_norm = self._norm("encoder")
+        encoder_norm = self._norm(source_stack)
         with torch.no_grad():
             encoder_final = [encoder_norm(hidden) for hidden in encoder_last]
-        decoder_inputs = self._up("decoder", targets, encoder_final)
+        decoder_inputs = self._up(target_stack, targets, encoder_final)
         gradients, head_parts = self._head(decoder_inputs.pop())
         to_encoder = [torch.zeros_like(final) for final in encoder_final]
-        to_targets = self._down("decoder", decoder_inputs, gradients, encoder_final, to_encoder)
+        to_targets = self._down(target_stack, decoder_inputs, gradients, encoder_final, to_encoder)
         through_norm = [_backward(encoder_norm, hidden, gradient) for hidden, gradient in zip(encoder_last, to_encoder, strict=True)]
-        to_sources = self._down("encoder", encoder_inputs, through_norm, None, None)
+        to_sources = self._down(source_stack, encoder_inputs, through_norm, None, None)
         self._embedding(to_sources, to_targets, head_parts)
 
     def _looked_up(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the embeddings of all sources and of all targets."""
-        embedding = self._read(SHARED)
+        embedding = self._read(self.family.embedding_name)
         return [embedding[ids] for ids in self.sources], [embedding[ids] for ids in self.targets]
 
     def _up(self, stack: str, hidden: list[Tensor], encoder: list[Tensor] | None) -> list[list[Tensor]]:
         """Return the inputs of every block, and last the last block's outputs, for every example."""
         inputs = []
-        for index in range(self._depth(stack)):
+        for ref in self._refs(stack):
             inputs.append(hidden)
-            block = self._block(stack, index)
+            block = self._block(ref)
             with torch.no_grad():
                 hidden = [self._run(block, stack, x, None if encoder is None else encoder[i]) for i, x in enumerate(hidden)]
             del block  # before the next one is read
@@ -168,27 +167,25 @@ class _Walk:
         to_encoder: list[Tensor] | None,
     ) -> list[Tensor]:
         """Return the gradients at the stack's embeddings; add up those at the encoder's final state; sum the squares of all weights'."""
-        for index in range(self._depth(stack) - 1, -1, -1):
-            self._down_block(stack, index, inputs.pop(), gradients, encoder, to_encoder)
+        for ref in reversed(self._refs(stack)):
+            self._down_block(ref, inputs.pop(), gradients, encoder, to_encoder)
         return gradients
 
     def _down_block(
         self,
-        stack: str,
-        index: int,
+        ref: BlockRef,
         inputs: list[Tensor],
         gradients: list[Tensor],
         encoder: list[Tensor] | None,
         to_encoder: list[Tensor] | None,
     ) -> None:
         """Replace the gradients at the block's outputs by those at its inputs."""
-        block = self._block(stack, index)
-        weights = {f"{stack}.block.{index}.{name}": p for name, p in block.named_parameters() if p.ndim == 2}
-        weights = {name: p.requires_grad_(True) for name, p in weights.items() if "relative_attention_bias" not in name}
+        block = self._block(ref)
+        weights = {f"{ref.path}.{name}": p.requires_grad_(True) for name, p in self.family.matrices(block)}
         for i, (hidden, gradient) in enumerate(zip(inputs, gradients, strict=True)):
             x = hidden.detach().requires_grad_(True)
             final = None if encoder is None else encoder[i].detach().requires_grad_(True)
-            self._run(block, stack, x, final).backward(gradient)  # type: ignore[no-untyped-call]
+            self._run(block, ref.stack, x, final).backward(gradient)  # type: ignore[no-untyped-call]
             assert x.grad is not None
             gradients[i] = x.grad
             if final is not None and to_encoder is not None:
@@ -201,8 +198,8 @@ class _Walk:
 
     def _head(self, last: list[Tensor]) -> tuple[list[Tensor], list[_HeadGradient]]:
         """Return the gradients at the last block's outputs, and those at the embedding where that is the head."""
-        norm, head = self._norm("decoder"), self._read(HEAD)
-        scale = self.spec.d_model**-0.5 if self.spec.scale_decoder_outputs else 1.0
+        norm, head = self._norm(self.family.stacks[1]), self._read(self.family.head_name)
+        scale = self.family.head_scale(self.spec)
         gradients, parts = [], []
         for i, (hidden, labels) in enumerate(zip(last, self.labels, strict=True)):
             x = hidden.detach().requires_grad_(True)
@@ -227,7 +224,7 @@ class _Walk:
                 looked_up_UD += head_parts[i].looked_up_UD
                 other_D = head_parts[i].other_squares_D
             # Sums over the vocabulary add up like squares do: by their roots.
-            self.total.add(SHARED, (looked_up_UD.square().sum(0, keepdim=True) + other_D).sqrt())
+            self.total.add(self.family.embedding_name, (looked_up_UD.square().sum(0, keepdim=True) + other_D).sqrt())
 
     def _rows(self, example: int) -> tuple[Tensor, Tensor]:
         """Return the different tokens that an example looks up, and which of them each token of its source and target is."""
@@ -236,35 +233,24 @@ class _Walk:
         return found
 
     def _run(self, block: nn.Module, stack: str, hidden: Tensor, encoder: Tensor | None) -> Tensor:
+        """Run a block on one example; a target's block looks at its past alone and attends to the encoder's final state."""
         length = hidden.shape[1]
-        mask = causal_mask(length, 0, self.device) if stack == "decoder" else None
-        with torch.no_grad():
-            bias = self.tables[stack].compute_bias(length, length, device=self.device)
-        output: Tensor = block(hidden, attention_mask=mask, position_bias=bias, encoder_hidden_states=encoder)[0]
-        return output
+        mask = None if encoder is None else causal_mask(length, 0, self.device)
+        along = self.positions[stack](length, self.device)
+        return self.family.run_block(block, hidden, along, mask=mask, source=encoder)[0]
 
-    def _block(self, stack: str, index: int) -> Any:
-        from transformers.models.t5.modeling_t5 import T5Block
-
+    def _block(self, ref: BlockRef) -> nn.Module:
         return_freed_memory()  # the last block's, between the sums: the C library would keep it
-        with torch.device("meta"):
-            block = T5Block(_stack_config(self.checkpoint.config, stack), has_relative_attention_bias=index == 0, layer_idx=index)
-        names = [name for name, _ in block.named_parameters()]
-        block.load_state_dict({name: self._read(f"{stack}.block.{index}.{name}") for name in names}, assign=True)
-        block.eval().requires_grad_(False)
-        if index == 0 and stack not in self.tables:
-            self.tables[stack] = block.layer[0].SelfAttention
+        block = filled(self.family.block(self.checkpoint.config, ref), ref.path, self._read)
+        if ref.stack not in self.positions:
+            self.positions[ref.stack] = self.family.positions(block)
         return block
 
-    def _norm(self, stack: str) -> Any:
-        from transformers.models.t5.modeling_t5 import T5LayerNorm
+    def _norm(self, stack: str) -> nn.Module:
+        return filled(*self.family.final_norm(self.spec, stack), self._read)
 
-        norm = T5LayerNorm(self.spec.d_model, eps=self.spec.layer_norm_epsilon)
-        norm.weight = nn.Parameter(self._read(f"{stack}.final_layer_norm.weight"), requires_grad=False)
-        return norm
-
-    def _depth(self, stack: str) -> int:
-        return self.spec.num_layers if stack == "encoder" else self.spec.num_decoder_layers
+    def _refs(self, stack: str) -> list[BlockRef]:
+        return [ref for ref in self.family.blocks(self.spec) if ref.stack == stack]
 
     def _read(self, name: str) -> Tensor:
         return read_to(self.checkpoint, name, torch.float32, self.device)
@@ -285,12 +271,3 @@ def _backward(module: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
     module(x).backward(gradient)
     assert x.grad is not None
     return x.grad
-
-
-def _stack_config(config: Any, stack: str) -> Any:
-    import copy
-
-    narrowed = copy.deepcopy(config)
-    narrowed.is_decoder = stack == "decoder"
-    narrowed.use_cache = False
-    return narrowed

@@ -48,14 +48,15 @@ def load_grouped(opened: Opened, placement: TensorParallel, size: int, world: Wo
     # Blocks are divided in the arithmetic's precision and quantized afterwards, each rank its own shards.
     dtype = assemble.compute_dtype(identity.precision)
     whole = "fp32" if identity.precision == "fp32" else "bf16"
-    for place in assemble.places(model):
-        block = place.get(model)
-        assemble.fill_block(block, place.path, checkpoint, whole, world.device)
+    for ref in assemble.block_refs(checkpoint):
+        block = ref.get(model)
+        assemble.fill_block(block, ref.path, checkpoint, whole, world.device)
         if size > 1:
-            block = tensor_parallel.shard_block(block, checkpoint.config, group, options, dtype)
+            summed = checkpoint.family.summed(ref)
+            block = tensor_parallel.shard_block(block, checkpoint.config, group, options, dtype, summed)
         if identity.precision in precisions.QUANTIZED:
             tensor_parallel.quantize_shards(block, group, identity.precision)
-        place.put(model, block)
+        ref.put(model, block)
     backbone = finish(opened, world, replica=Replica(index=world.rank // size, count=world.size // size), kind=GroupedBackbone)
     assert isinstance(backbone, GroupedBackbone)
     backbone.group = group

@@ -1,4 +1,4 @@
-"""The backbone in one process: Hugging Face's own T5 stacks, run forward with hooks on the blocks that a ladder reads.
+"""The backbone in one process: transformers' own model, run forward with hooks on the blocks that a ladder reads.
 
 Hooks and not `output_hidden_states`: that keeps every block's output alive, and its last entry is post-norm, wrong for the last block.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lst_scale.backbone import assemble
 from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.checkpoint import fingerprint_of, open_checkpoint, spec_of
+from lst_scale.backbone.checkpoint import fingerprint_of, open_checkpoint
 from lst_scale.backbone.conveyor import Conveyor
+from lst_scale.backbone.families import Family, family_of, family_of_live
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
     DecoderState,
     EncoderState,
-    FrozenHead,
     Replica,
     StackTaps,
     Tap,
@@ -33,7 +33,7 @@ from lst_scale.errors import BackboneError
 
 
 class LocalBackbone:
-    """A T5-family encoder-decoder, frozen, whole in this process. No nn.Module on purpose: nothing can train or save it by accident."""
+    """A model of some family, frozen, whole in this process. No nn.Module on purpose: nothing can train or save it by accident."""
 
     def __init__(
         self,
@@ -50,7 +50,8 @@ class LocalBackbone:
         self.spec, self.identity, self.weight_source = spec, identity, weight_source
         self.replica, self.conveyor = replica or Replica(), conveyor
         self.num_parameters = num_parameters  # as published, whatever they are held in; a tied head counts once
-        self.head = head_of(model, spec)
+        self.family = family_of(spec.model_type, identity.checkpoint)
+        self.head = self.family.head(model, spec)
 
     @classmethod
     def load(cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None) -> LocalBackbone:
@@ -65,47 +66,44 @@ class LocalBackbone:
         num_parameters = assemble.count_parameters(model, checkpoint)
         assemble.check_shapes(model, checkpoint)
         assemble.fill_ends(model, checkpoint, precision, torch.device(device))
-        for place in assemble.places(model):
-            assemble.fill_block(place.get(model), place.path, checkpoint, precision, torch.device(device))
+        for ref in assemble.block_refs(checkpoint):
+            assemble.fill_block(ref.get(model), ref.path, checkpoint, precision, torch.device(device))
         identity = BackboneIdentity(checkpoint=name, revision=revision, precision=precision, fingerprint=checkpoint.fingerprint())
         return cls(model, checkpoint.spec, identity, checkpoint.tensor, num_parameters)
 
     @classmethod
     def wrap(cls, model: Any) -> LocalBackbone:
-        """Freeze a live `T5ForConditionalGeneration` or `MT5ForConditionalGeneration`; it stays the caller's object.
+        """Freeze a live model of transformers; it stays the caller's object.
 
         Raises:
             BackboneError: it is another kind of model, or in fp16.
         """
-        if getattr(getattr(model, "config", None), "model_type", None) not in ("t5", "mt5") or not hasattr(model, "lm_head"):
-            raise BackboneError(
-                f"{type(model).__name__} can't be a backbone: pass a T5ForConditionalGeneration or a MT5ForConditionalGeneration"
-            )
+        spec = family_of_live(model).spec(model.config)
         dtype = model.get_input_embeddings().weight.dtype
         if dtype == torch.float16:
             raise BackboneError(precisions.FP16_REASON)
         name = str(getattr(model.config, "_name_or_path", "") or "live model")
         precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        identity = BackboneIdentity(checkpoint=name, revision=None, precision=precision, fingerprint=_live_fingerprint(model))
-        return cls(model, spec_of(model.config), identity, _live_weight_source(model), sum(p.numel() for p in model.parameters()))
+        identity = BackboneIdentity(checkpoint=name, revision=None, precision=precision, fingerprint=_live_fingerprint(model, spec))
+        return cls(model, spec, identity, _live_weight_source(model), sum(p.numel() for p in model.parameters()))
 
     def take_model(self) -> Any:
-        """Return the T5 itself, for methods that train inside it."""
+        """Return the model itself, for methods that train inside it."""
         return self._model
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._model.shared.weight.device
-        return device
+        return self.family.embedding(self._model).device
 
     @property
     def blocks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """The blocks of encoder and decoder."""
-        return self._model.encoder.block, self._model.decoder.block
+        """The blocks that run on the source and on the target."""
+        return self.family.stack_of(self._model, target=False), self.family.stack_of(self._model, target=True)
 
-    def stack_config(self, prefix: str) -> Any:
-        """Return the transformers configuration of "encoder" or "decoder"."""
-        return getattr(self._model, prefix).config
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings of token ids."""
+        embeddings: Tensor = self._model.get_input_embeddings()(ids)
+        return embeddings
 
     def weight_bytes(self) -> int:
         """Bytes on this rank's device that hold weights, shared ones once; blocks that come and go count as their slots."""
@@ -115,27 +113,21 @@ class LocalBackbone:
     @torch.no_grad()
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState:
         """Run the encoder on token ids (B, S); mask 1 = token, 0 = padding."""
-        stack = self._model.encoder
-        embedding_BSD = self._model.shared(input_ids_BS)
-        with _capture(stack.block, request) as hidden:
-            final_BSD = stack(inputs_embeds=embedding_BSD, attention_mask=attention_mask_BS).last_hidden_state
+        embedding_BSD = self.embed(input_ids_BS)
+        with _capture(self.blocks[0], request, self.family) as hidden:
+            final_BSD = self.family.read(self._model, embedding_BSD, attention_mask_BS)
         taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
         return EncoderState(taps=taps, final_BSD=final_BSD, attention_mask_BS=attention_mask_BS)
 
     @torch.no_grad()
     def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
         """Run the decoder on token ids (B, T); with a cache, on the new positions only. Blocks that nobody reads are not run."""
-        stack = self._model.decoder
-        embedding_BTD = self._model.shared(decoder_input_ids_BT)
-        needed = len(stack.block) if request.decoder_final else request.layers[-1] + 1
-        with _shortened(stack, needed), _capture(stack.block, request) as hidden:
-            final_BTD = stack(
-                inputs_embeds=embedding_BTD,
-                encoder_hidden_states=encoder.final_BSD,
-                encoder_attention_mask=encoder.attention_mask_BS,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
+        embedding_BTD, blocks = self.embed(decoder_input_ids_BT), self.blocks[1]
+        needed = len(blocks) if request.decoder_final else request.layers[-1] + 1
+        with _capture(blocks, request, self.family) as hidden:
+            final_BTD = self.family.extend(
+                self._model, embedding_BTD, encoder.final_BSD, encoder.attention_mask_BS, cache, num_blocks=needed
+            )
         taps = StackTaps(layers=request.layers, embedding=embedding_BTD, hidden=tuple(hidden))
         return DecoderState(taps=taps, final_BTD=final_BTD if request.decoder_final else None)
 
@@ -146,18 +138,14 @@ class LocalBackbone:
         return Taps(encoder=encoder.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
 
 
-def head_of(model: Any, spec: BackboneSpec) -> FrozenHead:
-    """Return a T5's output head, scaled where this T5 scales."""
-    return FrozenHead(weight_VD=model.lm_head.weight, scale=spec.d_model**-0.5 if spec.scale_decoder_outputs else 1.0)
-
-
 @contextlib.contextmanager
-def _capture(blocks: nn.ModuleList, request: TapRequest) -> Iterator[list[Tap]]:
+def _capture(blocks: nn.ModuleList, request: TapRequest, family: Family) -> Iterator[list[Tap]]:
     """Collect the outputs that are asked for, in order, while the body runs one forward pass."""
     hidden: list[Tap] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden.append(stored(output[0], request.storage))  # at once: the block's own output lives only until the next has read it
+        # At once: the block's own output lives only until the next has read it.
+        hidden.append(stored(family.state(output), request.storage))
 
     handles = [blocks[layer].register_forward_hook(keep) for layer in request.layers]
     try:
@@ -165,17 +153,6 @@ def _capture(blocks: nn.ModuleList, request: TapRequest) -> Iterator[list[Tap]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _shortened(stack: Any, count: int) -> Iterator[None]:
-    """Let the stack end after its first `count` blocks while the body runs."""
-    whole = stack.block
-    stack.block = whole[:count] if count < len(whole) else whole
-    try:
-        yield
-    finally:
-        stack.block = whole
 
 
 def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
@@ -193,6 +170,6 @@ def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
     return read
 
 
-def _live_fingerprint(model: Any) -> str:
+def _live_fingerprint(model: Any, spec: BackboneSpec) -> str:
     parameters = dict(model.named_parameters())
-    return fingerprint_of(spec_of(model.config), parameters, parameters.__getitem__)
+    return fingerprint_of(spec, parameters, parameters.__getitem__)

@@ -10,7 +10,7 @@ Ends (embedding, head, final norms) are whole on every rank. No rank ever holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lst_scale import distributed
 from lst_scale.assets import cache_folder
 from lst_scale.backbone import assemble, grouped, streamed, tensor_parallel
 from lst_scale.backbone.conveyor import Conveyor, empty
+from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.opened import Opened, finish, open_alone, open_together
 from lst_scale.backbone.partitioned import PartitionedSource
@@ -59,8 +60,8 @@ def load_alone(recipe: BackboneRecipe, world: World) -> LocalBackbone:
 
 def _replicated(opened: Opened, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
-    for place in assemble.places(model):
-        assemble.fill_block(place.get(model), place.path, checkpoint, identity.precision, world.device)
+    for ref in assemble.block_refs(checkpoint):
+        assemble.fill_block(ref.get(model), ref.path, checkpoint, identity.precision, world.device)
     return finish(opened, world, replica=Replica(index=world.rank, count=world.size))
 
 
@@ -70,9 +71,9 @@ def _zero3(opened: Opened, world: World) -> LocalBackbone:
     blocks = []
 
     def load() -> None:
-        for place in assemble.places(model):
-            block = place.get(model)
-            assemble.fill_block(block, place.path, checkpoint, identity.precision, world.device)
+        for ref in assemble.block_refs(checkpoint):
+            block = ref.get(model)
+            assemble.fill_block(block, ref.path, checkpoint, identity.precision, world.device)
             source.add(block)
             empty(block)
             blocks.append(block)
@@ -84,17 +85,17 @@ def _zero3(opened: Opened, world: World) -> LocalBackbone:
 
 def _streamed(opened: Opened, placement: Streamed, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
-    all_places = list(assemble.places(model))
-    blocks = [place.get(model) for place in all_places]
+    refs = assemble.block_refs(checkpoint)
+    blocks = [ref.get(model) for ref in refs]
 
     def build(index: int) -> nn.Module:
-        assemble.fill_block(blocks[index], all_places[index].path, checkpoint, identity.precision, world.device)
+        assemble.fill_block(blocks[index], refs[index].path, checkpoint, identity.precision, world.device)
         return blocks[index]
 
     if placement.source == "host":
         source: Any = distributed.agree(world, lambda: _host_source(blocks, build, world.device))
     else:
-        source = _disk_source(placement, identity, all_places, blocks, build, world)
+        source = _disk_source(placement, identity, refs, blocks, build, world)
     return finish(opened, world, replica=Replica(index=world.rank, count=world.size), conveyor=Conveyor(blocks, source, world.device))
 
 
@@ -110,7 +111,7 @@ def _host_source(blocks: list[nn.Module], build: Callable[[int], nn.Module], dev
 def _disk_source(
     placement: Streamed,
     identity: BackboneIdentity,
-    all_places: list[assemble.BlockPlace],
+    refs: Sequence[BlockRef],
     blocks: list[nn.Module],
     build: Callable[[int], nn.Module],
     world: World,
@@ -126,7 +127,7 @@ def _disk_source(
                     empty(blocks[index - 1])
                 return build(index)
 
-            streamed.write_blocks(folder, [place.path for place in all_places], build_and_forget_last)
+            streamed.write_blocks(folder, [ref.path for ref in refs], build_and_forget_last)
 
     distributed.agree(world, write)
     for block in blocks:

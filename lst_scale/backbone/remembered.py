@@ -9,7 +9,7 @@ from lst_scale import distributed
 from lst_scale.assets import cache_folder
 from lst_scale.backbone import assemble
 from lst_scale.backbone.caching import CachingBackbone
-from lst_scale.backbone.local import LocalBackbone, head_of
+from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.opened import open_together
 from lst_scale.backbone.place import load_alone
 from lst_scale.backbone.tap_cache import CacheKey, TapCache
@@ -64,8 +64,8 @@ def load_caching(
         cache=TapCache(root, key),
         spec=checkpoint.spec,
         identity=identity,
-        head=head_of(model, checkpoint.spec),
-        embedding_VD=model.shared.weight,
+        head=checkpoint.family.head(model, checkpoint.spec),
+        embedding_VD=checkpoint.family.embedding(model),
         weight_source=checkpoint.tensor,
         replica=Replica(index=world.rank, count=world.size),
         load=load,

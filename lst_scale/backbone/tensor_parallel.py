@@ -20,9 +20,6 @@ from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.distributed import Group
 from lst_scale.errors import BackboneError
 
-# The layers whose output is a sum over ranks: AutoTP divides their inputs, and the outputs of all others.
-POLICY = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
-
 
 def check_divisible(spec: BackboneSpec, size: int) -> None:
     """Refuse a group size that does not divide heads and feed-forward, naming those that do.
@@ -38,13 +35,14 @@ def check_divisible(spec: BackboneSpec, size: int) -> None:
         )
 
 
-def shard_block(block: Any, config: Any, group: Group, options: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def shard_block(block: Any, config: Any, group: Group, options: dict[str, Any], dtype: torch.dtype, summed: tuple[str, ...]) -> nn.Module:
     """Return this rank's shard of a whole block. All ranks of the group must call it.
 
     Args:
-        block: a T5Block in `dtype`.
+        block: a block in `dtype`.
         config: the model's transformers configuration, from which AutoTP takes the number of heads.
         options: further arguments of `deepspeed.init_inference`, from a file in ds_configs/.
+        summed: the layers whose output is a sum over ranks: AutoTP divides their inputs, and the outputs of all others.
     """
     import deepspeed
 
@@ -56,7 +54,7 @@ def shard_block(block: Any, config: Any, group: Group, options: dict[str, Any], 
             tensor_parallel={"tp_size": group.size, "mpu": _Groups(group), "tp_group": group.handle},
             dtype=dtype,
             replace_with_kernel_inject=False,
-            injection_policy={type(block): POLICY if hasattr(block.layer[1], "EncDecAttention") else (POLICY[0], POLICY[2])},
+            injection_policy={type(block): summed},
             **options,
         )
     sharded: nn.Module = engine.module.block[0]

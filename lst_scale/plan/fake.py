@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.assemble import compute_dtype, places
+from lst_scale.backbone.assemble import compute_dtype
 from lst_scale.backbone.checkpoint import spec_of
-from lst_scale.backbone.kernels import with_fused_kernels
+from lst_scale.backbone.families import family_of
+from lst_scale.backbone.families.t5.model import with_fused_kernels
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.data.batches import Batch
@@ -53,12 +54,11 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
     precision = recipe.backbone.precision
     with _created_as(compute_dtype(precision)):
         model = T5ForConditionalGeneration(config)
-    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+    family, spec = family_of(config.model_type, recipe.backbone.checkpoint), spec_of(config)
+    family.tie(model, own_head=shape.own_head)
     model.name_or_path = recipe.backbone.checkpoint  # peft asks
-    if not shape.own_head:
-        model.lm_head.weight = model.shared.weight
-    for place in places(model):
-        block = place.get(model)
+    for ref in family.blocks(spec):
+        block = ref.get(model)
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and precision in precisions.QUANTIZED:
                 precisions.replace(block, name, precisions.sized_quantized_linear(module, precision))
@@ -69,7 +69,7 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
         found: Tensor = model.get_parameter(name).float()
         return found
 
-    return LocalBackbone(model, spec_of(config), identity, weight, num_parameters=0)
+    return LocalBackbone(model, spec, identity, weight, num_parameters=0)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lst_scale.assets import load_ds_config
-from lst_scale.backbone.assemble import places
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.precision import held_tensors
 from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, stored
@@ -147,7 +146,7 @@ def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Ta
 def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting: Setting) -> int:
     """Return the bytes of frozen weights on a rank: all, its share, or the blocks that are there at a time."""
     model, placement = backbone._model, recipe.backbone.placement
-    blocks = [nbytes(held_tensors(place.get(model))) for place in places(model)]
+    blocks = [nbytes(held_tensors(ref.get(model))) for ref in backbone.family.blocks(backbone.spec)]
     if isinstance(recipe.method, LstRecipe):
         ends = nbytes(held_tensors(model)) - sum(blocks)
         if setting.cached:

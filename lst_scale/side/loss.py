@@ -1,4 +1,4 @@
-"""Token-level cross-entropy over the backbone's frozen head, and the shift that makes decoder inputs of labels."""
+"""Token-level cross-entropy over the backbone's frozen head, and the target ids that labels are predicted from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
 
 IGNORED = -100
@@ -14,10 +15,8 @@ CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,1
 
 
 def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
-    """Return decoder input ids (B, T): the start token, then the labels but the last; ignored ones become padding."""
-    shifted = torch.full_like(labels_BT, spec.decoder_start_token_id)
-    shifted[:, 1:] = labels_BT[:, :-1]
-    return shifted.masked_fill(shifted == IGNORED, spec.pad_token_id)
+    """Return the target ids (B, T) that a backbone reads to predict these labels."""
+    return family_of(spec.model_type, "this backbone").target_inputs(spec, labels_BT)
 
 
 def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:

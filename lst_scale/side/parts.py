@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config
 
-from lst_scale.backbone.kernels import with_fused_kernels
+from lst_scale.backbone.families.t5.model import with_fused_kernels
 from lst_scale.backbone.taps import BackboneSpec, PackedTap, Tap
 from lst_scale.side import attention
 from lst_scale.side.config import LadderConfig

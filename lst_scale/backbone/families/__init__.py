@@ -1,0 +1,190 @@
+"""Families of models. The folders here, one a family, are the only places that name a model's classes and tensors.
+
+A family is one stateless object, found by `config.model_type`. Placements, precisions, cache, planner, Fisher information, methods and
+side networks know the protocol alone, so another family is another folder and a line of `ROOMS`.
+
+Two words serve all of them: a model makes states of its *source*, then of its *target*, given the source. In an encoder-decoder these
+are two stacks of blocks; in a decoder-only model the prompt and its continuation, in one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from lst_scale.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+
+ROOMS = {"t5": "t5", "mt5": "t5"}  # model_type -> folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRef:
+    """One block of a model: which stack, which number in it, and where it sits."""
+
+    stack: str
+    index: int
+    path: str  # in the model, and its prefix in checkpoints
+
+    @property
+    def label(self) -> str:
+        return f"{self.stack} block {self.index}"
+
+    def get(self, model: Any) -> nn.Module:
+        block: nn.Module = model.get_submodule(self.path)
+        return block
+
+    def put(self, model: Any, block: nn.Module) -> None:
+        parent, _, name = self.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, block)
+
+
+class Family(Protocol):
+    """What the package must know of a kind of model. `model` is transformers' model, `config` its configuration."""
+
+    stacks: ClassVar[tuple[str, str]]  # which stack makes the source's states, which the target's; perhaps one and the same
+    embedding_name: ClassVar[str]  # of the input embedding in checkpoints
+    head_name: ClassVar[str]  # of the output head, where it is a matrix of its own
+    live_classes: ClassVar[tuple[str, ...]]  # transformers' classes that can be wrapped
+
+    # Names in checkpoints.
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """Return the names under which a checkpoint may store a tensor, in the order in which to look."""
+        ...
+
+    def canonical(self, names: Iterable[str]) -> set[str]:
+        """Return each stored tensor's one name, without tensors that no model has a place for."""
+        ...
+
+    # The model: its shape, its parts, and where they sit.
+
+    def spec(self, config: Any) -> BackboneSpec: ...
+
+    def skeleton(self, config: Any) -> Any:
+        """Return the model on the meta device."""
+        ...
+
+    def blocks(self, spec: BackboneSpec) -> tuple[BlockRef, ...]:
+        """Return all blocks in the order in which a forward pass runs them."""
+        ...
+
+    def ends(self, *, own_head: bool) -> tuple[str, ...]:
+        """Return the names of all weights outside the blocks that a checkpoint stores: embedding, head, final norms."""
+        ...
+
+    def tie(self, model: Any, *, own_head: bool) -> None:
+        """Let all places of a shared weight hold the one that is filled."""
+        ...
+
+    def embedding(self, model: Any) -> Tensor:
+        """Return the input embedding (V, D)."""
+        ...
+
+    def head(self, model: Any, spec: BackboneSpec) -> FrozenHead: ...
+
+    def head_scale(self, spec: BackboneSpec) -> float:
+        """Return by what the head multiplies its input."""
+        ...
+
+    # Running it.
+
+    def target_inputs(self, spec: BackboneSpec, labels_BT: Tensor) -> Tensor:
+        """Return the target ids (B, T) that a model reads to predict these labels."""
+        ...
+
+    def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
+        """Return the blocks that make the states of the target, or of the source."""
+        ...
+
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        """Run the source and return its final states, which the target's blocks attend to."""
+        ...
+
+    def extend(
+        self, model: Any, embedding_BTD: Tensor, source_BSD: Tensor, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
+    ) -> Tensor:
+        """Run the first `num_blocks` blocks on the target, given the source; with a cache, on its new positions only."""
+        ...
+
+    def state(self, output: Any) -> Tensor:
+        """Return the hidden state in what a block returns."""
+        ...
+
+    # One block by itself: Fisher information, the check of quantized weights.
+
+    def block(self, config: Any, ref: BlockRef) -> nn.Module:
+        """Return one block on the meta device."""
+        ...
+
+    def final_norm(self, spec: BackboneSpec, stack: str) -> tuple[nn.Module, str]:
+        """Return a stack's final norm on the meta device, and its path."""
+        ...
+
+    def positions(self, first_block: nn.Module) -> Callable[[int, torch.device], Any]:
+        """Return what makes `along` for a stack: what its blocks are told of the positions of so many tokens."""
+        ...
+
+    def run_block(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        along: Any,
+        *,
+        mask: Tensor | None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Run one block of the backbone or of a side network; return its hidden states, and `along` for the next block.
+
+        Masks are boolean, True where a key may be seen; `source` are the source's final states where the block attends to them.
+        """
+        ...
+
+    def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the matrices of a block that Fisher information is summed over, by their names in it."""
+        ...
+
+    def summed(self, ref: BlockRef) -> tuple[str, ...]:
+        """Return the linear maps of a block whose inputs tensor parallelism divides, and whose outputs are sums over ranks."""
+        ...
+
+
+def family_of(model_type: str | None, where: object) -> Family:
+    """Return the family of a model type; `where` names the model in the error message.
+
+    Raises:
+        BackboneError: no family has it; the message names the types that are known.
+    """
+    family: Family = importlib.import_module(f"{__name__}.{_room(model_type, where)}.family").FAMILY
+    return family
+
+
+def family_of_live(model: Any) -> Family:
+    """Return the family of a live model of transformers.
+
+    Raises:
+        BackboneError: it is no model that can stand behind the boundary.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in ROOMS:
+        family = family_of(model_type, type(model).__name__)
+        if any(kind.__name__ in family.live_classes for kind in type(model).__mro__):
+            return family
+    known = dict.fromkeys(name for known in ROOMS for name in family_of(known, known).live_classes)
+    raise BackboneError(f"{type(model).__name__} can't be a backbone: pass a {' or a '.join(known)}")
+
+
+def _room(model_type: str | None, where: object) -> str:
+    if model_type not in ROOMS:
+        *others, last = ROOMS
+        raise BackboneError(f"{where} is a {model_type!r} model: choose a checkpoint of type {', '.join(others)} or {last}")
+    return ROOMS[model_type]

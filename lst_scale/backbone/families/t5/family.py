@@ -1,0 +1,13 @@
+"""The T5 family as one object; each of its sides is a file of its own."""
+
+from __future__ import annotations
+
+from lst_scale.backbone.families import Family
+from lst_scale.backbone.families.t5.model import T5Blocks, T5Model
+
+
+class T5(T5Model, T5Blocks):
+    """All that the package must know of T5."""
+
+
+FAMILY: Family = T5()

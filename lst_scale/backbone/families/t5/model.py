@@ -1,0 +1,199 @@
+"""T5 as a backbone: the names of its tensors, the parts of transformers' model, and how they are run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
+
+from lst_scale.backbone.families import BlockRef
+from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+
+ENCODER, DECODER = "encoder", "decoder"
+SHARED, HEAD = "shared.weight", "lm_head.weight"
+# Names under which checkpoints store the one embedding matrix.
+EMBEDDING_NAMES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Old T5 checkpoints carry this table; no model has a place for it.
+UNUSED_TABLE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+POSITION_TABLE = "relative_attention_bias"
+IGNORED = -100
+
+
+def with_fused_kernels(config: T5Config, attention: str = "sdpa") -> T5Config:
+    """Set attention and GELU of blocks that are made from `config`, and return it: no layer is wrapped or replaced.
+
+    T5's gelu_new (v1.1, Flan-T5, mT5) is the tanh approximation written out in eight kernels, each over d_ff channels, and most of
+    their results wait for a backward pass. torch has it as one: in float32 the same to 2.4e-7, in bf16 rounded once instead of eight times.
+    """
+    config._attn_implementation = attention
+    if config.dense_act_fn == "gelu_new":
+        config.dense_act_fn = "gelu_pytorch_tanh"
+    return config
+
+
+class T5Model:
+    """The whole model: transformers' T5ForConditionalGeneration, or mT5's."""
+
+    stacks: ClassVar[tuple[str, str]] = (ENCODER, DECODER)
+    embedding_name: ClassVar[str] = SHARED
+    head_name: ClassVar[str] = HEAD
+    live_classes: ClassVar[tuple[str, ...]] = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        # A head that is stored nowhere is the embedding.
+        return (name, *EMBEDDING_NAMES) if name in (*EMBEDDING_NAMES, HEAD) else (name,)
+
+    def canonical(self, names: Iterable[str]) -> set[str]:
+        return {SHARED if name in EMBEDDING_NAMES else name for name in names} - {UNUSED_TABLE}
+
+    def spec(self, config: Any) -> BackboneSpec:
+        return BackboneSpec(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            d_ff=config.d_ff,
+            d_kv=config.d_kv,
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            num_decoder_layers=config.num_decoder_layers,
+            feed_forward_proj=config.feed_forward_proj,
+            dropout_rate=float(config.dropout_rate),
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
+            # transformers 5 forces tie_word_embeddings to True and keeps T5's scaling in a flag of its own; mT5 never scales.
+            scale_decoder_outputs=bool(getattr(config, "scale_decoder_outputs", False)),
+            pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0],
+            decoder_start_token_id=config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id,
+        )
+
+    def skeleton(self, config: Any) -> Any:
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(with_fused_kernels(config))
+        return model
+
+    def blocks(self, spec: BackboneSpec) -> tuple[BlockRef, ...]:
+        depths = ((ENCODER, spec.num_layers), (DECODER, spec.num_decoder_layers))
+        return tuple(BlockRef(stack=stack, index=i, path=f"{stack}.block.{i}") for stack, depth in depths for i in range(depth))
+
+    def ends(self, *, own_head: bool) -> tuple[str, ...]:
+        return (SHARED, *((HEAD,) if own_head else ()), *(f"{stack}.final_layer_norm.weight" for stack in self.stacks))
+
+    def tie(self, model: Any, *, own_head: bool) -> None:
+        model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
+        if not own_head:
+            model.lm_head.weight = model.shared.weight
+
+    def embedding(self, model: Any) -> Tensor:
+        weight_VD: Tensor = model.shared.weight
+        return weight_VD
+
+    def head(self, model: Any, spec: BackboneSpec) -> FrozenHead:
+        return FrozenHead(weight_VD=model.lm_head.weight, scale=self.head_scale(spec))
+
+    def head_scale(self, spec: BackboneSpec) -> float:
+        return float(spec.d_model**-0.5) if spec.scale_decoder_outputs else 1.0
+
+    def target_inputs(self, spec: BackboneSpec, labels_BT: Tensor) -> Tensor:
+        """The start token, then the labels but the last; ignored ones become padding."""
+        shifted = torch.full_like(labels_BT, spec.decoder_start_token_id)
+        shifted[:, 1:] = labels_BT[:, :-1]
+        return shifted.masked_fill(shifted == IGNORED, spec.pad_token_id)
+
+    def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
+        blocks: nn.ModuleList = (model.decoder if target else model.encoder).block
+        return blocks
+
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        final_BSD: Tensor = model.encoder(inputs_embeds=embedding_BSD, attention_mask=attention_mask_BS).last_hidden_state
+        return final_BSD
+
+    def extend(
+        self, model: Any, embedding_BTD: Tensor, source_BSD: Tensor, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
+    ) -> Tensor:
+        with _shortened(model.decoder, num_blocks):
+            final_BTD: Tensor = model.decoder(
+                inputs_embeds=embedding_BTD,
+                encoder_hidden_states=source_BSD,
+                encoder_attention_mask=attention_mask_BS,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return final_BTD
+
+    def state(self, output: Any) -> Tensor:
+        hidden: Tensor = output[0]
+        return hidden
+
+
+class T5Blocks:
+    """One block at a time, by itself."""
+
+    def block(self, config: Any, ref: BlockRef) -> nn.Module:
+        own = with_fused_kernels(copy.deepcopy(config))
+        own.is_decoder, own.use_cache = ref.stack == DECODER, False
+        with torch.device("meta"):
+            block: nn.Module = T5Block(own, has_relative_attention_bias=ref.index == 0, layer_idx=ref.index)
+        return block
+
+    def final_norm(self, spec: BackboneSpec, stack: str) -> tuple[nn.Module, str]:
+        with torch.device("meta"):
+            norm: nn.Module = T5LayerNorm(spec.d_model, eps=spec.layer_norm_epsilon)
+        return norm, f"{stack}.final_layer_norm"
+
+    def positions(self, first_block: nn.Module) -> Callable[[int, torch.device], Any]:
+        # A stack's first block owns the table by which all its blocks are biased; nothing else of the block is kept.
+        return functools.partial(_position_bias, first_block.get_submodule("layer.0.SelfAttention"))
+
+    def run_block(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        along: Any,
+        *,
+        mask: Tensor | None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> tuple[Tensor, Any]:
+        """`along` is the position bias; a block that owns a table makes it where none is given."""
+        hidden, bias, _ = block(
+            hidden,
+            attention_mask=mask,
+            position_bias=along,
+            encoder_hidden_states=source,
+            encoder_attention_mask=source_mask,
+            past_key_values=cache,
+        )
+        return hidden, bias
+
+    def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in block.named_parameters() if p.ndim == 2 and POSITION_TABLE not in name)
+
+    def summed(self, ref: BlockRef) -> tuple[str, ...]:
+        return ("SelfAttention.o", *(("EncDecAttention.o",) if ref.stack == DECODER else ()), "DenseReluDense.wo")
+
+
+def _position_bias(attention: Any, length: int, device: torch.device) -> Tensor:
+    with torch.no_grad():
+        bias: Tensor = attention.compute_bias(length, length, device=device)
+    return bias
+
+
+@contextlib.contextmanager
+def _shortened(stack: Any, count: int) -> Iterator[None]:
+    """Let the stack end after its first `count` blocks while the body runs."""
+    whole = stack.block
+    stack.block = whole[:count] if count < len(whole) else whole
+    try:
+        yield
+    finally:
+        stack.block = whole
