@@ -112,5 +112,5 @@ def test_an_option_that_nobody_reads_is_an_error() -> None:
     model = tiny_ladder()
     with pytest.raises(ValueError, match="temprature"):
         generate(model, source(), temprature=0.5)
-    with pytest.raises(TypeError, match="output_attentions"):
-        model(**batch(), output_attentions=True)
+    with pytest.raises(TypeError, match="output_atentions"):
+        model(**batch(), output_atentions=True)

@@ -269,8 +269,8 @@ class LadderModel(Ladder):
     def __init__(self, backbone: Any, side: LadderConfig | SideNetwork) -> None:
         frozen = as_backbone(backbone)
         super().__init__(frozen, _fresh(frozen, side) if isinstance(side, LadderConfig) else side)
-        self.register_state_dict_post_hook(_add_record)
-        self.register_load_state_dict_pre_hook(_take_record)
+        self.register_state_dict_post_hook(_add_record)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_record)  # type: ignore[no-untyped-call]
 
     # Weights under the release's names, and files.
 
