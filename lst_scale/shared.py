@@ -24,16 +24,18 @@ from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.backbone.remembered import load_caching
 from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps, union
+from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import Batch, collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
-from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.data.tokenizer import load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
 from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of
+from lst_scale.model_config import find_config, read_config
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
@@ -71,8 +73,11 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
     recipe = recipes[0]
     task = load_task(recipe)
     try_own_metrics(task)
-    tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+    tokenizer = load_fitting_tokenizer(recipe, task, logger.say)
     splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    for sentence in (cuts(splits, recipe.data), unmatchable_share(task, tokenizer)):
+        if sentence is not None:
+            logger.say(sentence)
     distributed.poll_interruption(world)
     start = time.perf_counter()
     backbone = _backbone(recipes, splits, world, logger)
@@ -109,7 +114,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     world = distributed.connect()
     with Logger(None) as logger:
         task = load_task(recipe)
-        tokenizer = load_tokenizer(recipe.backbone.checkpoint, recipe.backbone.revision)
+        tokenizer = load_fitting_tokenizer(recipe, task, logger.say)
         split = _encode(task.train, tokenizer, recipe, task.target_prefix)
         backbone = _backbone([recipe], {"train": split}, world, logger)
         assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
@@ -130,6 +135,26 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         backbone.let_others_write()
     distributed.barrier()
     return len(split.rows), backbone.cache.folder
+
+
+def load_fitting_tokenizer(recipe: Recipe, task: TaskData, say: Callable[[str], None]) -> Any:
+    """Return the backbone's tokenizer, which fits the backbone's vocabulary, the training texts and the labels.
+
+    Raises:
+        DataError: it does not fit.
+        BackboneError: the checkpoint's config.json can't be meant.
+    """
+    checkpoint, revision = recipe.backbone.checkpoint, recipe.backbone.revision
+    tokenizer = load_tokenizer(checkpoint, revision)
+    config = find_config(checkpoint, revision)
+    vocab_size = read_config(config).get("vocab_size") if config is not None else None
+    if isinstance(vocab_size, int):
+        refuse_misfit(tokenizer, vocab_size, checkpoint)
+    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
+    if unknown is not None:
+        say(unknown)
+    refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
+    return tokenizer
 
 
 def peak_memory_bytes(world: World) -> int:

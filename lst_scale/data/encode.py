@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lst_scale.data.tasks import Row
-from lst_scale.errors import DataError
+from lst_scale.errors import DataError, fence, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class EncodedSplit:
     input_ids: list[list[int]]
     labels: list[list[int]]
     pad_token_id: int
+    cut_sources: int = 0  # rows whose source was longer than the limit
+    cut_targets: int = 0
 
     @property
     def longest_target(self) -> int:
@@ -33,13 +35,37 @@ def encode(
     Raises:
         DataError: a target has no token at all.
     """
-    sources = tokenizer([row.source for row in rows], truncation=True, max_length=max_source_length).input_ids
-    truncated = {"truncation": True, "max_length": max_target_length} if max_target_length is not None else {}
-    targets = tokenizer(text_target=[written_target(row.target, target_prefix) for row in rows], **truncated).input_ids
+    texts, written = [row.source for row in rows], [written_target(row.target, target_prefix) for row in rows]
+    with fence(DataError, "the rows can't be tokenized"):
+        sources = tokenizer(texts, truncation=True, max_length=max_source_length).input_ids
+        truncated = {"truncation": True, "max_length": max_target_length} if max_target_length is not None else {}
+        targets = tokenizer(text_target=written, **truncated).input_ids
+        cut_sources = _count_cut(texts, sources, tokenizer, max_source_length)
+        cut_targets = _count_cut(written, targets, tokenizer, max_target_length)
     for number, target in enumerate(targets, start=1):
         if not any(token != tokenizer.eos_token_id for token in target):
-            raise DataError(f"row {number} has the empty target {rows[number - 1].target!r}; fill it in or remove the row")
-    return EncodedSplit(rows=rows, input_ids=sources, labels=targets, pad_token_id=tokenizer.pad_token_id)
+            answer = printable(repr(rows[number - 1].target))
+            if max_target_length == 1:
+                raise DataError(
+                    f"data.max_target_length=1 leaves nothing of the target {answer} but its end: write 2 or more, or remove it"
+                )
+            raise DataError(f"row {number} has the empty target {answer}; fill it in or remove the row")
+    return EncodedSplit(
+        rows=rows,
+        input_ids=sources,
+        labels=targets,
+        pad_token_id=tokenizer.pad_token_id,
+        cut_sources=cut_sources,
+        cut_targets=cut_targets,
+    )
+
+
+def _count_cut(texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, limit: int | None) -> int:
+    """Return how many texts have more tokens than the limit left of them. Only those that reach it are tokenized again, whole."""
+    if limit is None:
+        return 0
+    full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) >= limit]
+    return sum(len(tokens) > limit for tokens in tokenizer(full, verbose=False).input_ids) if full else 0
 
 
 def written_target(answer: str, prefix: str) -> str:
