@@ -105,9 +105,14 @@ def compare_command(
     """Make the table of finished runs: score over seeds, trainable share, peak memory, time, size on disk."""
     from lst_scale.compare import compare, find_results
     from lst_scale.compare import plot as draw
+    from lst_scale.pictures import check_picture
 
-    folders = find_results(runs)
-    typer.echo(compare(folders, style))
+    if plot is not None:
+        check_picture(plot)
+    folders, odd = find_results(runs), list[str]()
+    typer.echo(compare(folders, style, odd))
+    for line in odd:
+        typer.echo(line, err=True)
     if plot is not None:
         draw(folders, plot)
 

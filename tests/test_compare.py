@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from matplotlib.text import Text
+from typer.testing import CliRunner
 
+from lst_scale.cli import app
 from lst_scale.compare import compare, find_results, plot, rows
 from lst_scale.errors import ArgumentError
+from lst_scale.pictures import figure, label_points
 
 
 def write(folder: Path, **changes: Any) -> None:
@@ -48,7 +53,7 @@ def test_rows_are_means_over_seeds_best_first(runs: Path) -> None:
     assert (second["score"], second["deviation"], second["peak_gb"], second["saved_mb"]) == ("62.00", "2.83", "3.00", "4.00")
 
 
-@pytest.mark.parametrize(("style", "line"), [("text", "lora"), ("markdown", "| lora |"), ("csv", "lora,lora,rte,1,70.00")])
+@pytest.mark.parametrize(("style", "line"), [("text", "lora"), ("markdown", "| lora |"), ("csv", "lora,lora,rte,1,70.00,,score,")])
 def test_every_format(runs: Path, style: str, line: str) -> None:
     assert line in compare(find_results([runs]), style)
 
@@ -73,3 +78,69 @@ def test_mistakes(runs: Path, tmp_path: Path) -> None:
         find_results([tmp_path / "nowhere"])
     with pytest.raises(ArgumentError, match=r"write a file that ends in \.png or \.svg"):
         plot(find_results([runs]), tmp_path / "plot.jpg")
+
+
+DAMAGE = {
+    "not JSON": b"{",
+    "empty": b"",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"3",
+    "no keys": b"{}",
+    "not UTF-8": b'{"name": "\xff"}',
+    "deep": b"[" * 100_000,
+    "many digits": b'{"name": ' + b"9" * 5000 + b"}",
+}
+WRONG: dict[str, Any] = {
+    "scores": [60.0],
+    "name": None,
+    "task": {"name": "rte"},
+    "method": 3,
+    "peak_memory_bytes": "much",
+    "train_seconds": [1],
+    "saved_bytes": None,
+    "trainable_parameters": True,
+    "trainable_share_percent": float("nan"),
+    "backbone_parameters": float("inf"),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, *WRONG, "score NaN", "score a text", "no score", "a folder"])
+def test_a_broken_result_is_named_and_left_out(damage: str, runs: Path) -> None:
+    broken = runs / "deep" / "broken"
+    if damage in WRONG:
+        write(broken, **{damage: WRONG[damage]})
+    elif damage in DAMAGE:
+        broken.mkdir()
+        (broken / "result.json").write_bytes(DAMAGE[damage])
+    elif damage == "a folder":
+        (broken / "result.json").mkdir(parents=True)
+    else:
+        write(broken, scores={"score NaN": {"score": float("nan")}, "score a text": {"score": "60"}, "no score": {}}[damage])
+    found = CliRunner().invoke(app, ["compare", str(runs), "--format", "csv"])
+    assert found.exit_code == 0 and found.stdout.count("\n") == 3, found.exception
+    assert found.stderr.startswith(f"left out: {broken / 'result.json'}: ") and found.stderr.count("\n") == 1
+    with pytest.raises(ArgumentError, match=r"no finished run can be read; left out: .*result\.json: "):
+        compare(find_results([broken]))
+
+
+def test_the_metric_is_named_in_the_table_and_on_the_axis(tmp_path: Path) -> None:
+    write(tmp_path / "a", scores={"accuracy": 60.0, "f1": 50.0, "score": 55.0})
+    write(tmp_path / "b", name="other", task="cola", scores={"matthews": 40.0, "score": 40.0})
+    assert [row["metric"] for row in rows(find_results([tmp_path]))] == ["matthews", "accuracy+f1"]
+    plot(find_results([tmp_path]), tmp_path / "plot.svg")
+    shapes = (tmp_path / "plot.svg").read_text()
+    assert "<!-- mean of accuracy and f1, % -->" in shapes and "<!-- matthews, % -->" in shapes
+
+
+def test_labels_do_not_cover_one_another_and_memory_starts_at_zero() -> None:
+    drawn = figure(6, 4)
+    axis = drawn.subplots()
+    points = [(0.92 + 0.001 * (number % 3), 60 + 0.05 * number) for number in range(9)]
+    axis.plot(*zip(*points, strict=True), "o")
+    axis.set(xlim=(0, 1.3), ylim=(55, 65))
+    label_points(axis, points, [f"sweep-learning_rate-{number}" for number in range(9)])
+    renderer = drawn.canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axis.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(axis.get_window_extent(renderer).containsx(box.x1) for box in boxes)
