@@ -41,12 +41,28 @@ def checked_path(text: str) -> str:
     """
     if not text.strip():
         raise ValueError(f"{shown(text)} is empty: write a path (. is the present folder)")
-    if any(unicodedata.category(letter) in _CONTROL for letter in text):
+    if has_control_character(text):
         raise ValueError(f"{shown(text)} holds a control character: a path is plain text on one line")
     size, longest = len(text.encode()), max(len(part.encode()) for part in text.split("/"))
     if longest > LONGEST_PART or size > LONGEST_PATH:
         raise ValueError(f"{shown(text)} is too long: {LONGEST_PART} bytes a part, {LONGEST_PATH} in all")
     return text
+
+
+def checked_line(text: str) -> str:
+    """Return a text that stays on the line on which a job script has it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if has_control_character(text):
+        raise ValueError(f"{shown(text)} holds a control character: write it on one line, without tabs")
+    return text
+
+
+def has_control_character(text: str) -> bool:
+    """Whether a terminal, a shell or a job script could read part of `text` as a command of its own, or as another line."""
+    return any(unicodedata.category(letter) in _CONTROL for letter in text)
 
 
 def fitting_name(text: str) -> str:
@@ -63,4 +79,5 @@ def shown(text: str, most: int = 60) -> str:
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
+Line = Annotated[str, AfterValidator(checked_line)]
 PathText = Annotated[str, AfterValidator(checked_path)]

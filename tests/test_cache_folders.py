@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lst_scale.backbone.cache_key import CacheKey
 from lst_scale.backbone.claim import Claim
-from lst_scale.backbone.tap_cache import CacheKey, TapCache, encoder_digest
+from lst_scale.backbone.tap_cache import TapCache, encoder_digest
 from lst_scale.cli import app
 from lst_scale.errors import BackboneError, LstScaleError
 

@@ -19,7 +19,8 @@ from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file, save_file
 from test_training import final_weights, losses
 
-from lst_scale.backbone.tap_cache import RECORD, CacheKey, TapCache, decoder_digest, encoder_digest
+from lst_scale.backbone.cache_key import CacheKey
+from lst_scale.backbone.tap_cache import RECORD, TapCache, decoder_digest, encoder_digest
 from lst_scale.errors import BackboneError
 
 KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")

@@ -8,11 +8,12 @@ from pathlib import Path
 from lst_scale import distributed
 from lst_scale.assets import cache_folder
 from lst_scale.backbone import assemble
+from lst_scale.backbone.cache_key import CacheKey
 from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.opened import open_together
 from lst_scale.backbone.place import load_alone
-from lst_scale.backbone.tap_cache import CacheKey, TapCache
+from lst_scale.backbone.tap_cache import TapCache
 from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.distributed import World
 from lst_scale.errors import BackboneError

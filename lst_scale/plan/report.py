@@ -183,7 +183,7 @@ def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
 def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, int, bool]:
     """Return training rows, the bytes of their taps on disk at most (every row at full length), and whether the rows are really known."""
     assert isinstance(recipe.method, LstRecipe)
-    from lst_scale.backbone.tap_cache import CacheKey
+    from lst_scale.backbone.cache_key import CacheKey
 
     depth = min(shape.num_layers, shape.num_decoder_layers)
     layers = tuple(range(depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers

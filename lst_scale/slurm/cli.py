@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from lst_scale.compare import compare
-from lst_scale.errors import ArgumentError, LstScaleError
+from lst_scale.errors import ArgumentError, LstScaleError, fence
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.grid import expand
 from lst_scale.members import each_of, load_members, read_list, share_passes
+from lst_scale.names import shown
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
-from lst_scale.slurm.options import ClusterOptions, load_options
+from lst_scale.slurm.options import CODE, ClusterOptions, load_options
 
 app = typer.Typer(
     help="Submit recipes to Slurm, watch them, resubmit what failed, collect the table.",
@@ -32,6 +33,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")
 Cluster = Annotated[Path | None, typer.Option("--cluster", help="a site's defaults (YAML); ~/.config/lst_scale/slurm.yaml when it exists")]
 Names = Annotated[list[str] | None, typer.Argument(help="parts of run names; all runs when none is given")]
 Output = Annotated[Path, typer.Option("--output-dir", help="where the runs are")]
+
+
+MOST_RUNS = 10_000  # of a sweep
 
 
 def _option(name: str, text: str) -> Any:
@@ -114,15 +118,34 @@ def sweep_command(
     Each is a job of its own, or, with --together, up to so many share one job and its backbone passes.
     """
     options = load_options(_given(locals()), cluster)
-    if list_file is not None and not list_file.is_file():
-        raise ArgumentError(f"--list {list_file}: there is no such file")
-    lines = read_list(list_file.read_text()) if list_file is not None else [[]]
+    lines = [[]] if list_file is None else _read_list(list_file)
+    _refuse_too_many(overrides or [], len(lines))
     members = [[*line, *rest] for line in lines for rest in expand(overrides or [])]
     loaded = load_members(recipe, members)
     if together > 1 and any(each.members for each in loaded):
         raise ArgumentError(f"--together {together}: the recipe has members of its own, which train in one job: leave one of the two out")
     groups = share_passes(loaded, together) if together > 1 else [each_of(each) for each in loaded]
     _carry_out(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
+
+
+def _read_list(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        raise ArgumentError(f"--list {path}: there is no such file")
+    with fence(ArgumentError, f"--list {path}"):
+        return read_list(path.read_text(encoding="utf-8"))
+
+
+def _refuse_too_many(overrides: Sequence[str], lines: int) -> None:
+    """Count a sweep before it is written out.
+
+    Raises:
+        ArgumentError: no cluster would take it, and naming it would take minutes.
+    """
+    count = lines
+    for override in overrides:
+        count *= len(expand([override]))
+        if count > MOST_RUNS:
+            raise ArgumentError(f"the sweep has more than {MOST_RUNS:,} members: sweep fewer values, or in parts")
 
 
 @app.command("status")
@@ -136,18 +159,20 @@ def status_command(
     from rich.console import Console
     from rich.live import Live
 
-    from lst_scale.slurm.status import look, table
+    from lst_scale.slurm.status import look, printable, table
 
-    folders = runs.find_runs(output_dir, names or [])
+    folders, odd = runs.find_runs(output_dir, names or []), list[str]()
     if logs:
         for folder in folders:
-            job = runs.last_job(folder)
-            typer.echo(f"{folder.name}\t{job['log'] if job else folder / 'log.txt'}")
+            job = runs.last_job(folder, odd)
+            typer.echo(f"{printable(folder.name)}\t{printable(job['log'] if job else str(folder / 'log.txt'))}")
+        _tell_odd(odd)
         return
     # Piped into a file or another program, lines must not be cut at 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=250)
     if watch is None:
-        console.print(table(look(folders)))
+        console.print(table(look(folders, odd)))
+        _tell_odd(odd)
         return
     with Live(table(look(folders)), console=console) as live:
         while True:
@@ -163,25 +188,57 @@ def resubmit_command(
     time: Time = None,
     memory: Memory = None,
     partition: Partition = None,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
+    cluster: Cluster = None,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
 ) -> None:
-    """Submit again what failed, ran out of time or was lost; it continues from its newest checkpoint. Options can be changed."""
+    """Submit again what failed, ran out of time or was lost; it continues from its newest checkpoint. Options can be changed.
+
+    Setup commands, the way to start Python and further sbatch options are the site's and the command line's, never a run folder's.
+    """
     from lst_scale.slurm.status import look
 
-    lost = [status.run for status in look(runs.find_runs(output_dir, names or [])) if status.needs_resubmission]
-    changes = {key: value for key, value in {"time": time, "memory": memory, "partition": partition}.items() if value is not None}
+    odd: list[str] = []
+    lost = [status.run for status in look(runs.find_runs(output_dir, names or []), odd) if status.needs_resubmission]
+    changes = _given(locals())
     groups: dict[ClusterOptions, dict[str, list[Recipe]]] = {}
     for run in lost:
         job = runs.last_job(run)
         assert job is not None, "only submitted runs are lost"
-        options = load_options(_as_written(job["options"]) | changes, None)
+        try:
+            options = _again(job["options"], changes, cluster, run)
+            recipe = load_recipe(str(run / RECIPE))
+        except LstScaleError as error:
+            odd.append(f"{run} left out: {error}")
+            continue
         # What shared a job shares one again.
-        groups.setdefault(options, {}).setdefault(job["job"], []).append(load_recipe(str(run / RECIPE)))
-    if not lost:
+        groups.setdefault(options, {}).setdefault(job["job"], []).append(recipe)
+    _tell_odd(odd)
+    if not groups:
         typer.echo("nothing to resubmit")
     for options, by_job in groups.items():
         _carry_out(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
+
+
+def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | None, run: Path) -> ClusterOptions:
+    """Return a submission's options with `changes`. What is code in them comes from the site's file and the command line alone.
+
+    Raises:
+        LstScaleError: the options in the run's folder, or the site's, are none.
+    """
+    needs = {key: value for key, value in _as_written(recorded).items() if key not in CODE}
+    options = load_options(needs | changes, cluster)
+    for key in CODE:
+        now, then = getattr(options, key), _as_written(recorded).get(key)
+        if then and then != now:
+            typer.echo(
+                f"{run.name}: {key} at submission, {shown(str(then))}, is not taken from the run's folder: "
+                f"write it into the cluster file{' or on the command line' if key != 'python' else ''}",
+                err=True,
+            )
+    return options
 
 
 @app.command("cancel")
@@ -205,8 +262,16 @@ def collect_command(
     style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
 ) -> None:
     """Make the table of all finished runs: mean and deviation over seeds."""
+    odd: list[str] = []
     folders = [run for run in runs.find_runs(output_dir, names or []) if (run / RESULT).exists()]
-    typer.echo(compare(folders, style))
+    typer.echo(compare(folders, style, odd))
+    _tell_odd(odd)
+
+
+def _tell_odd(odd: list[str]) -> None:
+    """Name on stderr what was left out of a table, and why."""
+    for line in dict.fromkeys(odd):
+        typer.echo(line, err=True)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lst_scale.durable import write_file
 from lst_scale.errors import LstScaleError, MembersFailed
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.slurm import runs
+from lst_scale.slurm.records import append, read
 
 
 class TrainJob:
@@ -76,8 +77,8 @@ class TrainJob:
         stuck = True
         for run in unfinished:
             step = newest_step(run)
-            runs.append(run / runs.STARTS, {"job": job, "step": step, "time": time.time(), "host": socket.gethostname()})
-            started = [start["step"] for start in runs.read(run / runs.STARTS) if start["job"] == job]
+            append(run / runs.STARTS, {"job": job, "step": step, "time": time.time(), "host": socket.gethostname()})
+            started = [start["step"] for start in read(run / runs.STARTS, runs.START) if start["job"] == job]
             latest = started[-self.max_starts_without_progress - 1 :]
             stuck = stuck and len(latest) > self.max_starts_without_progress and set(latest) == {step}
         if stuck:
@@ -96,7 +97,8 @@ def _note_failure(run: Path, rank: int, line: str) -> None:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint, whole or not; 0 without one."""
-    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
+    steps = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
+    return max((int(step) for step in steps if step.isdecimal() and len(step) < 19), default=0)
 
 
 def export_ranks(*, cpu: bool, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The same jobs on this machine, without Slurm: one submitit job after another, a few at once."""
+"""The same jobs on this machine, without Slurm: one submitit job after another, a few at once; what they print is shown as it comes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ from lst_scale.slurm.submission import job_of
 FOREVER = 60 * 24 * 365  # minutes
 
 
+class Echo:
+    """Shows the whole lines that a job has added to its log, after the job's name where several run at once."""
+
+    def __init__(self, log: Path, name: str) -> None:
+        self._log, self._prefix, self._seen, self._rest = log, f"{name}: " if name else "", 0, b""
+
+    def show(self, *, to_the_end: bool = False) -> None:
+        if self._log.is_file():
+            with self._log.open("rb") as file:
+                file.seek(self._seen)
+                added = file.read()
+            self._seen += len(added)
+            self._rest += added
+        *whole, self._rest = self._rest.split(b"\n")
+        if to_the_end and self._rest:
+            whole, self._rest = [*whole, self._rest], b""
+        for line in whole:
+            print(self._prefix + line.decode(errors="replace"), flush=True)
+
+
 def run(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int) -> list[Path]:
     """Run all groups, `at_most` at once, each with as many processes as a node would have; return the folders of runs that failed.
 
@@ -27,15 +47,19 @@ def run(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most:
     if options.nodes > 1:
         raise ArgumentError(f"--local has one machine: write --nodes 1 instead of {options.nodes}")
     waiting, failed = list(groups), []
-    running: list[tuple[Sequence[Recipe], Any]] = []
+    running: list[tuple[Sequence[Recipe], Any, Echo]] = []
     while waiting or running:
         while waiting and len(running) < at_most:
             group = waiting.pop(0)
-            running.append((group, _start(group, options)))
+            job = _start(group, options)
+            running.append((group, job, Echo(job.paths.stdout, "" if len(groups) == 1 else group[0].run_name)))
         time.sleep(0.2)
-        for group, job in [pair for pair in running if pair[1].done()]:
-            running.remove((group, job))
-            failed += [folder for folder in map(runs.folder_of, group) if not (folder / RESULT).exists()]
+        for group, job, echo in list(running):
+            done = job.done()
+            echo.show(to_the_end=done)
+            if done:
+                running.remove((group, job, echo))
+                failed += [folder for folder in map(runs.folder_of, group) if not (folder / RESULT).exists()]
     return failed
 
 

@@ -11,9 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from lst_scale import decode
 from lst_scale.decode import Count, Section
-from lst_scale.errors import ArgumentError
+from lst_scale.errors import ArgumentError, fence
+from lst_scale.names import Line
 
 DEFAULT_FILE = "~/.config/lst_scale/slurm.yaml"
+CODE = ("setup", "python", "sbatch")  # what runs, or changes what runs: never taken from a run's folder, which others may write to
 
 
 class ClusterOptions(Section):
@@ -23,15 +25,15 @@ class ClusterOptions(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
     tasks_per_node: Count | None = None  # None: one a GPU
     cpus_per_task: Count = 4
-    memory: str | None = None  # of a node, such as 64G
-    time: str = "1-00:00:00"  # minutes, HH:MM:SS or D-HH:MM:SS
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    sbatch: tuple[str, ...] = ()  # further options, such as --exclusive or --mail-type=END
-    setup: tuple[str, ...] = ()  # shell commands before the job: modules, conda, a virtual environment
-    python: str | None = None  # how to start Python in the job, such as: apptainer exec --nv image.sif python
+    memory: Line | None = None  # of a node, such as 64G
+    time: Line = "1-00:00:00"  # minutes, HH:MM:SS or D-HH:MM:SS
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    constraint: Line | None = None
+    sbatch: tuple[Line, ...] = ()  # further options, such as --exclusive or --mail-type=END
+    setup: tuple[Line, ...] = ()  # shell commands before the job: modules, conda, a virtual environment
+    python: Line | None = None  # how to start Python in the job, such as: apptainer exec --nv image.sif python
     signal_delay: Count = 120  # seconds between the warning and the time limit: more than a step and a checkpoint take
     max_starts_without_progress: Count = 4
 
@@ -95,7 +97,8 @@ def load_options(given: dict[str, Any], file: Path | None) -> ClusterOptions:
     tree: dict[str, Any] = {}
     path = file or Path(os.path.expanduser(DEFAULT_FILE))
     if path.is_file():
-        tree, _ = decode.read_yaml(path.read_text(), str(path))
+        with fence(ArgumentError, f"--cluster {path}"):
+            tree, _ = decode.read_yaml(path.read_text(encoding="utf-8"), str(path))
     elif file is not None:
         raise ArgumentError(f"--cluster {file}: there is no such file")
     return decode.build(ClusterOptions, tree | {key: value for key, value in given.items() if value is not None}, [])

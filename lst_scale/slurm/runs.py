@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -13,8 +11,12 @@ from typing import Any
 from lst_scale import folder
 from lst_scale.errors import ArgumentError
 from lst_scale.recipe import Recipe
+from lst_scale.slurm.records import Fields, count, finite, job_id, mapping, read, text
 
 JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
+JOB: Fields = {"job": job_id, "time": finite, "log": text, "options": mapping}
+START: Fields = {"job": text, "step": count}
+FAILURE: Fields = {"time": finite, "line": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,46 +49,27 @@ def find_runs(output_dir: Path, names: list[str]) -> list[Path]:
     return [run for run in runs if not names or any(name in run.name for name in names)]
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a file of JSON lines, on disk before this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a file of JSON lines; none when there is no file."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut short by a kill
-    return records
-
-
-def last_job(run: Path) -> dict[str, Any] | None:
-    """Return the run's latest submission."""
-    jobs = read(run / JOBS)
+def last_job(run: Path, odd: list[str] | None = None) -> dict[str, Any] | None:
+    """Return the run's latest submission; lines that can't be read are named in `odd`."""
+    jobs = read(run / JOBS, JOB, odd)
     return jobs[-1] if jobs else None
 
 
-def first_failure(run: Path, since: float = 0.0) -> str | None:
+def first_failure(run: Path, since: float = 0.0, odd: list[str] | None = None) -> str | None:
     """Return why the run failed, in one line: the earliest rank's word, since later ones only lost contact with it."""
-    found = [record for path in run.glob("slurm/failure-*.json") for record in read(path) if record["time"] >= since]
-    return min(found, key=lambda record: record["time"])["line"] if found else None
+    records = (record for path in sorted(run.glob("slurm/failure-*.json")) for record in read(path, FAILURE, odd))
+    found = [record for record in records if record["time"] >= since]
+    return str(min(found, key=lambda record: record["time"])["line"]) if found else None
 
 
 def queue() -> dict[str, QueueEntry] | None:
     """Return all jobs of this user in squeue by id ("12", "13_4"), or None when Slurm can't be asked."""
-    text = _ask(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N|%L"])
-    if text is None:
+    answer = _ask(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N|%L"])
+    if answer is None:
         return None
     entries = {}
-    for line in text.splitlines():
-        job, state, reason, nodes, left = line.strip().split("|")
+    for line in answer.splitlines():
+        job, state, reason, nodes, left = (line.strip().split("|") + [""] * 5)[:5]
         entries[job] = QueueEntry(state=state, reason=reason, nodes=nodes, left=left)
     return entries
 
@@ -95,8 +78,8 @@ def accounted(jobs: list[str]) -> dict[str, tuple[str, str]]:
     """Return (state, nodes) of ended jobs by id, from sacct; nothing where there is no accounting."""
     if not jobs:
         return {}
-    text = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList", f"--jobs={','.join(jobs)}"])
-    rows = [line.split("|") for line in (text or "").splitlines()]
+    answer = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList", f"--jobs={','.join(jobs)}"])
+    rows = [line.split("|") for line in (answer or "").splitlines()]
     return {row[0]: (row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]}
 
 

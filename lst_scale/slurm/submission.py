@@ -17,10 +17,12 @@ from typing import Any
 
 from lst_scale.errors import ArgumentError
 from lst_scale.folder import RECIPE, RESULT, write_recipe
+from lst_scale.names import has_control_character, shown
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.slurm import runs, snapshot
 from lst_scale.slurm.job import TrainJob
 from lst_scale.slurm.options import ClusterOptions
+from lst_scale.slurm.records import append
 
 MAX_TIMEOUTS = 1000  # submitit gives up after these; long trainings meet their time limit often
 
@@ -85,7 +87,7 @@ def submit(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_mo
         for group, job in zip(part, submitted, strict=True):
             record = {"job": job.job_id, "time": time.time(), "log": str(job.paths.stdout), "options": options.model_dump(mode="json")}
             for recipe in group:
-                runs.append(runs.folder_of(recipe) / runs.JOBS, record)
+                append(runs.folder_of(recipe) / runs.JOBS, record)
             jobs.append(job.job_id)
     return jobs
 
@@ -127,7 +129,24 @@ def make_executor(root: Path, options: ClusterOptions, setup: list[str], *, at_m
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}", "--export=ALL"],
         additional_parameters={"requeue": True} | ({"mem": options.memory} if options.memory else {}) | options.further,
     )
+    _refuse_control_characters([str(folder), executor._submitit_command_str, executor.parameters])
     return executor
+
+
+def _refuse_control_characters(values: Any) -> None:
+    """All that a script is made of comes through here: a line break in any value would begin a line of its own, which a shell runs.
+
+    Raises:
+        ArgumentError: names the value.
+    """
+    if isinstance(values, str):
+        if has_control_character(values):
+            raise ArgumentError(f"{shown(values)} holds a control character, which a job's script must not: write it on one line")
+    elif isinstance(values, Mapping):
+        _refuse_control_characters([*values.keys(), *values.values()])
+    elif isinstance(values, list | tuple | set):
+        for value in values:
+            _refuse_control_characters(value)
 
 
 def job_of(group: Sequence[Recipe], options: ClusterOptions, *, threads: int) -> TrainJob:
