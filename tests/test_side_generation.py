@@ -10,6 +10,7 @@ from tiny import batch, tiny_ladder, tiny_t5
 from torch import Tensor
 
 from lst_scale import LadderModel
+from lst_scale.backbone.cache_argument import CACHE
 
 LADDERS: dict[str, dict[str, Any]] = {
     "two layers": {"side_layers": (0, 2)},
@@ -102,7 +103,7 @@ def test_the_mask_defaults_to_everything_but_padding() -> None:
 def test_one_cache_holds_the_backbone_blocks_first_and_the_side_blocks_after_them() -> None:
     model = tiny_ladder(side_layers=(0, 2))
     result = model.generate(**source(), max_new_tokens=3, return_dict_in_generate=True, eos_token_id=63)
-    layers = result.past_key_values.self_attention_cache.layers
+    layers = result[CACHE].self_attention_cache.layers
     lengths = [layer.get_seq_length() for layer in layers]
     # 4 decoder blocks, of which the last is not run because nobody reads it; then 2 side blocks
     assert lengths == [3, 3, 3, 0, 3, 3]

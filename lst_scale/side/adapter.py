@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNorm
 
+from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.masks import padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.attention import Dropout, with_cheap_dropout
@@ -59,7 +60,7 @@ class AdapterBlock(nn.Module):
             assert encoder is not None
             mask = padding_mask(encoder.attention_mask_BS)
             keys = self.downsample(encoder.final_BSR)
-            narrow, _, _ = self.cross(self.downsample(hidden), key_value_states=keys, attention_mask=mask, past_key_values=cache)
+            narrow, _, _ = self.cross(self.downsample(hidden), key_value_states=keys, attention_mask=mask, **cache_argument(cache))
             hidden = self.upsample(narrow)
         result: Tensor = self.after(self.gate(hidden, tap))
         return result

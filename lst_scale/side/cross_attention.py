@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerSelfAttention
 
+from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.masks import padding_mask
 from lst_scale.side.parts import SideEncoderState
 from lst_scale.side.transformer import TransformerStack
@@ -40,15 +41,15 @@ class CrossAttentionBlock(nn.Module):
     ) -> tuple[Tensor, Any]:
         # The release hands the ladder the bias that came into the block: none in the first, the self-attention's in all others.
         ladder_bias = bias
-        hidden, bias, _ = self.layer[0](hidden, attention_mask=self_mask, position_bias=bias, past_key_values=cache)
+        hidden, bias, _ = self.layer[0](hidden, attention_mask=self_mask, position_bias=bias, **cache_argument(cache))
         # Keys and values of the ladder grow with each new token, as a self-attention's do: they live in that half of the cache.
         growing = None if cache is None else cache.self_attention_cache
         hidden, _, _ = self.layer[1](
-            hidden, key_value_states=tap, attention_mask=self_mask, position_bias=ladder_bias, past_key_values=growing
+            hidden, key_value_states=tap, attention_mask=self_mask, position_bias=ladder_bias, **cache_argument(growing)
         )
         if encoder is not None:
             mask = padding_mask(encoder.attention_mask_BS)
-            hidden, _, _ = self.layer[2](hidden, key_value_states=encoder.final_BSR, attention_mask=mask, past_key_values=cache)
+            hidden, _, _ = self.layer[2](hidden, key_value_states=encoder.final_BSR, attention_mask=mask, **cache_argument(cache))
         hidden = self.layer[-1](hidden)
         return hidden, bias
 

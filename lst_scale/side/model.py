@@ -17,6 +17,7 @@ from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
+from lst_scale.backbone.cache_argument import CACHE, cache_argument
 from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
@@ -115,6 +116,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return_dict: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Seq2SeqLMOutput:
         """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
@@ -123,7 +125,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             attention_mask: (B, S), 1 = token, 0 = padding.
             labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
             encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
-            past_key_values: one cache for backbone and side network, read and filled; with `use_cache` one is made when none is given.
+            past_key_values, cache: one cache for backbone and side network, read and filled, under transformers' old or new name; with
+                `use_cache` one is made when none is given.
             return_dict: always True; generation passes it.
             output_hidden_states, output_attentions: never True; transformers' tools pass them.
         """
@@ -148,11 +151,12 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             if attention_mask is None:
                 raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
             state = self._state_of(encoder_outputs, attention_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache()
-        logits_BTV = self.decode(decoder_input_ids, state, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = new_cache()
+        logits_BTV = self.decode(decoder_input_ids, state, cache)
         loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
-        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **cache_argument(cache))
 
     def encode(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: EncoderState | None = None
@@ -214,7 +218,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
         encoder, side = self.encode(input_ids, attention_mask, source)
-        cache = {"past_key_values": new_cache()} if use_cache else {}
+        cache = cache_argument(new_cache()) if use_cache else {}
         return super().generate(
             input_ids,
             attention_mask=attention_mask,
@@ -234,15 +238,14 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
     def get_experts_implementation(self) -> dict[str, str]:
         return {}  # no mixture of experts to choose a kernel for
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def prepare_inputs_for_generation(self, input_ids: Tensor, use_cache: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get(CACHE)
+        past = cache.get_seq_length() if cache is not None else 0
         return {
             # A rank that is done and waits for others has no new token: it repeats its last.
             "decoder_input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
-            "past_key_values": past_key_values,
-            "use_cache": past_key_values is not None and bool(use_cache),
+            "use_cache": cache is not None and bool(use_cache),
+            **cache_argument(cache),
             "attention_mask": kwargs["attention_mask"],
             "encoder_outputs": kwargs["encoder_outputs"],
         }

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
+from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.attention import Dropout, with_cheap_dropout
@@ -77,7 +78,7 @@ class TransformerStack(nn.Module):
             position_bias=bias,
             encoder_hidden_states=None if encoder is None else encoder.final_BSR,
             encoder_attention_mask=None if encoder is None else padding_mask(encoder.attention_mask_BS),
-            past_key_values=cache,
+            **cache_argument(cache),
         )
         return hidden, bias
 

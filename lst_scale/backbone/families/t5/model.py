@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
+from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
 
@@ -124,7 +125,7 @@ class T5Model:
                 inputs_embeds=embedding_BTD,
                 encoder_hidden_states=source_BSD,
                 encoder_attention_mask=attention_mask_BS,
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=cache is not None,
             ).last_hidden_state
         return final_BTD
@@ -171,7 +172,7 @@ class T5Blocks:
             position_bias=along,
             encoder_hidden_states=source,
             encoder_attention_mask=source_mask,
-            past_key_values=cache,
+            **cache_argument(cache),
         )
         return hidden, bias
 
