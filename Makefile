@@ -8,7 +8,7 @@ CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_N
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: setup debian quickstart test test-fast lint clean
+.PHONY: setup debian quickstart test test-fast test-newest lint clean
 
 setup: $(VENV)/.installed
 
@@ -33,8 +33,19 @@ test: setup debian
 test-fast: setup
 	$(OFFLINE) $(CPU) $(BIN)/python -m pytest -m "not slow"
 
+# What `pip install` gives today: a new environment without the constraints file, the newest versions that pyproject.toml admits. Without a GPU
+# torch alone keeps the pin, or it would bring gigabytes of CUDA. The fast tests, then a newcomer's first steps on the wheel, outside the checkout.
+NEWEST := .venv-newest
+TORCH := $(if $(CPU),$(shell grep '^torch==' constraints.txt),torch)
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet $(TORCH) setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation $(TORCH) .[dev]
+	$(CPU) PORT=$(PORT) FIRST_STEPS_LAUNCH="$(LAUNCH)" PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" bash tests/first_steps.sh
+	$(OFFLINE) $(CPU) $(NEWEST)/bin/python -m pytest -m "not slow"
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(NEWEST) runs
