@@ -14,22 +14,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerNorm
 
-from lst_scale.backbone.cache_argument import cache_argument
-from lst_scale.backbone.masks import padding_mask
+from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.attention import Dropout, with_cheap_dropout
 from lst_scale.side.config import LadderConfig
-from lst_scale.side.parts import SideEncoderState, entering, fed, make_gate, narrowed, recomputed
+from lst_scale.side.parts import SideEncoderState, attended, entering, fed, make_gate, narrowing, recomputed
 
 
 class SideAdapter(nn.Module):
     """x + dropout(y + up(gelu_new(down(y)))) with y = RMSNorm(x): two residuals, as in the release."""
 
-    def __init__(self, d_model: int, bottleneck: int, dropout: float, epsilon: float) -> None:
+    def __init__(self, norm: nn.Module, d_model: int, bottleneck: int, dropout: float) -> None:
         super().__init__()
-        self.layer_norm = T5LayerNorm(d_model, eps=epsilon)
+        self.layer_norm = norm
         self.down = nn.Linear(d_model, bottleneck)
         self.activation = nn.GELU("tanh")
         self.up = nn.Linear(bottleneck, d_model)
@@ -44,24 +42,25 @@ class SideAdapter(nn.Module):
 class AdapterBlock(nn.Module):
     """Adapter, in the decoder a narrow cross-attention, gate, adapter."""
 
-    def __init__(self, spec: BackboneSpec, config: LadderConfig, narrow: Any, layer_idx: int) -> None:
+    def __init__(self, spec: BackboneSpec, config: LadderConfig, family: Family, cache_layer: int, *, is_decoder: bool) -> None:
         super().__init__()
-        parts = (spec.d_model, narrow.d_model, narrow.dropout_rate, narrow.layer_norm_epsilon)
-        self.before, self.after = SideAdapter(*parts), SideAdapter(*parts)
+        narrow, width = narrowing(spec, config), spec.d_model // config.reduction_factor
+        self.before, self.after = (
+            SideAdapter(family.side_norm(spec, spec.d_model), spec.d_model, width, narrow.dropout) for _ in ("before", "after")
+        )
         self.gate = make_gate(config, spec.d_model)
-        self.cross = with_cheap_dropout(T5LayerCrossAttention(narrow, layer_idx=layer_idx)) if narrow.is_decoder else None
+        self.cross = with_cheap_dropout(family.source_attention(spec, narrow, cache_layer=cache_layer)) if is_decoder else None
         if self.cross is not None:
-            self.downsample = nn.Linear(spec.d_model, narrow.d_model)
-            self.upsample = nn.Linear(narrow.d_model, spec.d_model)
+            self.downsample = nn.Linear(spec.d_model, width)
+            self.upsample = nn.Linear(width, spec.d_model)
 
     def forward(self, hidden: Tensor, tap: Tensor, encoder: SideEncoderState | None, cache: Any) -> Tensor:
         hidden = self.before(hidden)
         if self.cross is not None:
             assert encoder is not None
-            mask = padding_mask(encoder.attention_mask_BS)
-            keys = self.downsample(encoder.final_BSR)
-            narrow, _, _ = self.cross(self.downsample(hidden), key_value_states=keys, attention_mask=mask, **cache_argument(cache))
-            hidden = self.upsample(narrow)
+            source, source_mask = attended(encoder)
+            keys = self.downsample(source)
+            hidden = self.upsample(self.cross(self.downsample(hidden), keys, source_mask, cache))
         result: Tensor = self.after(self.gate(hidden, tap))
         return result
 
@@ -71,11 +70,13 @@ class AdapterStack(nn.Module):
 
     def __init__(self, spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> None:
         super().__init__()
-        narrow = narrowed(spec, config, is_decoder=is_decoder)
+        family = family_of(spec.model_type, "this backbone")
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
-        self.dropout = Dropout(narrow.dropout_rate)
-        self.blocks = nn.ModuleDict({str(layer): AdapterBlock(spec, config, narrow, j) for j, layer in enumerate(config.side_layers)})
-        self.final_norm = T5LayerNorm(spec.d_model, eps=narrow.layer_norm_epsilon)
+        self.dropout = Dropout(narrowing(spec, config).dropout)
+        self.blocks = nn.ModuleDict(
+            {str(layer): AdapterBlock(spec, config, family, j, is_decoder=is_decoder) for j, layer in enumerate(config.side_layers)}
+        )
+        self.final_norm = family.side_norm(spec, spec.d_model)
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
         """Return the final side state (B, S or T, D). Nothing attends within a stack, so no mask is needed."""

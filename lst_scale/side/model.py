@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin, T5Config
+from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.cache_argument import CACHE, cache_argument
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
 from lst_scale.errors import LadderError
 from lst_scale.side import files, release
@@ -58,16 +59,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         self.train(side.training)
         # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
         spec = backbone.spec
-        self.config = T5Config(
-            vocab_size=spec.vocab_size,
-            d_model=spec.d_model,
-            d_kv=spec.d_kv,
-            num_heads=spec.num_heads,
-            num_layers=spec.num_decoder_layers + side.num_cache_layers,
-            pad_token_id=spec.pad_token_id,
-            eos_token_id=spec.eos_token_id,
-            decoder_start_token_id=spec.decoder_start_token_id,
-        )
+        self.config = family_of(spec.model_type, "this backbone").generation_config(spec, side_layers=side.num_cache_layers)
         self.generation_config = GenerationConfig(
             pad_token_id=spec.pad_token_id, eos_token_id=spec.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
         )
@@ -261,7 +253,7 @@ class LadderModel(Ladder):
     """A side network on a frozen backbone.
 
     Args:
-        backbone: a `T5ForConditionalGeneration`, a `MT5ForConditionalGeneration`, the name or folder of one (loaded in float32), or
+        backbone: a live T5 or mT5 of transformers, the name or folder of one (loaded in float32), or
             anything behind `backbone.taps.Backbone`.
         side: the design of a fresh side network, whose weights start at random (seed 0), its position tables as the backbone's (see
             `lst_scale.side.initialize` for pruning); or a side network that has its weights.

@@ -21,7 +21,7 @@ from lst_scale.backbone.taps import BackboneSpec, DecoderState, FrozenHead, Stac
 from lst_scale.side.adapter import AdapterStack
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.cross_attention import CrossAttentionStack
-from lst_scale.side.parts import Gate, SideEncoderState, TwoStepDownsample, narrowed
+from lst_scale.side.parts import Gate, SideEncoderState, TwoStepDownsample
 from lst_scale.side.transformer import TransformerStack
 
 STACKS: dict[str, type[Any]] = {"transformer": TransformerStack, "cross_attention": CrossAttentionStack, "adapter": AdapterStack}
@@ -93,4 +93,4 @@ class SideNetwork(nn.Module):
             yield
 
 
-__all__ = ["STACKS", "Gate", "SideEncoderState", "SideNetwork", "TwoStepDownsample", "narrowed"]
+__all__ = ["STACKS", "Gate", "SideEncoderState", "SideNetwork", "TwoStepDownsample"]

@@ -1,4 +1,4 @@
-"""What the designs share: gates, downsamples, narrow block configurations, and how a side network's parts are fed.
+"""What the designs share: gates, downsamples, how narrow blocks are, and how a side network's parts are fed.
 
 Shapes: B rows, S source tokens, T target tokens, D = d_model, R = d_model / r.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import T5Config
 
-from lst_scale.backbone.families.t5.model import with_fused_kernels
+from lst_scale.backbone.families import Narrowing
+from lst_scale.backbone.masks import padding_mask
 from lst_scale.backbone.taps import BackboneSpec, PackedTap, Tap
 from lst_scale.side import attention
 from lst_scale.side.config import LadderConfig
@@ -126,21 +126,16 @@ class SideEncoderState:
     attention_mask_BS: Tensor
 
 
-def narrowed(spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> T5Config:
-    """Return the configuration of a side block: widths divided by r, heads unchanged unless `side_heads` says otherwise."""
-    r = config.reduction_factor
-    narrow = T5Config(
-        vocab_size=2,  # no embedding is made from it; it must only exceed the token ids that a configuration names
-        d_model=spec.d_model // r,
-        d_ff=spec.d_ff // r,
-        d_kv=spec.d_kv // r,
-        num_layers=len(config.side_layers),
-        num_heads=config.side_heads or spec.num_heads,
-        relative_attention_num_buckets=spec.relative_attention_num_buckets,
-        relative_attention_max_distance=spec.relative_attention_max_distance,
-        dropout_rate=spec.dropout_rate if config.dropout is None else config.dropout,
-        layer_norm_epsilon=spec.layer_norm_epsilon,
-        feed_forward_proj=spec.feed_forward_proj,
-        is_decoder=is_decoder,
+def attended(encoder: SideEncoderState | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a side block of the decoder attends to, and its mask; nothing in the encoder."""
+    return (None, None) if encoder is None else (encoder.final_BSR, padding_mask(encoder.attention_mask_BS))
+
+
+def narrowing(spec: BackboneSpec, config: LadderConfig) -> Narrowing:
+    """Return how side blocks are narrower than the backbone's: widths divided by r, heads unchanged unless `side_heads` says otherwise."""
+    return Narrowing(
+        reduction_factor=config.reduction_factor,
+        heads=config.side_heads or spec.num_heads,
+        dropout=spec.dropout_rate if config.dropout is None else config.dropout,
+        attention=attention.NAME,
     )
-    return with_fused_kernels(narrow, attention.NAME)

@@ -46,6 +46,26 @@ class BlockRef:
         setattr(model.get_submodule(parent), name, block)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Narrowing:
+    """How a side block differs from a block of the backbone."""
+
+    reduction_factor: int
+    heads: int
+    dropout: float
+    attention: str  # transformers' name of the attention function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """One link of the chain that carves side blocks out of a block: tensors' names in it."""
+
+    norm: str
+    inputs: tuple[str, ...]  # matrices of which the same outputs are kept
+    output: str  # the matrix that reads those outputs
+    rows: int  # how many are kept
+
+
 class Family(Protocol):
     """What the package must know of a kind of model. `model` is transformers' model, `config` its configuration."""
 
@@ -155,6 +175,44 @@ class Family(Protocol):
 
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         """Return the linear maps of a block whose inputs tensor parallelism divides, and whose outputs are sums over ranks."""
+        ...
+
+    # Beside it: blocks of a side network. Cache layers are counted among the side network's own.
+
+    def side_block(self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
+        """Return a side block, which `run_block` runs; `first` of its stack or not."""
+        ...
+
+    def tap_attention_block(
+        self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
+    ) -> nn.Module:
+        """Return a side block that also attends to its tap: (hidden, tap, along, mask, source, source_mask, cache) -> hidden, along."""
+        ...
+
+    def source_attention(self, spec: BackboneSpec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
+        """Return an attention to the source's side states by itself: (hidden, source, source_mask, cache) -> hidden."""
+        ...
+
+    def side_norm(self, spec: BackboneSpec, width: int) -> nn.Module: ...
+
+    def generation_config(self, spec: BackboneSpec, *, side_layers: int) -> Any:
+        """Return what transformers' generation reads of a model whose cache has so many layers beside the backbone's."""
+        ...
+
+    def draw(self, module: nn.Module, normal: Callable[[Tensor, float], None]) -> Iterable[nn.Module]:
+        """Fill one module of a side block at random, by `normal(weight, deviation)`; return the linear maps that are filled by it."""
+        ...
+
+    def start_positions(self, stack: str, side_blocks: nn.Module, weights: Callable[[str], Tensor]) -> None:
+        """Let a side stack know positions as the backbone's stack does."""
+        ...
+
+    def sublayers(self, spec: BackboneSpec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
+        """Return the chain through one block of a stack, in running order."""
+        ...
+
+    def put_carved(self, side_block: nn.Module, carved: dict[str, Tensor], *, attends_to_tap: bool) -> None:
+        """Copy the weights that were carved out of a backbone block into a side block."""
         ...
 
 
