@@ -137,6 +137,7 @@ class TrainingRecipe(Section):
     patience: Count | None = None  # evaluations without a better score before stopping
     save_every_steps: Count | None = None  # beside those at every evaluation
     keep_checkpoints: Count = 2
+    start_from: PathText | None = None  # a finished run, or its side_network/ or trained/: its weights are where this run begins
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> TrainingRecipe:

@@ -31,6 +31,7 @@ from lst_scale.recipe import Recipe
 from lst_scale.shared import load_shared
 from lst_scale.training.member import Member
 from lst_scale.training.sessions import SomeFailed, fit_together
+from lst_scale.warm_start import start_folder
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -60,6 +61,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     ds_config = load_ds_config(recipes[0].training.deepspeed)
     for each in recipes:
         check_method(each)
+        start_folder(each)
         if each.logging.tensorboard:
             require("tensorboard", "tensorboard", asked_by="logging.tensorboard")
     world = distributed.connect()

@@ -15,6 +15,7 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapReq
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
+from lst_scale.side.files import refuse_config_of_another
 from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initialize_random
 from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.side.model import LadderModel, save_side_network
@@ -52,7 +53,9 @@ class LadderTrainee:
         save_side_network(folder, weights, self._config, self.backbone)
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        return LadderModel.from_pretrained(folder, self.backbone).side.state_dict()
+        side = LadderModel.from_pretrained(folder, self.backbone).side
+        refuse_config_of_another(side.config, self._config, folder)
+        return side.state_dict()
 
 
 def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:

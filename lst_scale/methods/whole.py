@@ -21,7 +21,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
 from lst_scale.durable import write_directory
-from lst_scale.errors import LadderError
+from lst_scale.errors import LadderError, fence
 from lst_scale.methods.base import trained_parameters
 from lst_scale.side.loss import IGNORED, shift_right
 
@@ -94,7 +94,17 @@ class WholeModelTrainee:
         wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
         if wrong:
             raise LadderError(f"{folder / WEIGHTS} does not fit this method and backbone: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+        self._refuse_another_backbone(folder)
         return weights
+
+    def _refuse_another_backbone(self, folder: Path) -> None:
+        if not (folder / CONFIG).is_file():
+            return
+        with fence(LadderError, f"{folder / CONFIG} is damaged"):
+            found = json.loads((folder / CONFIG).read_bytes())["backbone"]
+            name, fingerprint = str(found["checkpoint"]), str(found["fingerprint"])
+        if fingerprint != self.backbone.identity.fingerprint:
+            raise LadderError(f"{folder} was trained in {name} with fingerprint {fingerprint[:12]}, which this backbone is not")
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         import deepspeed

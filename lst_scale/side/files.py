@@ -96,11 +96,26 @@ def refuse_another_design(found: dict[str, Any], expected: dict[str, Any]) -> No
         )
 
 
+def refuse_config_of_another(found: LadderConfig, expected: LadderConfig, folder: Path) -> None:
+    """Compare a saved side network's design with what its run's recipe says.
+
+    Raises:
+        LadderError: names a difference.
+    """
+    theirs, ours = asdict(found), asdict(expected)
+    differ = [f"{key} {theirs[key]!r}, which the recipe has as {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
+    differ = [line for line in differ if line.split()[0] not in _NO_MATTER]
+    if differ:
+        raise LadderError(f"{folder} holds a side network with {differ[0]}: one of them was changed, take the run's own files")
+
+
 def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the record and the weights of a folder of ours, or of a checkpoint of transformers' Trainer."""
     if (folder / CONFIG).exists() or not (folder / TRAINERS_WEIGHTS).exists():
         return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     found = load_file(folder / TRAINERS_WEIGHTS)
+    if RECORD not in found:
+        raise LadderError(f"{folder} holds no saved side network, but another model; give the side_network folder of a run")
     record = from_bytes(found.pop(RECORD))
     return record, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
 

@@ -134,6 +134,11 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 def _refuse_another_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     different = [key for key in expected if found.get(key) != expected[key]]
+    if different == ["total_steps"]:
+        raise CheckpointError(
+            f"{path} is of a run of {found['total_steps']} steps, and its learning rates fell over those; this recipe has "
+            f"{expected['total_steps']}: to train its result further, write another name= and training.start_from={path.parent.parent}"
+        )
     if different:
         raise CheckpointError(
             f"{path} belongs to another run: {', '.join(f'{key} was {found.get(key)!r}, is {expected[key]!r}' for key in different)};"

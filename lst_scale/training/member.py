@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lst_scale import distributed
 from lst_scale.data.scores import score
 from lst_scale.durable import write_directory
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee
-from lst_scale.methods.base import trained_parameters
+from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
 from lst_scale.preemption import Interrupted
-from lst_scale.recipe import Recipe
+from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.shared import AnyBackbone, Shared
 from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, let_go, restore_moments
@@ -26,6 +26,7 @@ from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 from lst_scale.training.result import closing_sentence, result_of, write_result
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
+from lst_scale.warm_start import start_folder
 
 
 class Member:
@@ -39,11 +40,15 @@ class Member:
             f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
-        importance = task_importance(recipe, splits["train"], backbone, world)
-        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        self.trainee = build_trainee(recipe, backbone, zero_stage=stage, importance=importance)
         identity = _identity(recipe, plan, backbone)
         checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
+        begin = start_folder(recipe) if checkpoint is None else None
+        initial = recipe if begin is None else _without_carving(recipe)
+        importance = task_importance(initial, splits["train"], backbone, world)
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.trainee = build_trainee(initial, backbone, zero_stage=stage, importance=importance)
+        if begin is not None:
+            _begin_with(self.trainee, begin, logger)
         self._start = _restore_weights(self.trainee.module, checkpoint, logger)
         self._trainable = sum(parameter.numel() for parameter in trained_parameters(self.trainee.module).values())
         self._engine = build_engine(
@@ -132,7 +137,35 @@ def _identity(recipe: Recipe, plan: Plan, backbone: AnyBackbone) -> dict[str, An
         "data": recipe.data.model_dump(mode="json"),
         "global_batch_size": recipe.training.global_batch_size,
         "total_steps": plan.total_steps,
+        "start_from": recipe.training.start_from,
     }
+
+
+def _without_carving(recipe: Recipe) -> Recipe:
+    """Return a recipe whose side network is not carved out of the backbone, since other weights will replace those."""
+    if not isinstance(recipe.method, LstRecipe):
+        return recipe
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"initialization": "random"})})
+
+
+def _begin_with(trainee: Trainee, folder: Path, logger: Logger) -> None:
+    """Put the weights that an earlier run trained into a new one."""
+    try:
+        weights = trainee.load(folder)
+    except LadderError as error:
+        raise LadderError(f"training.start_from: {error}") from error
+    parameters = trained_parameters(trainee.module)
+    wrong = [name for name in parameters if name not in weights or weights[name].shape != parameters[name].shape]
+    if wrong:
+        found = f"is {tuple(weights[wrong[0]].shape)}" if wrong[0] in weights else "is missing"
+        raise LadderError(
+            f"training.start_from: {folder} does not fit this recipe: {wrong[0]} {found}, here {tuple(parameters[wrong[0]].shape)} "
+            f"({len(wrong)} in all); write the method that it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    logger.say(f"starting from the weights in {folder}")
 
 
 def _restore_weights(module: nn.Module, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
