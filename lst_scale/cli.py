@@ -66,19 +66,23 @@ def predict_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="changes to the run's recipe")] = None,
     output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
     others: Annotated[list[Path] | None, typer.Option("--with", help="a further run on the same backbone; they answer as one")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    column: Annotated[str, typer.Option(help="what the answer is called in the output")] = "prediction",
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="also write how likely each label is, as a field of that name")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="rows answered at once (default: the run's)")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="of beam search (default: the run's)")] = None,
 ) -> None:
-    """Answer a file of inputs with the side network of a finished run.
+    """Answer a file of inputs with a finished run, in the way that scored it (evaluation.method=... changes that).
 
     A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
     """
     from lst_scale.predict import predict_file
-    from lst_scale.recipe import EvaluationRecipe
 
-    count = predict_file(
-        [run, *(others or ())], inputs, output, EvaluationRecipe(batch_size=batch_size, num_beams=num_beams), overrides or ()
-    )
+    options = {"evaluation.batch_size": batch_size, "evaluation.num_beams": num_beams}
+    changes = [*(overrides or ()), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    runs = [run, *(others or ())]
+    count = predict_file(runs, inputs, output, changes, column=column, probabilities=probabilities, say=lambda s: typer.echo(s, err=True))
     typer.echo(f"{count} predictions in {output}")
 
 

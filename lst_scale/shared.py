@@ -144,16 +144,27 @@ def load_fitting_tokenizer(recipe: Recipe, task: TaskData, say: Callable[[str], 
         DataError: it does not fit.
         BackboneError: the checkpoint's config.json can't be meant.
     """
-    checkpoint, revision = recipe.backbone.checkpoint, recipe.backbone.revision
+    checkpoint = recipe.backbone.checkpoint
+    tokenizer = load_tokenizer_of(checkpoint, recipe.backbone.revision)
+    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
+    if unknown is not None:
+        say(unknown)
+    refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
+    return tokenizer
+
+
+def load_tokenizer_of(checkpoint: str, revision: str | None) -> Any:
+    """Return the tokenizer of a backbone, which fits its vocabulary.
+
+    Raises:
+        DataError: it does not fit.
+        BackboneError: the checkpoint's config.json can't be meant.
+    """
     tokenizer = load_tokenizer(checkpoint, revision)
     config = find_config(checkpoint, revision)
     vocab_size = read_config(config).get("vocab_size") if config is not None else None
     if isinstance(vocab_size, int):
         refuse_misfit(tokenizer, vocab_size, checkpoint)
-    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
-    if unknown is not None:
-        say(unknown)
-    refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
     return tokenizer
 
 

@@ -98,7 +98,7 @@ def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world
 def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
     """Pad rows to the longest among them."""
     sources = [split.input_ids[row] if row != FILLER else [split.pad_token_id] for row in rows]
-    targets = [split.labels[row] if row != FILLER else [IGNORED] for row in rows]
+    targets = [split.labels[row] if row != FILLER and split.labels else [IGNORED] for row in rows]
     input_ids_BS = _padded(sources, split.pad_token_id)
     # A filler row keeps one visible token: attention over nothing would be undefined.
     lengths = torch.tensor([len(source) for source in sources])

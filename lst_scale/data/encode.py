@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lst_scale.data.tasks import Row
@@ -16,7 +16,7 @@ class EncodedSplit:
 
     rows: Sequence[Row]
     input_ids: list[list[int]]
-    labels: list[list[int]]
+    labels: list[list[int]]  # empty where targets are not known
     pad_token_id: int
     cut_sources: int = 0  # rows whose source was longer than the limit
     cut_targets: int = 0
@@ -25,6 +25,10 @@ class EncodedSplit:
     def longest_target(self) -> int:
         """How many tokens the longest target has, </s> among them."""
         return max(map(len, self.labels))
+
+    def part(self, first: int, end: int) -> EncodedSplit:
+        """Return some rows that follow one another, as a split of its own."""
+        return replace(self, rows=self.rows[first:end], input_ids=self.input_ids[first:end], labels=self.labels[first:end])
 
 
 def encode(
@@ -66,6 +70,15 @@ def _count_cut(texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: An
         return 0
     full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) >= limit]
     return sum(len(tokens) > limit for tokens in tokenizer(full, verbose=False).input_ids) if full else 0
+
+
+def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int) -> EncodedSplit:
+    """Tokenize the sources of rows whose targets are not known, as `encode` does."""
+    with fence(DataError, "the rows can't be tokenized"):
+        sources = tokenizer(list(texts), truncation=True, max_length=max_source_length).input_ids
+        cut = _count_cut(texts, sources, tokenizer, max_source_length)
+    rows = [Row(text, "") for text in texts]
+    return EncodedSplit(rows=rows, input_ids=sources, labels=[], pad_token_id=tokenizer.pad_token_id, cut_sources=cut)
 
 
 def written_target(answer: str, prefix: str) -> str:

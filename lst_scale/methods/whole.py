@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -23,6 +22,7 @@ from lst_scale.data.batches import Batch
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, fence
 from lst_scale.methods.base import trained_parameters
+from lst_scale.side.files import read_weights
 from lst_scale.side.loss import IGNORED, shift_right
 
 WEIGHTS, CONFIG = "trained.safetensors", "method.json"
@@ -85,10 +85,7 @@ class WholeModelTrainee:
         write_directory(folder, fill, lambda whole: load_file(whole / WEIGHTS))
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        try:
-            weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise LadderError(f"{folder} holds no whole {WEIGHTS} ({error}): give the folder of a finished run") from error
+        weights = read_weights(folder / WEIGHTS)
         expected = trained_parameters(self.module)
         wrong = sorted(weights.keys() ^ expected.keys())
         wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]

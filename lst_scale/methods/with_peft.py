@@ -15,6 +15,7 @@ from lst_scale.methods.base import trained_parameters
 from lst_scale.methods.inside import add_biases
 from lst_scale.methods.whole import WholeModelTrainee
 from lst_scale.recipe import LoraRecipe, PromptRecipe
+from lst_scale.side.files import read_weights
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -83,17 +84,16 @@ class PeftTrainee(WholeModelTrainee):
         if not (folder / ADAPTER).is_file():
             return super().load(folder)
         from peft import get_peft_model_state_dict
-        from safetensors.torch import load_file
 
-        found = load_file(folder / ADAPTER)
+        found = read_weights(folder / ADAPTER)
         live = {name: parameter.detach().cpu() for name, parameter in trained_parameters(self.module).items()}
         # peft's files leave out the adapter's name; ask peft how it would write each of our weights.
         theirs = {}
         for name, tensor in live.items():
             (key,) = get_peft_model_state_dict(self.module, state_dict={name: tensor}) or {name: tensor}
             theirs[key] = name
-        if found.keys() != theirs.keys():
-            raise LadderError(
-                f"{folder / ADAPTER} does not fit this method and backbone: {', '.join(sorted(found.keys() ^ theirs.keys())[:3])}"
-            )
+        wrong = sorted(found.keys() ^ theirs.keys())
+        wrong += [key for key in found.keys() & theirs.keys() if found[key].shape != live[theirs[key]].shape]
+        if wrong:
+            raise LadderError(f"{folder / ADAPTER} does not fit this method and backbone: {', '.join(wrong[:3])} ({len(wrong)} in all)")
         return {theirs[key]: tensor for key, tensor in found.items()}

@@ -8,6 +8,7 @@ dict, as bytes under one more name (`as_bytes`), and a Trainer's checkpoint read
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec
 from lst_scale.durable import write_directory
-from lst_scale.errors import LadderError
+from lst_scale.errors import LadderError, fence
 from lst_scale.side.config import LadderConfig
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "side_network.safetensors", "ladder_config.json", "README.md"
 TRAINERS_WEIGHTS, RECORD, PREFIX = "model.safetensors", "ladder_config", "side."
+DESIGN = "design"  # in the weights' metadata: a digest of the design they were trained in
 # What a design may differ in and still compute the same from the same weights.
 _NO_MATTER = ("dropout", "precision", "recompute", "tap_storage")
 
@@ -40,6 +42,7 @@ class Saved:
     spec: BackboneSpec
     weights: dict[str, Tensor]
     folder: Path
+    design: str | None  # a digest of the one that the weights were trained in; None: they don't tell
 
 
 def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, identity: BackboneIdentity, spec: BackboneSpec) -> None:
@@ -48,7 +51,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, ide
     record = record_of(config, identity, spec)
 
     def fill(partial: Path) -> None:
-        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt", DESIGN: _design_digest(record["config"])})
         (partial / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
         (partial / CARD).write_text(_card(config, identity, sum(tensor.numel() for tensor in contiguous.values())))
 
@@ -109,15 +112,20 @@ def refuse_config_of_another(found: LadderConfig, expected: LadderConfig, folder
         raise LadderError(f"{folder} holds a side network with {differ[0]}: one of them was changed, take the run's own files")
 
 
-def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the record and the weights of a folder of ours, or of a checkpoint of transformers' Trainer."""
+def _contents(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """Return the record, the weights and their digest of the design: of a folder of ours, or of a checkpoint of transformers' Trainer."""
     if (folder / CONFIG).exists() or not (folder / TRAINERS_WEIGHTS).exists():
-        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    found = load_file(folder / TRAINERS_WEIGHTS)
-    if RECORD not in found:
-        raise LadderError(f"{folder} holds no saved side network, but another model; give the side_network folder of a run")
-    record = from_bytes(found.pop(RECORD))
-    return record, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+        with fence(LadderError, f"{folder / CONFIG} is damaged"):
+            record: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+        weights = read_weights(folder / WEIGHTS)
+        with fence(LadderError, f"{folder / WEIGHTS} is damaged"), safe_open(folder / WEIGHTS, framework="pt") as file:
+            return record, weights, (file.metadata() or {}).get(DESIGN)
+    with fence(LadderError, f"{folder / TRAINERS_WEIGHTS} is damaged"):
+        found = load_file(folder / TRAINERS_WEIGHTS)
+        if RECORD not in found:
+            raise LadderError(f"{folder} holds no saved side network, but another model; give the side_network folder of a run")
+        record = from_bytes(found.pop(RECORD))
+    return record, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, None
 
 
 def read(folder: Path) -> Saved:
@@ -126,27 +134,48 @@ def read(folder: Path) -> Saved:
     Raises:
         LadderError: a file is missing or damaged, or was written in another format.
     """
-    try:
-        record, weights = _contents(folder)
+    if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()) and not (folder / TRAINERS_WEIGHTS).is_file():
+        raise LadderError(f"{folder} holds no saved side network: it lacks {CONFIG} or {WEIGHTS}; give the side_network folder of a run")
+    with fence(LadderError, f"{folder / CONFIG} is damaged"):
+        record, weights, design = _contents(folder)
         if record["format"] != FORMAT:
             raise LadderError(f"{folder / CONFIG} has format {record['format']}, this version reads {FORMAT}: use the one that wrote it")
         return Saved(
-            config=LadderConfig(**record["config"]),
+            config=_config(record["config"], folder / CONFIG),
             identity=BackboneIdentity(**record["backbone"]),
             spec=BackboneSpec(**record["backbone_spec"]),
             weights=weights,
             folder=folder,
+            design=design,
         )
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise LadderError(
-            f"{folder} holds no saved side network: it lacks {CONFIG} or {WEIGHTS}; give the side_network folder of a run"
-        ) from error
-    except OSError as error:
-        raise LadderError(f"can't read the saved side network in {folder}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise LadderError(f"{folder / CONFIG} is damaged ({error}): save the side network again") from error
-    except SafetensorError as error:
-        raise LadderError(f"{folder / WEIGHTS} is damaged ({error}): save the side network again") from error
+
+
+def _config(record: dict[str, Any], path: Path) -> LadderConfig:
+    try:
+        return LadderConfig(**record)
+    except LadderError as error:
+        raise LadderError(f"{path} is damaged: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read trained weights, which are finite and float32.
+
+    Raises:
+        LadderError: they are damaged; names the file.
+    """
+    with fence(LadderError, f"{path} is damaged"):
+        weights: dict[str, Tensor] = load_file(path)
+        for name, tensor in weights.items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not float32")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds values that are not finite")
+    return weights
+
+
+def _design_digest(config: Any) -> str:
+    told = {key: value for key, value in config.items() if key not in _NO_MATTER}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(side: nn.Module, saved: Saved) -> None:
@@ -156,6 +185,10 @@ def load_weights(side: nn.Module, saved: Saved) -> None:
     wrong += [name for name, tensor in saved.weights.items() if name in expected and tensor.shape != expected[name].shape]
     if wrong:
         raise LadderError(f"{saved.folder / WEIGHTS} does not fit its {CONFIG}: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+    if saved.design not in (None, _design_digest(asdict(saved.config))):
+        raise LadderError(
+            f"{saved.folder / CONFIG} says another design than the weights were trained in: it was changed, write it as it was"
+        )
     side.load_state_dict(saved.weights)
 
 

@@ -20,7 +20,7 @@ from lst_scale.backbone import as_backbone
 from lst_scale.backbone.cache_argument import CACHE, cache_argument
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
-from lst_scale.errors import LadderError
+from lst_scale.errors import LadderError, fence
 from lst_scale.side import files, release
 from lst_scale.side.cache import new_cache, part_of
 from lst_scale.side.config import LadderConfig
@@ -299,7 +299,8 @@ class LadderModel(Ladder):
                 f"{folder} was trained on {saved.identity.checkpoint} with fingerprint {saved.identity.fingerprint[:12]}, this backbone "
                 f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights or allow_other_backbone=True"
             )
-        side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
+        with fence(LadderError, f"{Path(folder) / files.CONFIG} is damaged"):
+            side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
         files.load_weights(side, saved)
         return cls(frozen, side.to(frozen.device).eval())
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale import distributed
-from lst_scale.data.scores import score
+from lst_scale.data.scores import only_answer, score
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.logs import Logger
@@ -92,7 +92,7 @@ class Member:
         recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
         best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
         split = "test" if "test" in shared.splits else "validation"
-        scores = yield from self._score(best, split, (progress.step, CLOSING))
+        scores, only = yield from self._answer(best, split, (progress.step, CLOSING))
         distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = result_of(
             recipe,
@@ -100,14 +100,22 @@ class Member:
             progress,
             scores,
             split=split,
+            only_answer=only,
             trainable=self._trainable,
             saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
         )
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(closing_sentence(result, folder))
+        if only is not None:
+            self.logger.say(f"all {len(shared.splits[split].rows):,} {split} rows got the answer {only!r}, which is not right for all")
         return result
 
     def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:
+        scores, _ = yield from self._answer(weights, name, at)
+        return scores
+
+    def _answer(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[tuple[Scores, str | None]]:
+        """Return the scores of a split, and the answer that all its rows got if that is one."""
         shared, split = self.shared, self.shared.splits[name]
         task = shared.task
         with self.trainee.answering(weights) as model:
@@ -122,7 +130,8 @@ class Member:
                 longest=shared.splits["train"].longest_target,
                 at=at,
             )
-        return score(task, texts, [row.target for row in split.rows])
+        expected = [row.target for row in split.rows]
+        return score(task, texts, expected), only_answer(texts, expected)
 
 
 def _identity(recipe: Recipe, plan: Plan, backbone: AnyBackbone) -> dict[str, Any]:

@@ -24,32 +24,49 @@ from lst_scale.training.checkpoint import Progress
 
 
 def result_of(
-    recipe: Recipe, shared: Shared, progress: Progress, scores: Mapping[str, float], *, split: str, trainable: int, saved_bytes: int
+    recipe: Recipe,
+    shared: Shared,
+    progress: Progress,
+    scores: Mapping[str, float],
+    *,
+    split: str,
+    only_answer: str | None,
+    trainable: int,
+    saved_bytes: int,
 ) -> dict[str, Any]:
     """Return the contents of a finished run's result.json. All ranks must call it.
 
     Args:
         scores: of `split`.
+        only_answer: what every row of `split` got; None: answers differ.
         trainable: how many parameters trained.
         saved_bytes: of the files that hold what was trained.
     """
+    return {
+        **scored(recipe, shared, scores, split=split, only_answer=only_answer),
+        "validation_score": None if progress.best_score is None else round(progress.best_score, 4),
+        "best_step": progress.best_step,
+        **_measurements(progress, shared.world, trainable, shared.backbone),
+        "saved_bytes": saved_bytes,
+        **shared.loading,
+        **_cache_facts(shared.backbone),
+        **_origin(recipe),
+    }
+
+
+def scored(recipe: Recipe, shared: Shared, scores: Mapping[str, float], *, split: str, only_answer: str | None) -> dict[str, Any]:
+    """Return what a result says of answers: of a run's, and of an ensemble's."""
     return {
         "name": recipe.name,
         "task": shared.task.name,
         "seed": recipe.seed,
         "split": split,
-        "scores": {name: round(value, 4) for name, value in scores.items()},
-        "majority": {name: round(value, 4) for name, value in majority_score(shared.task, shared.splits[split].rows).items()},
-        "validation_score": progress.best_score,
-        "best_step": progress.best_step,
+        "scores": _rounded(scores),
+        "majority": _rounded(majority_score(shared.task, shared.splits[split].rows)),
+        "only_answer": only_answer,
+        "labels": None if shared.task.labels is None else list(shared.task.labels),
+        "longest_target": shared.splits["train"].longest_target,
         "method": recipe.method.name,
-        **_measurements(progress, shared.world, trainable, shared.backbone),
-        "saved_bytes": saved_bytes,
-        **shared.loading,
-        **_cache_facts(shared.backbone),
-        "versions": _versions(),
-        "command": sys.argv,
-        "recipe": recipe.model_dump(mode="json"),
     }
 
 
@@ -95,6 +112,15 @@ def _cache_facts(backbone: AnyBackbone) -> dict[str, Any]:
     backbone.cache.flush()
     facts = {"rows_read": backbone.rows_read, "rows_run": backbone.rows_run, "backbone_loaded": backbone.is_loaded}
     return {"cache": facts | {"damaged": backbone.cache.damaged}}
+
+
+def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def _origin(recipe: Recipe) -> dict[str, Any]:
+    """Return what repeats this: versions, command, recipe."""
+    return {"versions": _versions(), "command": sys.argv, "recipe": recipe.model_dump(mode="json")}
 
 
 def _versions() -> dict[str, str]:
