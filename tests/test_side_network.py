@@ -20,6 +20,7 @@ from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy, shift_right
 from lst_scale.side.network import Gate, SideNetwork
 from lst_scale.side.parts import make_gate
+from lst_scale.training.engine import parameter_groups
 
 
 def test_only_kept_layers_have_a_block_a_downsample_and_a_gate() -> None:
@@ -286,3 +287,19 @@ def test_pruning_starts_every_narrow_design(options: dict[str, Any]) -> None:
 def test_switches_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LadderError, match=re.escape(message)):
         LadderConfig(side_layers=(0,), **options)
+
+
+def test_a_matrix_that_is_called_gate_decays_and_a_gate_does_not() -> None:
+    class Gated(nn.Module):
+        """As a feed-forward of Llama's names it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.side = nn.Linear(4, 4), tiny_ladder(gate="per_channel", merge_last=True).side
+
+    module = Gated()
+    decayed, left_alone = parameter_groups(module, 0.1, {f"side.{name}" for name in module.side.no_decay()})
+    assert (decayed["weight_decay"], left_alone["weight_decay"]) == (0.1, 0.0)
+    assert any(p is module.gate_proj.weight for p in decayed["params"])
+    gates = [gate.alpha for gate in module.side.gates().values()]
+    assert len(gates) == 2 * 2 + 1 and all(any(p is alpha for p in left_alone["params"]) for alpha in gates)

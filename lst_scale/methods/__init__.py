@@ -58,19 +58,19 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
     from lst_scale.methods.whole import WholeModelTrainee
     from lst_scale.methods.with_peft import PeftTrainee, with_lora, with_prompt
 
-    method, model, checkpoint = recipe.method, backbone.take_model(), recipe.backbone.checkpoint
+    method, model, family, checkpoint = recipe.method, backbone.take_model(), backbone.family, recipe.backbone.checkpoint
     kind: type[Any] = WholeModelTrainee
     if isinstance(method, FullRecipe):
         model.requires_grad_(True)
     elif isinstance(method, AdaptersRecipe):
-        add_adapters(model, method.bottleneck, recipe.seed)
+        add_adapters(model, family, method.bottleneck, recipe.seed)
     elif isinstance(method, BitfitRecipe):
-        add_biases(model)
+        add_biases(model, family)
     elif isinstance(method, LoraRecipe):
-        model, kind = with_lora(model, method, checkpoint, recipe.seed), PeftTrainee
+        model, kind = with_lora(model, family, method, checkpoint, recipe.seed), PeftTrainee
     else:
         assert isinstance(method, PromptRecipe)
-        model, kind = with_prompt(model, method, checkpoint, recipe.seed), PeftTrainee
+        model, kind = with_prompt(model, family, method, checkpoint, recipe.seed), PeftTrainee
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts = {"method": method.model_dump(mode="json"), "backbone": vars(backbone.identity)}

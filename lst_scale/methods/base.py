@@ -65,6 +65,14 @@ class Trainee(Protocol):
         """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
         ...
 
+    def no_decay(self) -> frozenset[str]:
+        """Return the names of trained matrices that weight decay would spoil; it never touches vectors."""
+        ...
+
+    def openings(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return how far each gate is open with these weights, for the log; empty where a method has none."""
+        ...
+
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write what was trained, and nothing else. Rank 0 only."""
         ...

@@ -1,4 +1,4 @@
-"""What Adapters and BitFit add inside a T5 (Sung et al. 2022, section 4.2, after Houlsby et al. 2019 and Ben Zaken et al. 2022)."""
+"""What Adapters and BitFit add inside a backbone (Sung et al. 2022, section 4.2, after Houlsby et al. 2019 and Ben Zaken et al. 2022)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
+from lst_scale.backbone.families import Family
 from lst_scale.backbone.precision import replace
 
 ADAPTER_STD = 0.01
@@ -28,7 +28,7 @@ class WithAdapter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.inner.weight  # T5's feed-forward asks for its dtype
+        return self.inner.weight  # a feed-forward may ask for its dtype
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.inner(hidden)
@@ -58,28 +58,25 @@ class WithBias(nn.Module):
         return result
 
 
-def add_adapters(model: Any, bottleneck: int, seed: int) -> None:
+def add_adapters(model: Any, family: Family, bottleneck: int, seed: int) -> None:
     """Put an adapter after self-attention and feed-forward of every block, and let all norms train, as the release does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         device = model.device
-        for path, module in list(model.named_modules()):
-            if isinstance(module, T5LayerSelfAttention):
-                replace(model, f"{path}.SelfAttention.o", WithAdapter(module.SelfAttention.o, bottleneck))
-            elif isinstance(module, T5LayerFF):
-                replace(model, f"{path}.DenseReluDense.wo", WithAdapter(module.DenseReluDense.wo, bottleneck))
+        for path in list(family.adapter_sites(model)):
+            replace(model, path, WithAdapter(model.get_submodule(path), bottleneck))
     model.to(device)
     for module in model.modules():
         if isinstance(module, WithAdapter):
             for linear in (module.down, module.up):
                 linear.requires_grad_(True)
-        elif isinstance(module, T5LayerNorm):
+        elif family.is_norm(module):
+            assert isinstance(module.weight, Tensor)
             module.weight = nn.Parameter(module.weight.detach().float())
 
 
-def add_biases(model: Any) -> None:
-    """Give every linear map, norm and the head a trained bias of zeros: T5 has none."""
+def add_biases(model: Any, family: Family) -> None:
+    """Give every linear map, norm and the head a trained bias of zeros."""
     for path, module in list(model.named_modules()):
-        inside = any(isinstance(module, kind) for kind in (nn.Linear, T5LayerNorm))
-        if inside and not path.endswith(".inner") and "lora_" not in path:
+        if (isinstance(module, nn.Linear) or family.is_norm(module)) and not path.endswith(".inner") and "lora_" not in path:
             replace(model, path, WithBias(module))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected
@@ -29,7 +29,7 @@ class LadderTrainee:
 
     def __init__(self, recipe: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None) -> None:
         self.backbone = backbone
-        self.module: nn.Module = build_side_network(recipe, backbone, seed, importance)
+        self.module: SideNetwork = build_side_network(recipe, backbone, seed, importance)
         self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec)
         self.request = SideNetwork.request_of(self._config)
 
@@ -48,6 +48,13 @@ class LadderTrainee:
             side = SideNetwork(self._spec, self._config)
         side.load_state_dict({name: tensor.to(self.backbone.device) for name, tensor in weights.items()}, assign=True)
         yield LadderModel(self.backbone, side.eval().requires_grad_(False))
+
+    def no_decay(self) -> frozenset[str]:
+        return self.module.no_decay()
+
+    def openings(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        gates = self.module.gates()
+        return {name: round(gates[name].opening(alpha), 5) for name, alpha in weights.items() if name in gates and alpha.numel() == 1}
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_side_network(folder, weights, self._config, self.backbone)

@@ -29,11 +29,11 @@ WEIGHTS, CONFIG = "trained.safetensors", "method.json"
 
 
 class WholeModelTrainee:
-    """A T5 with some of its weights, or some added to it, in training.
+    """A model with some of its weights, or some added to it, in training.
 
     Args:
-        model: the T5, changed by the method; what it trains requires a gradient.
-        backbone: where the T5 came from.
+        model: changed by the method; what it trains requires a gradient.
+        backbone: where the model came from.
         bf16: compute in bf16 by autocast; trained weights are float32 in any case.
         in_step: all ranks must run forward equally often (ZeRO-3 gathers weights from all).
         facts: what is stored beside the weights.
@@ -76,6 +76,12 @@ class WholeModelTrainee:
             yield WholeModel(self.module, self.backbone.spec, self._replica, self.backbone.device, self._precision)
         finally:
             self.module.train()
+
+    def no_decay(self) -> frozenset[str]:
+        return frozenset()
+
+    def openings(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        return {}
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         def fill(partial: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.families import Family
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError
 from lst_scale.methods.base import trained_parameters
@@ -20,15 +21,15 @@ from lst_scale.side.files import read_weights
 ADAPTER = "adapter_model.safetensors"
 
 
-def with_lora(model: Any, recipe: LoraRecipe, checkpoint: str, seed: int) -> Any:
+def with_lora(model: Any, family: Family, recipe: LoraRecipe, checkpoint: str, seed: int) -> Any:
     """Return `model` with LoRA on the chosen matrices of every attention; with `bitfit` on every bias too, as in the release."""
     from peft import LoraConfig
 
     if recipe.bitfit:
-        add_biases(model)
+        add_biases(model, family)
     targets = [f"{name}.inner" for name in recipe.targets] if recipe.bitfit else list(recipe.targets)
     config = LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
+        task_type=family.peft_task,
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
@@ -43,12 +44,12 @@ def with_lora(model: Any, recipe: LoraRecipe, checkpoint: str, seed: int) -> Any
     return wrapped
 
 
-def with_prompt(model: Any, recipe: PromptRecipe, checkpoint: str, seed: int) -> Any:
+def with_prompt(model: Any, family: Family, recipe: PromptRecipe, checkpoint: str, seed: int) -> Any:
     """Return `model` with trained vectors before the encoder's input, which start as the embedding's first rows, as in the release."""
     from peft import PromptTuningConfig
 
     config = PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM",
+        task_type=family.peft_task,
         num_virtual_tokens=recipe.num_vectors,
         num_transformer_submodules=1,  # the encoder alone
         base_model_name_or_path=checkpoint,
@@ -56,7 +57,7 @@ def with_prompt(model: Any, recipe: PromptRecipe, checkpoint: str, seed: int) ->
     wrapped = _wrap(model, config, seed)
     with torch.no_grad():
         (weight,) = trained_parameters(wrapped).values()
-        weight.copy_(model.shared.weight[: recipe.num_vectors])
+        weight.copy_(family.embedding(model)[: recipe.num_vectors])
     return wrapped
 
 

@@ -58,6 +58,14 @@ class SideNetwork(nn.Module):
         """How many layers of a cache its decoder fills."""
         return len(self.config.side_layers) * (2 if self.config.design == "cross_attention" else 1)
 
+    def gates(self) -> dict[str, Gate]:
+        """Return the gates that train, each by the name of its parameter."""
+        return {f"{path}.alpha": gate for path, gate in self.named_modules() if isinstance(gate, Gate)}
+
+    def no_decay(self) -> frozenset[str]:
+        """Return the parameters that weight decay must leave alone: it would pull a gate to 1/2, whatever it learned."""
+        return frozenset(self.gates())
+
     def forward(self, taps: Taps) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""
         encoder = self.encode(taps.encoder, taps.attention_mask_BS)

@@ -35,6 +35,10 @@ class Gate(nn.Module):
         mu = torch.sigmoid(self.alpha / self.temperature)
         return mu * side + (1 - mu) * tap
 
+    def opening(self, alpha: Tensor) -> float:
+        """Return mu of a scalar gate with this alpha: the share of the side state; 1 - mu is the tap's."""
+        return float(torch.sigmoid(alpha.double() / self.temperature))
+
 
 class Mean(nn.Module):
     """A gate that stays where it starts: half of each."""

@@ -11,6 +11,7 @@ weights before the engine is made, Adam's moments after (`restore_moments`).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,13 @@ def build_engine(
     *,
     micro_batch_size: int,
     accumulation: int,
+    no_decay: Collection[str] = (),
 ) -> Any:
-    """Return a DeepSpeed engine over `module`. The recipe's values are added to those of a file in ds_configs/."""
+    """Return a DeepSpeed engine over `module`. The recipe's values are added to those of a file in ds_configs/.
+
+    Args:
+        no_decay: names of matrices that weight decay leaves alone; it never touches vectors.
+    """
     import deepspeed
 
     config = ds_config | {
@@ -51,7 +57,7 @@ def build_engine(
     }
     _size_buckets(config, sum(parameter.numel() for parameter in trained_parameters(module).values()))
     adam = torch.optim.AdamW(
-        parameter_groups(module, optimizer.weight_decay),
+        parameter_groups(module, optimizer.weight_decay, no_decay),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.epsilon,
@@ -90,12 +96,12 @@ def _size_buckets(config: dict[str, Any], trained: int) -> None:
     config["zero_optimization"] = {name: largest for name in names} | zero
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Everything with weight decay, except gates, norms and biases: decay would pull a gate to 1/2, whatever it learned."""
+def parameter_groups(module: nn.Module, weight_decay: float, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Everything with weight decay, except vectors (norms, biases, gates) and what is named in `no_decay`."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in trained_parameters(module).items():
-        (kept if parameter.ndim < 2 or "gate" in name else decayed).append(parameter)
+        (kept if parameter.ndim < 2 or name in no_decay else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

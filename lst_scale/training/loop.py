@@ -230,7 +230,7 @@ class Trainer:
         weights = full_weights(self.engine)
         scores, seconds = yield from timed(self.evaluate(weights, progress.step))
         self.logger.record("validation", progress.step, scores | {"seconds": round(seconds, 3)})
-        self.logger.record("gates", progress.step, gate_openings(weights))
+        self.logger.record("gates", progress.step, self.trainee.openings(weights))
         self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         if progress.best_score is None or scores["score"] > progress.best_score:
             self.save_best(weights, progress.step)
@@ -263,15 +263,6 @@ class Trainer:
             remove_old_checkpoints(folder, self.recipe.training.keep_checkpoints)
 
         distributed.on_main_rank(self.world, write)
-
-
-def gate_openings(weights: dict[str, Tensor], temperature: float = 0.1) -> dict[str, float]:
-    """Return mu = sigmoid(alpha / T) of every scalar gate by name: the share of the side state; 1 - mu is the tap's."""
-    return {
-        name: round(float(torch.sigmoid(weight.double() / temperature)), 5)
-        for name, weight in weights.items()
-        if "gate" in name and weight.numel() == 1
-    }
 
 
 def _step_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

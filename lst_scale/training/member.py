@@ -57,6 +57,7 @@ class Member:
             ds_config,
             micro_batch_size=plan.micro_batch_size,
             accumulation=plan.accumulation,
+            no_decay=self.trainee.no_decay(),
         )
         if checkpoint is not None:
             restore_moments(self._engine, checkpoint.snapshot.moments, self._start.step)

@@ -73,6 +73,7 @@ class Family(Protocol):
     embedding_name: ClassVar[str]  # of the input embedding in checkpoints
     head_name: ClassVar[str]  # of the output head, where it is a matrix of its own
     live_classes: ClassVar[tuple[str, ...]]  # transformers' classes that can be wrapped
+    peft_task: ClassVar[str]  # peft's name of what the model does
 
     # Names in checkpoints.
 
@@ -175,6 +176,16 @@ class Family(Protocol):
 
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         """Return the linear maps of a block whose inputs tensor parallelism divides, and whose outputs are sums over ranks."""
+        ...
+
+    # Inside it: where methods that train the model itself put what they add.
+
+    def adapter_sites(self, model: Any) -> Iterator[str]:
+        """Yield the paths of the linear maps that end self-attention and feed-forward of every block."""
+        ...
+
+    def is_norm(self, module: nn.Module) -> bool:
+        """Whether this is a norm of the family's own kind."""
         ...
 
     # Beside it: blocks of a side network. Cache layers are counted among the side network's own.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lst_scale.backbone.families import Family
+from lst_scale.backbone.families.t5.inside import T5Inside
 from lst_scale.backbone.families.t5.model import T5Blocks, T5Model
 from lst_scale.backbone.families.t5.side import T5Side, T5Start
 
 
-class T5(T5Model, T5Blocks, T5Side, T5Start):
+class T5(T5Model, T5Blocks, T5Inside, T5Side, T5Start):
     """All that the package must know of T5."""
 
 

@@ -1,0 +1,25 @@
+"""Where methods that train inside T5 put what they add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm, T5LayerSelfAttention
+
+
+class T5Inside:
+    """Places for adapters and biases, and peft's name of the task."""
+
+    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
+
+    def adapter_sites(self, model: Any) -> Iterator[str]:
+        for path, module in model.named_modules():
+            if isinstance(module, T5LayerSelfAttention):
+                yield f"{path}.SelfAttention.o"
+            elif isinstance(module, T5LayerFF):
+                yield f"{path}.DenseReluDense.wo"
+
+    def is_norm(self, module: nn.Module) -> bool:
+        return isinstance(module, T5LayerNorm)
