@@ -159,6 +159,7 @@ def _peak_gb(group: Sequence[Finished]) -> float:
 
 def _row(name: str, task: str, group: Sequence[Finished]) -> dict[str, str]:
     first, deviation = group[0], _deviation(group)
+    a_step = [run.seconds_per_step for run in group if run.seconds_per_step is not None]
     return {
         "run": name,
         "method": first.method,
@@ -169,7 +170,7 @@ def _row(name: str, task: str, group: Sequence[Finished]) -> dict[str, str]:
         "metric": "+".join(first.metrics) or "score",
         "trainable_percent": f"{first.trainable_share_percent:.3f}",
         "peak_gb": f"{_peak_gb(group):.2f}",
-        "seconds_per_step": f"{_mean([run.seconds_per_step for run in group]):.4f}",
+        "seconds_per_step": f"{_mean(a_step):.4f}" if a_step else "",
         "train_seconds": f"{_mean([run.train_seconds for run in group]):.1f}",
         "saved_mb": f"{first.saved_bytes / 1e6:.2f}",
         "trainable": str(first.trainable_parameters),

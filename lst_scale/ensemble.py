@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lst_scale import distributed
-from lst_scale.data.scores import score
+from lst_scale.answering import read_result
+from lst_scale.data.scores import only_answer, score
 from lst_scale.errors import ArgumentError
+from lst_scale.finished import Finished, read_finished
 from lst_scale.folder import RECIPE, RESULT, check_folder, folder_of, prepare_folder
 from lst_scale.lock import locked
 from lst_scale.logs import Logger
 from lst_scale.methods.lst import LadderTrainee
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.shared import load_shared
+from lst_scale.side import files
 from lst_scale.side.ensemble import LadderEnsemble
 from lst_scale.side.model import LadderModel
 from lst_scale.training.evaluation import answers
-from lst_scale.training.result import write_result
+from lst_scale.training.result import ensemble_result, only_answer_sentence, write_result
 from lst_scale.training.sessions import run_alone
-
-SUMMED = ("trainable_parameters", "trainable_share_percent", "saved_bytes", "train_seconds", "seconds_per_step")
 
 
 def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -35,7 +35,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
     Raises:
         LstScaleError: a run is not finished, is no ladder, or differs in backbone, task, text or way of answering.
     """
-    recipes, results = _read(runs)
+    recipes, members, split = _read(runs)
     recipe = recipes[0].renamed(name)
     folder = folder_of(recipe)
     if folder.resolve() in [run.resolve() for run in runs]:
@@ -55,7 +55,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
         shared = load_shared(recipes, world, logger)
         sides = [LadderModel.from_pretrained(run / LadderTrainee.FOLDER, shared.backbone).side for run in runs]
         model = LadderEnsemble(shared.backbone, sides)
-        start, split = time.perf_counter(), results[0]["split"]
+        start = time.perf_counter()
         asked = answers(
             model,
             shared.splits[split],
@@ -68,18 +68,25 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
         )
         texts = run_alone(asked, shared.encode)
         shared.close()
-        scores = score(shared.task, texts, [row.target for row in shared.splits[split].rows])
-        alone = [each["scores"]["score"] for each in results]
-        result = results[0] | {"name": name, "recipe": recipe.model_dump(mode="json"), "ensemble_of": [str(run) for run in runs]}
-        result |= {"scores": {key: round(value, 4) for key, value in scores.items()}, "scores_alone": alone}
-        result |= {key: round(sum(each[key] for each in results), 4) for key in SUMMED}
-        result |= {"peak_memory_bytes": max(each["peak_memory_bytes"] for each in results)}
-        result |= {"seconds_to_answer": round(time.perf_counter() - start, 3)}
+        expected = [row.target for row in shared.splits[split].rows]
+        scores, only = score(shared.task, texts, expected), only_answer(texts, expected)
+        result = ensemble_result(
+            recipe,
+            shared,
+            scores,
+            split=split,
+            only_answer=only,
+            members=dict(zip(runs, members, strict=True)),
+            seconds_to_answer=time.perf_counter() - start,
+        )
+        alone = result["scores_alone"]
         distributed.on_main_rank(world, lambda: write_result(folder, result))
         logger.say(
             f"{split} score {scores['score']:.2f} of {len(runs)} side networks together; alone {min(alone):.2f} to {max(alone):.2f}, "
             f"mean {sum(alone) / len(alone):.2f}; saved in {folder}"
         )
+        if only is not None:
+            logger.say(only_answer_sentence(only, split, len(expected)))
     return folder, result
 
 
@@ -102,13 +109,33 @@ def _asked(recipe: Recipe, key: str) -> object:
     return recipe.data.model_copy(update={"shuffle_seed": None, "max_train_rows": None}) if key == "data" else getattr(recipe, key)
 
 
-def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[dict[str, Any]]]:
-    """Return recipes and results of runs that can answer together."""
+def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[Finished], str]:
+    """Return recipes and results of runs that can answer together, and the split that they were scored on; changes nothing.
+
+    Raises:
+        LstScaleError: they can't, or what one of them holds is damaged.
+    """
     if len(runs) < 2:
         raise ArgumentError("an ensemble needs two runs or more: give their folders")
-    for run in runs:
-        if not (run / RESULT).is_file():
-            raise ArgumentError(f"{run} is no finished run: it holds no {RESULT}")
+    splits = [_split_of(run) for run in runs]
+    for run, split in zip(runs, splits, strict=True):
+        if split != splits[0]:
+            raise ArgumentError(f"{run} was scored on {split} rows, {runs[0]} on {splits[0]} rows: an ensemble answers one question")
     recipes = [load_recipe(str(run / RECIPE)) for run in runs]
+    task = recipes[0].task
+    if splits[0] == "test" and not isinstance(task, str) and task.test is None:
+        raise ArgumentError(f"{runs[0] / RESULT} is damaged: 'split' is test, and its recipe has no task.test")
     refuse_what_can_not_answer_together(runs, recipes, ("task", "backbone", "data", "evaluation"))
-    return recipes, [json.loads((run / RESULT).read_text()) for run in runs]
+    for run in runs:
+        files.read(run / LadderTrainee.FOLDER)
+    return recipes, [read_finished(run) for run in runs], splits[0]
+
+
+def _split_of(run: Path) -> str:
+    result = read_result(run)
+    if "ensemble_of" in result:
+        raise ArgumentError(f"{run} is an ensemble itself: give the runs that it is made of")
+    split = result.get("split")
+    if split not in ("validation", "test"):
+        raise ArgumentError(f"{run / RESULT} is damaged: 'split' is {split!r}, neither validation nor test")
+    return str(split)

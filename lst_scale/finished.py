@@ -25,7 +25,7 @@ class Finished:
     model: str | None
     batch: int | None  # rows an optimizer step
     peak_memory_bytes: float
-    seconds_per_step: float
+    seconds_per_step: float | None  # None: an ensemble, which takes no steps
     train_seconds: float
     saved_bytes: float
     trainable_parameters: int
@@ -79,7 +79,7 @@ def read_finished(folder: Path) -> Finished:
             model=_inner(recipe, "backbone", "checkpoint", str),
             batch=_inner(recipe, "training", "global_batch_size", int),
             peak_memory_bytes=_number(tree, "peak_memory_bytes"),
-            seconds_per_step=_number(tree, "seconds_per_step", empty=0.0),
+            seconds_per_step=None if tree["seconds_per_step"] is None else _number(tree, "seconds_per_step"),
             train_seconds=_number(tree, "train_seconds", empty=0.0),
             saved_bytes=_number({"saved_bytes": 0} | tree, "saved_bytes"),
             trainable_parameters=int(_number(tree, "trainable_parameters")),

@@ -24,7 +24,7 @@ from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
 from lst_scale.training.engine import build_engine, let_go, restore_moments
 from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
-from lst_scale.training.result import closing_sentence, result_of, write_result
+from lst_scale.training.result import closing_sentence, only_answer_sentence, result_of, write_result
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
 from lst_scale.warm_start import start_folder
 
@@ -108,7 +108,7 @@ class Member:
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(closing_sentence(result, folder))
         if only is not None:
-            self.logger.say(f"all {len(shared.splits[split].rows):,} {split} rows got the answer {only!r}, which is not right for all")
+            self.logger.say(only_answer_sentence(only, split, len(shared.splits[split].rows)))
         return result
 
     def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:

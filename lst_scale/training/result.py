@@ -17,6 +17,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.data.scores import majority_score
 from lst_scale.distributed import World
 from lst_scale.durable import write_file
+from lst_scale.finished import Finished
 from lst_scale.folder import RESULT
 from lst_scale.recipe import Recipe
 from lst_scale.shared import AnyBackbone, Shared, peak_memory_bytes
@@ -86,6 +87,46 @@ def closing_sentence(result: dict[str, Any], folder: Path) -> str:
     )
 
 
+def only_answer_sentence(answer: str, split: str, count: int) -> str:
+    """Return what is said of a model that answers every row alike."""
+    return f"all {count:,} {split} rows got the answer {answer!r}, which is not right for all"
+
+
+def ensemble_result(
+    recipe: Recipe,
+    shared: Shared,
+    scores: Mapping[str, float],
+    *,
+    split: str,
+    only_answer: str | None,
+    members: Mapping[Path, Finished],
+    seconds_to_answer: float,
+) -> dict[str, Any]:
+    """Return the contents of an ensemble's result.json. What it cost to train is what its members cost; it has no steps of its own.
+
+    Args:
+        members: what each run's result.json holds, by the run's folder.
+    """
+    each = list(members.values())
+    return {
+        **scored(recipe, shared, scores, split=split, only_answer=only_answer),
+        "ensemble_of": [str(run) for run in members],
+        "scores_alone": [one.score for one in each],
+        "train_seconds": round(sum(one.train_seconds for one in each), 3),
+        "seconds_per_step": None,
+        "peak_memory_bytes": max(int(one.peak_memory_bytes) for one in each),  # of training
+        "peak_memory_bytes_to_answer": max(distributed.gather(peak_memory_bytes(shared.world))),
+        "seconds_to_answer": round(seconds_to_answer, 3),
+        "trainable_parameters": sum(one.trainable_parameters for one in each),
+        "trainable_share_percent": round(sum(one.trainable_share_percent for one in each), 4),
+        "saved_bytes": int(sum(one.saved_bytes for one in each)),
+        **_circumstances(shared.world, shared.backbone),
+        **shared.loading,
+        **_cache_facts(shared.backbone),
+        **_origin(recipe),
+    }
+
+
 def _measurements(progress: Progress, world: World, trainable: int, backbone: AnyBackbone) -> dict[str, Any]:
     tokens = progress.source_tokens + progress.target_tokens
     peaks = distributed.gather(peak_memory_bytes(world))
@@ -96,11 +137,17 @@ def _measurements(progress: Progress, world: World, trainable: int, backbone: An
         "seconds_per_step": round(progress.seconds / progress.step, 4) if progress.step else None,
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_by_rank": peaks,
-        "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
         "trainable_parameters": trainable,
+        "trainable_share_percent": round(100 * trainable / backbone.num_parameters, 4),
+        **_circumstances(world, backbone),
+    }
+
+
+def _circumstances(world: World, backbone: AnyBackbone) -> dict[str, Any]:
+    return {
+        "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
         "backbone_parameters": backbone.num_parameters,
         "backbone_bytes_by_rank": distributed.gather(backbone.weight_bytes()),
-        "trainable_share_percent": round(100 * trainable / backbone.num_parameters, 4),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }
