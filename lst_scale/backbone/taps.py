@@ -170,6 +170,18 @@ def selected_stack(whole: StackTaps, request: TapRequest) -> StackTaps:
     return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
 
 
+def where_not_finite(taps: Taps) -> str | None:
+    """Name the first of a batch's states that hold NaN or infinity; None: none do."""
+    for stack, states in (("encoder", taps.encoder), ("decoder", taps.decoder)):
+        if not torch.isfinite(states.embedding).all():
+            return f"at the {stack}'s embeddings"
+        for layer, tensor in zip(states.layers, states.tensors, strict=True):
+            if not torch.isfinite(tensor).all():
+                return f"at block {layer} of the {stack}"
+    final_BTD = taps.decoder_final_BTD
+    return None if final_BTD is None or torch.isfinite(final_BTD).all() else "after the decoder's last block"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrozenHead:
     """The backbone's output head: logits = (hidden * scale) @ weight.T. Needed downstream even when no backbone is in memory."""

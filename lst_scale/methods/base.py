@@ -61,6 +61,14 @@ class Trainee(Protocol):
         """Return one micro-batch's summed negative log-likelihood in nats, with its gradient."""
         ...
 
+    def fault(self, prepared: Any, *, fresh: bool) -> str | None:
+        """Say what is not finite although no step made it so, where a loss is not; None: training did it.
+
+        Args:
+            fresh: no step has been taken yet.
+        """
+        ...
+
     def answering(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Answerer]:
         """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
         ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lst_scale.backbone.caching import CachingBackbone
-from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected
+from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected, where_not_finite
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -40,6 +40,13 @@ class LadderTrainee:
         labels_BT = batch.labels_BT.to(self.backbone.device)
         nll, _ = cross_entropy_sum(self.backbone.head, engine(selected(prepared, self.request)), labels_BT)
         return nll
+
+    def fault(self, prepared: Taps, *, fresh: bool) -> str | None:
+        where = where_not_finite(prepared)
+        if where is not None:
+            return f"the backbone's taps are not finite {where}"
+        head_is_finite = bool(torch.isfinite(self.backbone.head.weight_VD).all())
+        return None if head_is_finite else "the backbone's output head is not finite"
 
     @contextlib.contextmanager
     def answering(self, weights: Mapping[str, Tensor]) -> Iterator[LadderModel]:

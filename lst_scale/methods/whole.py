@@ -67,6 +67,12 @@ class WholeModelTrainee:
             + 0.0 * logits_BTV.float().sum()
         )  # filler rows alone still join the reduction
 
+    def fault(self, prepared: Any, *, fresh: bool) -> str | None:
+        for name, parameter in self.module.named_parameters():
+            if (fresh or not parameter.requires_grad) and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                return f"the backbone's weights are not finite in {name}"
+        return None
+
     @contextlib.contextmanager
     def answering(self, weights: Mapping[str, Tensor]) -> Iterator[WholeModel]:
         # The live module: a second copy of a whole model would not fit beside it.

@@ -20,7 +20,7 @@ from lst_scale import distributed
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
-from lst_scale.errors import LstScaleError, TrainingError
+from lst_scale.errors import BackboneError, LstScaleError, TrainingError
 from lst_scale.logs import Logger
 from lst_scale.methods.base import Trainee
 from lst_scale.preemption import Interrupted
@@ -150,18 +150,21 @@ class Trainer:
     def _train_step(self, step: Step, progress: Progress) -> Session[Progress]:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
-        nll, source_tokens, seconds = 0.0, 0, 0.0
+        nll, source_tokens, seconds, fault = 0.0, 0, 0.0, None
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             following = functools.partial(self._after, progress.step, index)
             answer = yield Ask(at=(progress.step, TRAINING, index), batch=batch, following=following)
             start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
-            nll += self._forward_backward(batch, answer.prepared, step.num_target_tokens)
+            own = self._forward_backward(batch, answer.prepared, step.num_target_tokens)
+            if not _is_finite(own):
+                fault = fault or self.trainee.fault(answer.prepared, fresh=progress.step == 0)
+            nll += own
             del answer  # or the next micro-batch's taps would be made beside these
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
-                loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step)
+                loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step, fault)
                 set_learning_rate(self.engine, rate)
             self.engine.step()
             if index == last:
@@ -185,21 +188,28 @@ class Trainer:
         self.engine.backward(nll * scale)
         return float(nll.detach())
 
-    def _agree_on_loss(self, nll: float, source_tokens: int, num_target_tokens: int, step: int) -> tuple[float, int]:
-        """Return the global batch's mean loss and source tokens; raise on every rank when any rank's loss is not finite."""
-        finite = nll - nll == 0.0
+    def _agree_on_loss(self, nll: float, source_tokens: int, num_target_tokens: int, step: int, fault: str | None) -> tuple[float, int]:
+        """Return the global batch's mean loss and source tokens; raise on every rank when any rank's loss is not finite.
+
+        Args:
+            fault: what this rank found not finite that no step can have made so.
+        """
+        finite = _is_finite(nll)
         bad = [0.0] * self.world.size
         bad[self.world.rank] = 0.0 if finite else 1.0
         total_nll, total_source, *bad = distributed.sum_over_ranks([nll if finite else 0.0, float(source_tokens), *bad], self.world.device)
         ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
         if ranks:
+            faults = [found for found in distributed.gather(fault) if found is not None]
+            if faults:
+                raise self._broken_backbone(faults[0], step)
             raise self._diverged(f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken")
         return total_nll / num_target_tokens, int(total_source)
 
     def _refuse_gradient(self, step: int) -> None:
         """Stop after a step whose gradient had no finite norm: clipping made nothing of it, or NaN, and no checkpoint may hold that."""
         norm = self._gradient_norm()
-        if norm is not None and norm - norm != 0.0:
+        if norm is not None and not _is_finite(norm):
             raise self._diverged(f"the gradient of step {step} is not finite")
 
     def _gradient_norm(self) -> float | None:
@@ -213,6 +223,13 @@ class Trainer:
             TrainingError(
                 f"{what}: start again (--overwrite) with an optimizer.learning_rate below {self.recipe.optimizer.learning_rate:g}{mend}"
             )
+        )
+
+    def _broken_backbone(self, fault: str, step: int) -> LstScaleError:
+        backbone = self.recipe.backbone
+        mend = "" if backbone.precision == "fp32" else ", or write backbone.precision=fp32"
+        return distributed.same_everywhere(
+            BackboneError(f"{fault} (step {step}): no learning rate mends that; look at the weights of {backbone.checkpoint}{mend}")
         )
 
     def _log_step(self, progress: Progress, loss: float, rate: float, seconds: float) -> None:
@@ -263,6 +280,10 @@ class Trainer:
             remove_old_checkpoints(folder, self.recipe.training.keep_checkpoints)
 
         distributed.on_main_rank(self.world, write)
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
 
 
 def _step_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
