@@ -66,7 +66,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
             shared.task.target_prefix,
             longest=shared.splits["train"].longest_target,
         )
-        texts = run_alone(asked, shared.encode)
+        texts = run_alone(asked, shared.passes)
         shared.close()
         expected = [row.target for row in shared.splits[split].rows]
         scores, only = score(shared.task, texts, expected), only_answer(texts, expected)

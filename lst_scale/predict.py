@@ -26,14 +26,14 @@ from lst_scale.errors import ArgumentError, DataError, fence
 from lst_scale.json_lines import LinesFile, as_json, lines_file
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import Answerer
-from lst_scale.methods.lst import LadderTrainee
+from lst_scale.methods.lst import LadderTrainee, SharedPasses
 from lst_scale.methods.whole import WholeModelTrainee
 from lst_scale.recipe import Recipe
 from lst_scale.shared import load_tokenizer_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
-from lst_scale.training.evaluation import answer, each_row, label_scores
-from lst_scale.training.sessions import run_alone
+from lst_scale.training.evaluation import each_row, generated, label_scores
+from lst_scale.training.sessions import Moment, Passes, Session, run_alone
 
 PREDICTION, PROBABILITIES = "prediction", "probabilities"
 BATCHES_AT_ONCE = 16  # of each copy of the backbone, sorted by length together; then their answers are written
@@ -78,9 +78,9 @@ def predict_file(
         sentence = cuts({"inputs": split}, asked.recipe.data)
         if sentence is not None:
             say(sentence)
-        with _model(runs, asked.recipe, world) as model:
+        with _model(runs, asked.recipe, world) as (model, passes):
             rows = iter(plain)
-            for answers in _answers(model, split, tokenizer, asked, world, probabilities=probabilities):
+            for answers in _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities):
                 # zip asks for an answer first, so that no row is taken in vain.
                 write([row | dict(zip(names, said, strict=True)) for said, row in zip(answers, rows, strict=False)])
     return len(plain)
@@ -154,48 +154,49 @@ def _written(output: Path, world: World) -> Iterator[Callable[[Sequence[dict[str
 
 
 def _answers(
-    model: Answerer, split: EncodedSplit, tokenizer: Any, asked: Answering, world: World, *, probabilities: bool
+    model: Answerer, passes: Passes, split: EncodedSplit, tokenizer: Any, asked: Answering, world: World, *, probabilities: bool
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Yield the answers of many rows at a time, in order: each the answer, and with `probabilities` those of the labels."""
 
-    def reply(batch: Batch, source: Any) -> list[tuple[Any, ...]]:
-        return _reply(model, batch, tokenizer, asked, source, probabilities=probabilities)
+    def reply(batch: Batch | None, moment: Moment) -> Session[list[tuple[Any, ...]]]:
+        return _reply(model, batch, tokenizer, asked, moment, probabilities=probabilities)
 
     evaluation = asked.recipe.evaluation
     size = BATCHES_AT_ONCE * evaluation.batch_size * model.replica.count
     for first in range(0, len(split.rows), size):
-        session = each_row(model, split.part(first, first + size), evaluation, world, reply)
-        yield run_alone(session, lambda batch: model.read(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device)))
+        yield run_alone(each_row(model, split.part(first, first + size), evaluation, world, reply), passes)
 
 
-def _reply(model: Answerer, batch: Batch, tokenizer: Any, asked: Answering, source: Any, *, probabilities: bool) -> list[tuple[Any, ...]]:
-    evaluation, labels, prefix = asked.recipe.evaluation, asked.labels, asked.target_prefix
+def _reply(
+    model: Answerer, batch: Batch | None, tokenizer: Any, asked: Answering, moment: Moment, *, probabilities: bool
+) -> Session[list[tuple[Any, ...]]]:
+    evaluation, labels, prefix = asked.recipe.evaluation, asked.labels or (), asked.target_prefix
     scores_BL = None
     if probabilities or evaluation.method == "likelihood":
-        assert labels is not None
-        scores_BL = label_scores(model, batch, tokenizer, labels, prefix, source)
+        scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, at=moment)
     if scores_BL is not None and evaluation.method == "likelihood":
-        assert labels is not None
         texts = [labels[int(best)] for best in scores_BL.argmax(-1)]
     else:
-        texts = answer(model, batch, tokenizer, evaluation, labels, asked.longest or 1, prefix, source)
+        texts = yield from generated(model, batch, tokenizer, evaluation, asked.longest or 1, prefix, at=moment)
     answers = [number_in(text) for text in texts] if asked.kind == "regression" else texts
     if not probabilities:
         return [(each,) for each in answers]
-    assert scores_BL is not None and labels is not None
+    assert scores_BL is not None, "probabilities are those of labels"
     shares = scores_BL.double().softmax(-1).tolist()
     return [(each, dict(zip(labels, row, strict=True))) for each, row in zip(answers, shares, strict=True)]
 
 
 @contextlib.contextmanager
-def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[Answerer]:
-    """Give the model that answers: what one run trained, or the side networks of several."""
+def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple[Answerer, SharedPasses]]:
+    """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
     if len(runs) > 1:
         folders = [run / LadderTrainee.FOLDER for run in runs]
-        yield LadderEnsemble.from_pretrained(folders, load_placed(recipe.backbone, world))
+        ensemble = LadderEnsemble.from_pretrained(folders, load_placed(recipe.backbone, world))
+        yield ensemble, SharedPasses(backbone=ensemble.backbone, request=ensemble.side.request)
         return
     method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
     recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
-    trainee = build_trainee(recipe, load_placed(recipe.backbone, world), zero_stage=0)
+    backbone = load_placed(recipe.backbone, world)
+    trainee = build_trainee(recipe, backbone, zero_stage=0)
     with trainee.answering(trainee.load(runs[0] / trainee.FOLDER)) as model:
-        yield model
+        yield model, SharedPasses(backbone=backbone, request=trainee.request)

@@ -98,6 +98,6 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
         try:
-            return fit_together(sessions, shared.prepare, shared.encode, shared.prefetch)
+            return fit_together(sessions, shared.passes)
         except SomeFailed as failed:
             raise MembersFailed({folders[number]: str(error) for number, error in failed.failures.items()}, of=len(recipes)) from None

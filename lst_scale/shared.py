@@ -5,7 +5,6 @@ Data comes first: a wrong file is found before any weight is read.
 
 from __future__ import annotations
 
-import functools
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,9 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.backbone.remembered import load_caching
-from lst_scale.backbone.taps import BackboneSpec, EncoderState, TapRequest, Taps, union
+from lst_scale.backbone.taps import BackboneSpec, TapRequest, union
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
-from lst_scale.data.batches import Batch, collate, evaluation_batches
+from lst_scale.data.batches import collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
@@ -34,7 +33,7 @@ from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
 from lst_scale.logs import Logger
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import ladder_config, prefetch_taps, source_of, taps_of
+from lst_scale.methods.lst import SharedPasses, ladder_config
 from lst_scale.model_config import find_config, read_config
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
@@ -54,9 +53,7 @@ class Shared:
     splits: dict[str, EncodedSplit]
     backbone: AnyBackbone
     loading: dict[str, Any]
-    prepare: Callable[[Batch], Taps | None]  # taps for all members; None: the method reads none
-    encode: Callable[[Batch], EncoderState | None]  # of the source alone, for answering
-    prefetch: Callable[[Batch], None] | None  # begins to read a later batch's taps; None: there is nothing to read
+    passes: SharedPasses
 
     def close(self) -> None:
         """Let other runs write to the tap cache."""
@@ -88,7 +85,6 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
     distributed.poll_interruption(world)
     if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
         logger.say(_check_quantization(backbone, splits["train"], recipe))
-    request = _request(recipes, backbone.spec)
     return Shared(
         world=world,
         task=task,
@@ -96,9 +92,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
         splits=splits,
         backbone=backbone,
         loading=loading,
-        prepare=lambda batch: None if request is None else taps_of(backbone, batch, request),
-        encode=lambda batch: None if request is None else source_of(backbone, batch, request),
-        prefetch=functools.partial(prefetch_taps, backbone) if isinstance(backbone, CachingBackbone) else None,
+        passes=SharedPasses(backbone=backbone, request=_request(recipes, backbone.spec)),
     )
 
 

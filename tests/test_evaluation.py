@@ -14,6 +14,7 @@ from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import Row
 from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.methods.lst import SharedPasses
 from lst_scale.recipe import EvaluationRecipe
 from lst_scale.training.evaluation import answers, label_scores
 from lst_scale.training.sessions import run_alone
@@ -43,7 +44,7 @@ def test_an_answer_may_be_longer_than_the_expected_answers_of_the_rows_that_are_
     found = [
         run_alone(
             answers(model, split, tokenizer, EvaluationRecipe(), None, distributed.connect(), longest=9),
-            lambda batch: model.read(batch.input_ids_BS, batch.attention_mask_BS),
+            SharedPasses(backbone=model.backbone, request=model.side.request),
         )
         for split in (short, long)
     ]
@@ -54,7 +55,7 @@ def test_an_answer_may_be_longer_than_the_expected_answers_of_the_rows_that_are_
 def test_a_label_s_score_is_the_log_likelihood_of_its_tokens(model: LadderModel, tokenizer: Any) -> None:
     split, labels = split_with(["a", "b"], tokenizer), ["act", "a food"]
     batch = collate(split, [0, 1])
-    found = label_scores(model, batch, tokenizer, labels)
+    found = run_alone(label_scores(model, batch, tokenizer, labels), SharedPasses(backbone=model.backbone, request=model.side.request))
     for column, label in enumerate(labels):
         ids = torch.tensor([tokenizer(label).input_ids] * 2)
         logits = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, labels=ids).logits

@@ -27,7 +27,7 @@ MEMBERS = [
     "seed=0 optimizer.learning_rate=3e-3 method.reduction_factor=2 method.side_layers=[1]",
     "seed=2 optimizer.learning_rate=1e-2 method.design=cross_attention method.side_layers=all",
 ]
-SHARED: dict[str, Any] = {"data__shuffle_seed": 0, "method__dropout": 0.1, "evaluation__max_new_tokens": 3}
+SHARED: dict[str, Any] = {"data__shuffle_seed": 0, "method__dropout": 0.1, "evaluation__max_new_tokens": 5}
 
 
 def write_each_alone(recipe: Path, folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ from lst_scale.json_lines import LinesFile, as_json, lines_file
 from lst_scale.predict import predict_file
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run
+from lst_scale.training.sessions import Moment, Session
 
 ROWS = [{"word": "cat", "definition": "a feline"}, {"word": "run", "definition": "to move fast on one's feet"}]
 VALIDATION = "embedded:wordnet/validation.jsonl"
@@ -133,7 +134,12 @@ def test_a_regression_answers_with_numbers_or_null(
     finished: dict[str, Path], inputs: Path, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert all(line["prediction"] is None or isinstance(line["prediction"], float) for line in ask(finished["number"], inputs))
-    monkeypatch.setattr(predict, "answer", lambda *_: ["0.5", "nan or so"])
+
+    def said(*_: Any, at: Moment) -> Session[list[str]]:
+        yield from ()
+        return ["0.5", "nan or so"]
+
+    monkeypatch.setattr(predict, "generated", said)
     assert [line["prediction"] for line in ask(finished["number"], inputs)] == [0.5, None]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,29 @@ from conftest import recipe_writer
 from test_prefetch import REQUEST, batches, opened
 
 from lst_scale import distributed
+from lst_scale.backbone.claim import Claim
 from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.tap_cache import TapCache
 from lst_scale.data.batches import Batch
 from lst_scale.errors import DataError, LstScaleError, TrainingError
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run
 from lst_scale.training import sessions
-from lst_scale.training.sessions import CLOSING, EVALUATION, TRAINING, Answer, Ask, Session, SomeFailed, fit_together, timed
+from lst_scale.training.sessions import (
+    CLOSING,
+    EVALUATION,
+    TRAINING,
+    Answer,
+    Ask,
+    Moment,
+    Session,
+    SomeFailed,
+    Want,
+    fit_together,
+    run_alone,
+    timed,
+)
 
 
 def batch_of(*rows: int) -> Batch:
@@ -27,39 +43,67 @@ def batch_of(*rows: int) -> Batch:
     return Batch(input_ids_BS=nothing, attention_mask_BS=nothing, labels_BT=nothing, indices=rows)
 
 
-def asking(*asks: tuple[tuple[int, int, int], tuple[int, ...] | None]) -> Session[list[Any]]:
+WANTED = {TRAINING: Want.ALL, EVALUATION: Want.SOURCE, CLOSING: Want.TARGET}
+
+
+def asking(*asks: tuple[tuple[int, ...], tuple[int, ...] | None]) -> Session[list[Any]]:
     """A session that asks and returns what it was told."""
     told = []
     for at, rows in asks:
-        answer = yield Ask(at=at, batch=None if rows is None else batch_of(*rows))
+        batch = None if rows is None else batch_of(*rows)
+        want = WANTED[at[1]]
+        answer = yield Ask(at=Moment(*at), batch=batch, want=want, targets=((4,), (5,), (6,)) if want is Want.TARGET else ())
         told.append(answer.prepared)
     return told
 
 
-def test_what_several_ask_for_is_made_once_and_each_way_by_its_own_part() -> None:
-    made: list[tuple[str, tuple[int, ...]]] = []
+class Recorded:
+    """Passes that say what was made of what, and remember it."""
 
-    def part(name: str) -> Any:
-        def make(batch: Batch) -> str:
-            made.append((name, batch.indices))
-            return f"{name} {batch.indices}"
+    def __init__(self) -> None:
+        self.made: list[tuple[str, tuple[int, ...]]] = []
 
-        return make
+    def all_of(self, batch: Batch) -> str:
+        self.made.append(("all of", batch.indices))
+        return f"all of {batch.indices}"
 
+    def source_of(self, batch: Batch) -> str:
+        self.made.append(("source of", batch.indices))
+        return f"source of {batch.indices}"
+
+    def each_target(self, batch: Batch, targets: Sequence[Sequence[int]]) -> Iterator[str]:
+        self.made.append(("targets of", batch.indices))
+        for target in targets:
+            yield f"{target} of {batch.indices}"
+
+    def prefetch(self, following: Callable[[], Batch | None]) -> None:
+        pass
+
+
+def test_what_several_ask_for_is_made_once_and_as_each_wants_it() -> None:
     both = [((0, TRAINING, 0), (1, 2)), ((1, EVALUATION, 0), (7,)), ((1, EVALUATION, 1), None)]
-    early = asking(*both, ((1, CLOSING, 0), (8, 9)))  # ends while the other trains on
-    late = asking(*both, ((1, TRAINING, 0), (3, 4)), ((2, EVALUATION, 0), (7,)), ((2, CLOSING, 0), (8, 9)))
-    first, second = fit_together([early, late], part("all of"), part("source of"))
-    assert first == ["all of (1, 2)", "source of (7,)", None, "source of (8, 9)"]
-    assert second == ["all of (1, 2)", "source of (7,)", None, "all of (3, 4)", "source of (7,)", "source of (8, 9)"]
-    assert made == [
+    early = asking(*both, ((1, CLOSING, 0, 0), (8, 9)), ((1, CLOSING, 0, 1), (8, 9)))  # ends while the other trains on
+    closing = [((2, CLOSING, 0, target), (8, 9)) for target in range(3)]
+    late = asking(*both, ((1, TRAINING, 0), (3, 4)), ((2, EVALUATION, 0), (7,)), *closing)
+    passes = Recorded()
+    first, second = fit_together([early, late], passes)
+    assert first == ["all of (1, 2)", "source of (7,)", None, "(4,) of (8, 9)", "(5,) of (8, 9)"]
+    assert second[:5] == ["all of (1, 2)", "source of (7,)", None, "all of (3, 4)", "source of (7,)"]
+    assert second[5:] == ["(4,) of (8, 9)", "(5,) of (8, 9)", "(6,) of (8, 9)"]
+    assert passes.made == [
         ("all of", (1, 2)),
         ("source of", (7,)),
         ("all of", (3, 4)),
-        ("source of", (8, 9)),  # of the one that ends early: nobody waits for it
+        ("targets of", (8, 9)),  # of the one that ends early: nobody waits for it
         ("source of", (7,)),
-        ("source of", (8, 9)),
+        ("targets of", (8, 9)),
     ]
+
+
+def test_targets_of_one_batch_are_each_the_right_one_whoever_asks_between() -> None:
+    other = [((0, CLOSING, 1, target), (5,)) for target in range(3)]
+    torn = asking(((0, CLOSING, 0, 0), (8,)), ((0, CLOSING, 0, 2), (8,)), other[1], other[0])
+    assert run_alone(torn, Recorded()) == ["(4,) of (8,)", "(6,) of (8,)", "(5,) of (5,)", "(4,) of (5,)"]
 
 
 def test_a_session_that_waits_for_others_does_not_count_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +112,7 @@ def test_a_session_that_waits_for_others_does_not_count_their_time(monkeypatch: 
 
     def session() -> Session[str]:
         now[0] += 1.0
-        yield Ask(at=(0, EVALUATION, 0), batch=None)
+        yield Ask(at=Moment(0, EVALUATION, 0), batch=None)
         now[0] += 2.0
         return "scores"
 
@@ -85,10 +129,10 @@ def test_an_interruption_reaches_all_and_what_they_had_open_is_closed() -> None:
 
     def session(name: str) -> Session[None]:
         try:
-            yield Ask(at=(0, EVALUATION, 0), batch=None)
+            yield Ask(at=Moment(0, EVALUATION, 0), batch=None)
             if name == "second":
                 raise Interrupted(15)
-            yield Ask(at=(0, EVALUATION, 1), batch=None)
+            yield Ask(at=Moment(0, EVALUATION, 1), batch=None)
         finally:
             left.append(name)
 
@@ -96,72 +140,103 @@ def test_an_interruption_reaches_all_and_what_they_had_open_is_closed() -> None:
         yield from timed(session(name))
 
     with pytest.raises(Interrupted):
-        fit_together([outer(name) for name in ("first", "second", "third")], batch_of, batch_of)
+        fit_together([outer(name) for name in ("first", "second", "third")], Recorded())
     assert sorted(left) == ["first", "second", "third"]
 
 
 def test_one_that_fails_on_all_ranks_alike_fails_alone_and_any_other_failure_ends_all() -> None:
     def failing(error: LstScaleError) -> Session[None]:
-        yield Ask(at=(0, TRAINING, 0), batch=batch_of(1))
+        yield Ask(at=Moment(0, TRAINING, 0), batch=batch_of(1))
         raise error
-
-    def whole(batch: Batch) -> str:
-        return f"{batch.indices}"
 
     asks = (((0, TRAINING, 0), (1,)), ((1, TRAINING, 0), (2,)))
     known = distributed.same_everywhere(TrainingError("not finite"))
     with pytest.raises(SomeFailed) as caught:
-        fit_together([asking(*asks), failing(known), asking(*asks)], whole, whole)
+        fit_together([asking(*asks), failing(known), asking(*asks)], Recorded())
     assert caught.value.failures == {1: known}
-    assert caught.value.finished == {0: ["(1,)", "(2,)"], 2: ["(1,)", "(2,)"]}
+    assert caught.value.finished == {0: ["all of (1,)", "all of (2,)"], 2: ["all of (1,)", "all of (2,)"]}
     for sessions_of, error in (([asking(*asks)], DataError("on this rank alone")), ([], known)):
         with pytest.raises(type(error), match=str(error)):
-            fit_together([*sessions_of, failing(error)], whole, whole)
+            fit_together([*sessions_of, failing(error)], Recorded())
 
 
 def test_sessions_that_ask_for_different_batches_are_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError, match="different batches"):
-        fit_together([asking(((0, TRAINING, 0), (1,))), asking(((0, TRAINING, 0), (2,)))], batch_of, batch_of)
+        fit_together([asking(((0, TRAINING, 0), (1,))), asking(((0, TRAINING, 0), (2,)))], Recorded())
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of rows of each call of the backbone's encoder."""
-    calls: list[int] = []
-    encode = LocalBackbone.encode
+def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many rows each stack of the backbone has run, and how many payloads were read."""
+    counts = {"encoder": 0, "decoder": 0, "read": 0}
+    encode, decode, read_into = LocalBackbone.encode, LocalBackbone.decode, TapCache.read_into
 
-    def counted(self: LocalBackbone, input_ids_BS: Any, *rest: Any) -> Any:
-        calls.append(len(input_ids_BS))
-        return encode(self, input_ids_BS, *rest)
+    def encoded(self: LocalBackbone, ids_BS: Any, *rest: Any) -> Any:
+        counts["encoder"] += len(ids_BS)
+        return encode(self, ids_BS, *rest)
 
-    monkeypatch.setattr(LocalBackbone, "encode", counted)
-    yield calls
+    def decoded(self: LocalBackbone, ids_BT: Any, *rest: Any) -> Any:
+        counts["decoder"] += len(ids_BT)
+        return decode(self, ids_BT, *rest)
 
+    def read(self: TapCache, *rest: Any) -> bool:
+        counts["read"] += 1
+        return read_into(self, *rest)
 
-@pytest.mark.parametrize("changes", [{}, {"evaluation__method": "likelihood"}], ids=["generation", "likelihood"])
-def test_members_answer_on_one_pass_too(changes: dict[str, Any], tiny_t5_dir: Path, tmp_path: Path, encoded: list[int]) -> None:
-    def rows_encoded(members: list[str]) -> int:
-        encoded.clear()
-        folder = tmp_path / str(len(members))
-        folder.mkdir()
-        write = recipe_writer(folder, tiny_t5_dir)
-        assert len(run(load_recipe(str(write("answers", members=members, data__shuffle_seed=0, **changes))))) == len(members)
-        return sum(encoded)
-
-    assert rows_encoded(["seed=0", "seed=1", "seed=2"]) == rows_encoded(["seed=0"]) > 0
+    monkeypatch.setattr(LocalBackbone, "encode", encoded)
+    monkeypatch.setattr(LocalBackbone, "decode", decoded)
+    monkeypatch.setattr(TapCache, "read_into", read)
+    return counts
 
 
-def test_the_encoder_runs_once_for_all_labels_and_reads_once(tiny_t5_dir: Path, tmp_path: Path, encoded: list[int]) -> None:
+def run_members(members: list[str], checkpoint: Path, folder: Path, **changes: Any) -> None:
+    folder.mkdir()
+    path = recipe_writer(folder, checkpoint)("answers", members=members, data__shuffle_seed=0, training__max_steps=2, **changes)
+    assert len(run(load_recipe(str(path)))) == len(members)
+
+
+def test_members_that_generate_read_the_source_on_one_pass(tiny_t5_dir: Path, tmp_path: Path, passes: dict[str, int]) -> None:
+    run_members(["seed=0"], tiny_t5_dir, tmp_path / "one")
+    alone = passes["encoder"]
+    run_members(["seed=0", "seed=1", "seed=2"], tiny_t5_dir, tmp_path / "three")
+    assert passes["encoder"] == 2 * alone > 0
+
+
+@pytest.mark.parametrize("way", ["live", "cached", "cached while another run writes"])
+def test_members_score_labels_on_one_pass(way: str, tiny_t5_dir: Path, tmp_path: Path, passes: dict[str, int]) -> None:
+    changes: dict[str, Any] = {"evaluation__method": "likelihood"}
+    if way != "live":
+        changes |= {"cache__enabled": True, "cache__dtype": "fp32", "cache__folder": str(tmp_path / "taps")}
+        run_members(["seed=0"], tiny_t5_dir, tmp_path / "first", **changes)
+    with contextlib.ExitStack() as stack:
+        if way == "cached while another run writes":
+            for payloads in [*(tmp_path / "taps").rglob("*.taps"), *(tmp_path / "taps").rglob("*.index")]:
+                payloads.unlink()
+            (claimed,) = (tmp_path / "taps").rglob("*.claim")
+            claim = Claim(claimed.parent, claimed.stem)
+            assert claim.take()
+            stack.callback(claim.let_go)
+        found = []
+        for members in (["seed=0"], ["seed=0", "seed=1", "seed=2"]):
+            passes.update(encoder=0, decoder=0, read=0)
+            run_members(members, tiny_t5_dir, tmp_path / str(len(members)), **changes)
+            found.append(dict(passes))
+    assert found[0] == found[1]
+    live, cached = found[0]["encoder"] > 0 and found[0]["decoder"] > 0, found[0]["read"] > 0
+    assert (live, cached) == {"live": (True, False), "cached": (False, True)}.get(way, (True, False))
+
+
+def test_the_encoder_runs_once_for_all_labels_and_reads_once(tiny_t5_dir: Path, tmp_path: Path, passes: dict[str, int]) -> None:
     writer, ((ids, mask, first), (_, _, second), (_, _, third)) = opened(tiny_t5_dir, tmp_path, "fp32"), batches(3)
     targets = [first, second, third]
     expected = [writer.live(ids, mask, target, REQUEST) for target in targets]
-    encoded.clear()
-    made = list(writer.of_each(ids, mask, targets, REQUEST))
-    assert encoded == [3] and (writer.rows_run, writer.rows_read) == (9, 0)
+    passes.update(encoder=0)
+    made = list(writer.each_target(ids, mask, targets, REQUEST))
+    assert passes["encoder"] == 3 and (writer.rows_run, writer.rows_read) == (9, 0)
     reader, reads = opened(tiny_t5_dir, tmp_path, "fp32"), []
     read_into = reader.cache.read_into
     reader.cache.read_into = lambda digest, out: reads.append(digest) or read_into(digest, out)  # type: ignore[method-assign,func-returns-value]
-    read = list(reader.of_each(ids, mask, targets, REQUEST))
+    read = list(reader.each_target(ids, mask, targets, REQUEST))
     assert not reader.is_loaded and (reader.rows_run, reader.rows_read) == (0, 9)
     assert len(reads) == len(set(reads)) == 3 + 9  # each row's source once, and three targets of each
     for one, again, live in zip(made, read, expected, strict=True):

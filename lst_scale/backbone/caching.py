@@ -37,6 +37,7 @@ from lst_scale.backbone.taps import (
     StackTaps,
     TapRequest,
     Taps,
+    joined,
     selected,
 )
 from lst_scale.distributed import World
@@ -116,6 +117,8 @@ class CachingBackbone:
     def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
         return self.live.decode(decoder_input_ids_BT, encoder, request, cache)
 
+    reads_ahead = True
+
     def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
         """Begin to read the batch that will be asked for next. Nothing but time depends on it: another may be asked for, too."""
         wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
@@ -135,7 +138,9 @@ class CachingBackbone:
         return selected(taps, request)
 
     @torch.no_grad()
-    def of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest) -> Iterator[Taps]:
+    def each_target(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
+    ) -> Iterator[Taps]:
         """Yield the taps of several decoder inputs of one source, which is read, or run, once."""
         read: list[Tensor] | None = None
         live: EncoderState | None = None
@@ -148,8 +153,7 @@ class CachingBackbone:
                 yield selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
                 continue
             live = live or self.live.encode(input_ids_BS, attention_mask_BS, self._whole)
-            decoder = self.live.decode(decoder_input_ids_BT, live, self._whole)
-            taps = Taps(encoder=live.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
+            taps = joined(live, self.live.decode(decoder_input_ids_BT, live, self._whole))
             self.rows_run += len(wanted.encoder)
             self._write(wanted, taps)
             yield selected(taps, request)

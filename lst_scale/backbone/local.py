@@ -6,7 +6,7 @@ Hooks and not `output_hidden_states`: that keeps every block's output alive, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lst_scale.backbone.taps import (
     Tap,
     TapRequest,
     Taps,
+    joined,
     stored,
 )
 from lst_scale.errors import BackboneError
@@ -135,7 +136,20 @@ class LocalBackbone:
         """Return all that a side network reads of one batch."""
         encoder = self.encode(input_ids_BS, attention_mask_BS, request)
         decoder = self.decode(decoder_input_ids_BT, encoder, request)
-        return Taps(encoder=encoder.taps, decoder=decoder.taps, attention_mask_BS=attention_mask_BS, decoder_final_BTD=decoder.final_BTD)
+        return joined(encoder, decoder)
+
+    @torch.no_grad()
+    def each_target(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
+    ) -> Iterator[Taps]:
+        encoder = self.encode(input_ids_BS, attention_mask_BS, request)
+        for decoder_input_ids_BT in targets:
+            yield joined(encoder, self.decode(decoder_input_ids_BT, encoder, request))
+
+    reads_ahead = False
+
+    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+        """Do nothing: what is run is not read."""
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -154,6 +154,16 @@ class Taps:
     decoder_final_BTD: Tensor | None = None
 
 
+def joined(encoder: EncoderState, decoder: DecoderState) -> Taps:
+    """Return what a side network reads of both stacks' results."""
+    return Taps(
+        encoder=encoder.taps,
+        decoder=decoder.taps,
+        attention_mask_BS=encoder.attention_mask_BS,
+        decoder_final_BTD=decoder.final_BTD,
+    )
+
+
 def selected(taps: Taps, request: TapRequest) -> Taps:
     """Return the part of `taps` that `request` asks for: the same tensors where they have its form already."""
     return Taps(
@@ -238,4 +248,19 @@ class Backbone(Protocol):
 
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
         """Return the taps of this rank's own rows, whatever the others bring. All ranks must call it equally often."""
+        ...
+
+    def each_target(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
+    ) -> Iterator[Taps]:
+        """Yield the taps of several decoder inputs (B, T) of one source, run or read once. Rows are dealt out as for `encode`."""
+        ...
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `prefetch` saves time."""
+        ...
+
+    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+        """Begin to read the batch that it will be called with next. Nothing but time depends on it: another may come, too."""
         ...

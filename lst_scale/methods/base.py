@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import BackboneSpec, Replica
+from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.data.batches import Batch
+
+
+class Scoring(Protocol):
+    """The rows of one batch, about to be scored on several targets. What depends on their source alone is made once."""
+
+    def logits(self, decoder_input_ids_BT: Tensor, taps: Any) -> Tensor:
+        """Return logits (B, T, V) of one target; `taps`: what the frozen backbone makes of it, None where there is none."""
+        ...
 
 
 class Answerer(Protocol):
@@ -25,28 +33,21 @@ class Answerer(Protocol):
     def device(self) -> torch.device: ...
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Return generated ids (B, T), start token first."""
+        """Return generated ids (B, T), start token first; `source`: what the frozen backbone makes of the inputs, None: it is made here."""
         ...
 
-    def logits_of_each(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: Any = None
-    ) -> Iterator[Tensor]:
-        """Yield logits (B, T, V) for each of several decoder inputs (B, T), T one's own."""
-        ...
-
-    def asks(self, way: str) -> bool:
-        """Whether what `read` makes of a batch helps to answer it by generation or likelihood: it may then be shared with others."""
-        ...
-
-    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Any:
-        """Return what the frozen part of the model makes of a batch's source; `generate` and `logits_of_each` take it as `source`."""
-        ...
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Scoring: ...
 
 
 class Trainee(Protocol):
     """One method on one backbone."""
 
     FOLDER: str  # below the run's, where `save` puts what was trained
+
+    @property
+    def request(self) -> TapRequest | None:
+        """Return what it reads of a frozen backbone beside it; None: nothing."""
+        ...
 
     @property
     def module(self) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.caching import CachingBackbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected, where_not_finite
 from lst_scale.data.batches import Batch
 from lst_scale.recipe import LstRecipe
@@ -79,14 +79,39 @@ def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
     return backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, request)
 
 
-def source_of(backbone: Backbone, batch: Batch, request: TapRequest) -> EncoderState:
-    """Run the frozen backbone's encoder on one batch."""
-    return backbone.encode(batch.input_ids_BS.to(backbone.device), batch.attention_mask_BS.to(backbone.device), request)
+@dataclass(frozen=True, kw_only=True)
+class SharedPasses:
+    """What the frozen backbone makes of batches, for all side networks on it; None for methods that read nothing of it."""
+
+    backbone: Backbone
+    request: TapRequest | None
+
+    def all_of(self, batch: Batch) -> Taps | None:
+        return None if self.request is None else taps_of(self.backbone, batch, self.request)
+
+    def source_of(self, batch: Batch) -> EncoderState | None:
+        if self.request is None:
+            return None
+        return self.backbone.encode(*self._source(batch), self.request)
+
+    def each_target(self, batch: Batch, targets: Sequence[Sequence[int]]) -> Iterator[Taps | None]:
+        """Yield what it makes of each of several targets (token ids), the same for all rows; the source is run, or read, once."""
+        if self.request is None:
+            return iter([None] * len(targets))
+        decoder_ids = [target_inputs(target, len(batch.indices), self.backbone.spec, self.backbone.device) for target in targets]
+        return self.backbone.each_target(*self._source(batch), decoder_ids, self.request)
+
+    def prefetch(self, following: Callable[[], Batch | None]) -> None:
+        if self.request is not None and self.backbone.reads_ahead and (batch := following()) is not None:
+            self.backbone.prefetch(batch.input_ids_BS, batch.attention_mask_BS, shift_right(batch.labels_BT, self.backbone.spec))
+
+    def _source(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.input_ids_BS.to(self.backbone.device), batch.attention_mask_BS.to(self.backbone.device)
 
 
-def prefetch_taps(backbone: CachingBackbone, batch: Batch) -> None:
-    """Begin to read one micro-batch's taps, which `taps_of` will be asked for next."""
-    backbone.prefetch(batch.input_ids_BS, batch.attention_mask_BS, shift_right(batch.labels_BT, backbone.spec))
+def target_inputs(target: Sequence[int], rows: int, spec: BackboneSpec, device: torch.device) -> Tensor:
+    """Return the decoder inputs (B, T) that let every row be asked about one target."""
+    return shift_right(torch.tensor([target], device=device).expand(rows, -1), spec)
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

@@ -40,6 +40,7 @@ class WholeModelTrainee:
     """
 
     FOLDER = "trained"
+    request = None
 
     def __init__(self, model: Any, backbone: LocalBackbone, *, bf16: bool, in_step: bool, facts: dict[str, Any]) -> None:
         self.module: nn.Module = model
@@ -135,31 +136,35 @@ class WholeModel:
         self._model, self.spec, self.replica, self.device, self._precision = model, spec, replica, device, precision
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, source: None = None, **options: Any) -> Any:
         together = self.replica.in_step and self.replica.count > 1
         with self._precision():
             return self._model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together, **options)
 
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> WholeModelScoring:
+        return WholeModelScoring(self, input_ids_BS, attention_mask_BS)
+
+    def logits_of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoder runs once."""
+        scoring = self.scoring(input_ids_BS, attention_mask_BS)
+        return (scoring.logits(decoder_input_ids_BT) for decoder_input_ids_BT in targets)
+
     @torch.no_grad()
-    def logits_of_each(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: None = None
-    ) -> Iterator[Tensor]:
-        encoded = None
-        for decoder_input_ids_BT in targets:
-            with self._precision():
-                output = self._model(
-                    input_ids=input_ids_BS,
-                    attention_mask=attention_mask_BS,
-                    encoder_outputs=encoded,
-                    decoder_input_ids=decoder_input_ids_BT,
-                    use_cache=False,
-                )
-            if not self.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
-                encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-            yield output.logits
+    def run(self, **inputs: Any) -> Any:
+        with self._precision():
+            return self._model(use_cache=False, **inputs)
 
-    def asks(self, way: str) -> bool:
-        return False  # nothing in it is frozen as a whole
 
-    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> None:
-        return None
+class WholeModelScoring:
+    """Several targets of the rows of one batch; the encoder runs for the first."""
+
+    def __init__(self, model: WholeModel, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> None:
+        self._model, self._source = model, {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
+        self._encoded: BaseModelOutput | None = None
+
+    def logits(self, decoder_input_ids_BT: Tensor, taps: None = None) -> Tensor:
+        output = self._model.run(**self._source, encoder_outputs=self._encoded, decoder_input_ids=decoder_input_ids_BT)
+        if not self._model.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
+            self._encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+        logits_BTV: Tensor = output.logits
+        return logits_BTV

@@ -100,7 +100,7 @@ def _step(trainee: Trainee, batch: Batch, live: LiveBytes, setting: Setting, sha
 
 
 def _prepare(trainee: Trainee, batch: Batch, setting: Setting, shards: int) -> Any:
-    request = getattr(trainee, "request", None)
+    request = trainee.request
     if request is None:
         return trainee.prepare(batch)
     backbone: LocalBackbone = trainee.backbone  # type: ignore[attr-defined]

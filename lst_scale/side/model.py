@@ -19,7 +19,17 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.cache_argument import CACHE, cache_argument
 from lst_scale.backbone.families import family_of
-from lst_scale.backbone.taps import Backbone, BackboneSpec, DecoderState, EncoderState, Replica, StackTaps, selected_stack
+from lst_scale.backbone.taps import (
+    Backbone,
+    BackboneSpec,
+    DecoderState,
+    EncoderState,
+    Replica,
+    StackTaps,
+    Taps,
+    selected,
+    selected_stack,
+)
 from lst_scale.errors import LadderError, fence
 from lst_scale.side import files, release
 from lst_scale.side.cache import new_cache, part_of
@@ -161,10 +171,6 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         """Return what the frozen encoder makes of a batch's source."""
         return self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
 
-    def asks(self, way: str) -> bool:
-        """Whether `read` helps to answer by generation or likelihood. A backbone that remembers whole rows is better asked for rows."""
-        return way == "generation" or not hasattr(self.backbone, "of_each")
-
     def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
         return self._logits(self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
@@ -174,20 +180,15 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         logits_BTV: Tensor = self.side.logits(self.backbone.head, decoder, side, own)
         return logits_BTV
 
-    @torch.no_grad()
-    def logits_of_each(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], source: EncoderState | None = None
-    ) -> Iterator[Tensor]:
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> LadderScoring:
+        """Return what gives the logits of several targets of these rows."""
+        return LadderScoring(self)
+
+    def logits_of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
-        if source is None and hasattr(self.backbone, "of_each"):
-            side = None
-            for taps in self.backbone.of_each(input_ids_BS, attention_mask_BS, targets, self.side.request):
-                side = side or self.side.encode(taps.encoder, attention_mask_BS)
-                yield self._logits(DecoderState(taps=taps.decoder, final_BTD=taps.decoder_final_BTD), side)
-            return
-        state = self.encode(input_ids_BS, attention_mask_BS, source)
-        for decoder_input_ids_BT in targets:
-            yield self.decode(decoder_input_ids_BT, state)
+        scoring = self.scoring(input_ids_BS, attention_mask_BS)
+        each = self.backbone.each_target(input_ids_BS, attention_mask_BS, targets, self.side.request)
+        return (scoring.logits(target_BT, taps) for target_BT, taps in zip(targets, each, strict=True))
 
     @torch.no_grad()
     def generate(
@@ -247,6 +248,22 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         nothing = StackTaps(layers=(), embedding=output.last_hidden_state[:, :0], hidden=())  # the side encoder has read its taps
         encoder = EncoderState(taps=nothing, final_BSD=output.last_hidden_state, attention_mask_BS=attention_mask_BS)
         return encoder, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
+
+
+class LadderScoring:
+    """Several targets of the rows of one batch; the side encoder runs for the first."""
+
+    def __init__(self, model: Ladder) -> None:
+        self._model = model
+        self._source: SideEncoderState | None = None
+
+    @torch.no_grad()
+    def logits(self, decoder_input_ids_BT: Tensor, taps: Taps) -> Tensor:
+        """Return logits (B, T, V); `taps`: what the backbone makes of these decoder inputs and the rows' source."""
+        side = self._model.side
+        own = selected(taps, side.request)
+        self._source = self._source or side.encode(own.encoder, own.attention_mask_BS)
+        return self._model._logits(DecoderState(taps=own.decoder, final_BTD=own.decoder_final_BTD), self._source)
 
 
 class LadderModel(Ladder):

@@ -17,10 +17,10 @@ from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_pred
 from lst_scale.data.encode import EncodedSplit, answer_in, written_target
 from lst_scale.distributed import World
 from lst_scale.errors import ArgumentError
-from lst_scale.methods.base import Answerer
+from lst_scale.methods.base import Answerer, Scoring
 from lst_scale.recipe import EvaluationRecipe
 from lst_scale.side.loss import shift_right
-from lst_scale.training.sessions import EVALUATION, Ask, Session
+from lst_scale.training.sessions import EVALUATION, Ask, Moment, Session, Want
 
 T = TypeVar("T")
 
@@ -44,8 +44,10 @@ def answers(
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
 
-    def reply(batch: Batch, source: Any) -> list[str]:
-        return answer(model, batch, tokenizer, recipe, labels, longest, target_prefix, source)
+    def reply(batch: Batch | None, moment: Moment) -> Session[list[str]]:
+        if recipe.method == "generation":
+            return generated(model, batch, tokenizer, recipe, longest, target_prefix, at=moment)
+        return likeliest(model, batch, tokenizer, labels or (), target_prefix, at=moment)
 
     return each_row(model, split, recipe, world, reply, at=at)
 
@@ -55,13 +57,13 @@ def each_row(
     split: EncodedSplit,
     recipe: EvaluationRecipe,
     world: World,
-    reply: Callable[[Batch, Any], Sequence[T]],
+    reply: Callable[[Batch | None, Moment], Session[Sequence[T]]],
     *,
     at: tuple[int, int] = (0, EVALUATION),
 ) -> Session[list[T]]:
     """A session that ends with what `reply` says of every row, in order, on every rank. All ranks must run it.
 
-    It asks for what the frozen backbone makes of each batch's source, where there is one; `reply` gets the batch and that.
+    `reply` makes a session of a batch, or of None where this rank has no rows left: it asks for as much then, too.
     """
     mine: list[tuple[int, T]] = []
     replica = model.replica
@@ -72,61 +74,68 @@ def each_row(
     for number in range(-(-len(split.rows) // (recipe.batch_size * replica.count))):
         distributed.poll_interruption(world)
         batch = next(batches, None)
-        source = (yield Ask(at=(*at, number), batch=batch)).prepared if model.asks(recipe.method) else None
-        if batch is None:
-            continue
-        replies = reply(batch, source)
-        del source
-        mine.extend((row, said) for row, said in zip(batch.indices, replies, strict=True) if row != FILLER)
+        replies = yield from reply(batch, Moment(*at, number))
+        if batch is not None:
+            mine.extend((row, said) for row, said in zip(batch.indices, replies, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
     return merge_predictions(by_replica.values(), len(split.rows))
 
 
-@torch.no_grad()
-def answer(
-    model: Answerer,
-    batch: Batch,
-    tokenizer: Any,
-    recipe: EvaluationRecipe,
-    labels: Sequence[str] | None,
-    longest: int,
-    target_prefix: str = "",
-    source: Any = None,
-) -> list[str]:
-    """Return the answer to every row of a batch.
-
-    Args:
-        longest: bounds generation when the recipe does not.
-        source: what `model.read` makes of the batch; None: it is made here.
-    """
-    if recipe.method == "likelihood":
-        assert labels, "answers() refuses likelihood without labels"
-        scores_BL = label_scores(model, batch, tokenizer, labels, target_prefix, source)
-        return [labels[int(best)] for best in scores_BL.argmax(-1)]
-    output_BT = model.generate(
-        input_ids=batch.input_ids_BS.to(model.device),
-        attention_mask=batch.attention_mask_BS.to(model.device),
-        num_beams=recipe.num_beams,
-        do_sample=False,
-        max_new_tokens=recipe.max_new_tokens or longest,
-        **({} if source is None else {"source": source}),
-    )
+def generated(
+    model: Answerer, batch: Batch | None, tokenizer: Any, recipe: EvaluationRecipe, longest: int, target_prefix: str = "", *, at: Moment
+) -> Session[list[str]]:
+    """A session that ends with the generated answer to every row of a batch; `longest` bounds it when the recipe does not."""
+    source = (yield Ask(at=at, batch=batch, want=Want.SOURCE)).prepared
+    if batch is None:
+        return []
+    with torch.no_grad():
+        output_BT = model.generate(
+            input_ids=batch.input_ids_BS.to(model.device),
+            attention_mask=batch.attention_mask_BS.to(model.device),
+            num_beams=recipe.num_beams,
+            do_sample=False,
+            max_new_tokens=recipe.max_new_tokens or longest,
+            source=source,
+        )
     return [answer_in(text, target_prefix) for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
 
 
-@torch.no_grad()
+def likeliest(
+    model: Answerer, batch: Batch | None, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", *, at: Moment
+) -> Session[list[str]]:
+    """A session that ends with the likeliest label of every row of a batch."""
+    scores_BL = yield from label_scores(model, batch, tokenizer, labels, target_prefix, at=at)
+    return [labels[int(best)] for best in scores_BL.argmax(-1)]
+
+
 def label_scores(
-    model: Answerer, batch: Batch, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", source: Any = None
-) -> Tensor:
-    """Return the log-likelihood of every label for every row (B, L), in nats. The encoders run once for all labels."""
-    device = model.device
-    targets = [torch.tensor([tokenizer(written_target(label, target_prefix)).input_ids], device=device) for label in labels]
-    labels_each = [target_1T.expand(len(batch.indices), -1) for target_1T in targets]
-    asked = [shift_right(labels_BT, model.spec) for labels_BT in labels_each]
-    found = model.logits_of_each(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), asked, source)
-    scores = [
-        logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)
-        for logits_BTV, labels_BT in zip(found, labels_each, strict=True)
-    ]
-    return torch.stack(scores, -1)
+    model: Answerer,
+    batch: Batch | None,
+    tokenizer: Any,
+    labels: Sequence[str],
+    target_prefix: str = "",
+    *,
+    at: Moment = Moment(0, EVALUATION),  # noqa: B008
+) -> Session[Tensor]:
+    """A session that ends with the log-likelihood of every label for every row (B, L), in nats.
+
+    It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
+    """
+    targets = tuple(tuple(tokenizer(written_target(label, target_prefix)).input_ids) for label in labels)
+    scoring = None if batch is None else model.scoring(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device))
+    scores: list[Tensor] = []
+    for number, target in enumerate(targets):
+        taps = (yield Ask(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
+        if batch is not None and scoring is not None:
+            scores.append(_log_likelihood(model, scoring, target, len(batch.indices), taps))
+        del taps  # or the next label's would be made beside these
+    return torch.stack(scores, -1) if scores else torch.empty(0, len(labels))
+
+
+@torch.no_grad()
+def _log_likelihood(model: Answerer, scoring: Scoring, target: Sequence[int], rows: int, taps: Any) -> Tensor:
+    """Return the log-likelihood (B,) of one target for every row."""
+    labels_BT = torch.tensor([target], device=model.device).expand(rows, -1)
+    logits_BTV = scoring.logits(shift_right(labels_BT, model.spec), taps)
+    return logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)
