@@ -67,7 +67,7 @@ def predict_file(
     names = [column, PROBABILITIES] if probabilities else [column]
     if not column or len(set(names)) < len(names):
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
-    records = files.load_records(str(source), "inputs")
+    records = files.load_records(str(source), "test", where="inputs")
     texts = [_text(asked, record, str(source), number) for number, record in enumerate(records, start=1)]
     plain = [_with_room(record, names, str(source), number) for number, record in enumerate(records, start=1)]
     _refuse_inputs_as_output(source, output)

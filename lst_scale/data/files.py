@@ -26,8 +26,11 @@ UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, 
 OTHER_DELIMITERS = ";\t|"  # than the comma: what Excel writes where the comma is the decimal point, and what databases do
 
 
-def load_records(name: str, split: str, at_most: int | None = None) -> Records:
+def load_records(name: str, split: str, at_most: int | None = None, *, where: str | None = None) -> Records:
     """Return the records of "embedded:...", a local file, or "hub:owner/name[:config][:split]"; the first `at_most` of a file.
+
+    Args:
+        where: what a message calls the place of `name`; None: task.SPLIT.
 
     Raises:
         DataError: it is not there, not readable, or empty.
@@ -35,11 +38,12 @@ def load_records(name: str, split: str, at_most: int | None = None) -> Records:
     if name.startswith(HUB):
         dataset, config, wanted = _hub_parts(name, split)
         return load_hub_splits(dataset, config, (wanted,))[wanted]
-    with fence(DataError, f"task.{split}: {printable(name)}"):
-        path = _path_of(name, f"task.{split}: {printable(name)}")
+    what = f"{where or f'task.{split}'}: {printable(name)}"
+    with fence(DataError, what):
+        path = _path_of(name, what)
         records = list(itertools.islice(READERS[path.suffix.lower()](path), at_most))
     if not records:
-        raise DataError(f"task.{split}: {name} has no rows")
+        raise DataError(f"{what} has no rows")
     return records
 
 

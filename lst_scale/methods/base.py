@@ -98,3 +98,9 @@ class Trainee(Protocol):
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return what a module trains, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape; under ZeRO-3, which leaves an empty tensor in its place, that of all ranks' parts together."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -21,7 +21,7 @@ from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, fence
-from lst_scale.methods.base import trained_parameters
+from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.side.files import read_weights
 from lst_scale.side.loss import IGNORED, shift_right
 
@@ -101,7 +101,7 @@ class WholeModelTrainee:
         weights = read_weights(folder / WEIGHTS)
         expected = trained_parameters(self.module)
         wrong = sorted(weights.keys() ^ expected.keys())
-        wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
+        wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != whole_shape(expected[name])]
         if wrong:
             raise LadderError(f"{folder / WEIGHTS} does not fit this method and backbone: {', '.join(wrong[:3])} ({len(wrong)} in all)")
         self._refuse_another_backbone(folder)

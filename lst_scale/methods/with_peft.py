@@ -12,7 +12,7 @@ from torch import Tensor
 from lst_scale.backbone.families import Family
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError
-from lst_scale.methods.base import trained_parameters
+from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.methods.inside import add_biases
 from lst_scale.methods.whole import WholeModelTrainee
 from lst_scale.recipe import LoraRecipe, PromptRecipe
@@ -87,14 +87,15 @@ class PeftTrainee(WholeModelTrainee):
         from peft import get_peft_model_state_dict
 
         found = read_weights(folder / ADAPTER)
-        live = {name: parameter.detach().cpu() for name, parameter in trained_parameters(self.module).items()}
+        expected = trained_parameters(self.module)
+        live = {name: parameter.detach().cpu() for name, parameter in expected.items()}
         # peft's files leave out the adapter's name; ask peft how it would write each of our weights.
         theirs = {}
         for name, tensor in live.items():
             (key,) = get_peft_model_state_dict(self.module, state_dict={name: tensor}) or {name: tensor}
             theirs[key] = name
         wrong = sorted(found.keys() ^ theirs.keys())
-        wrong += [key for key in found.keys() & theirs.keys() if found[key].shape != live[theirs[key]].shape]
+        wrong += [key for key in found.keys() & theirs.keys() if found[key].shape != whole_shape(expected[theirs[key]])]
         if wrong:
             raise LadderError(f"{folder / ADAPTER} does not fit this method and backbone: {', '.join(wrong[:3])} ({len(wrong)} in all)")
         return {theirs[key]: tensor for key, tensor in found.items()}
