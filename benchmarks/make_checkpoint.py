@@ -28,8 +28,8 @@ def config_of(shape: Shape) -> T5Config:
     """Return the transformers configuration of a shape."""
     names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
     return T5Config(
-        **{name: getattr(shape, name) for name in names},
-        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        **{name: getattr(shape.spec, name) for name in names},
+        feed_forward_proj="gated-gelu" if shape.spec.gated else "relu",
         tie_word_embeddings=not shape.own_head,
         decoder_start_token_id=0,
     )

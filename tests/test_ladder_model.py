@@ -170,8 +170,8 @@ def test_every_recipe_builds_on_the_meta_device_with_the_counted_parameters(reci
     assert shape is not None
     names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers")
     config = T5Config(
-        **{name: getattr(shape, name) for name in names},
-        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        **{name: getattr(shape.spec, name) for name in names},
+        feed_forward_proj="gated-gelu" if shape.spec.gated else "relu",
         tie_word_embeddings=not shape.own_head,
         decoder_start_token_id=0,
     )

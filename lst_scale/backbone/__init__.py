@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lst_scale.backbone.taps import Backbone
+if TYPE_CHECKING:
+    from lst_scale.backbone.taps import Backbone
 
 
 def as_backbone(model: Any) -> Backbone:

@@ -58,11 +58,10 @@ def check_quantization(
         BackboneError: some block's error is not finite or past the threshold; names the first such block.
     """
     allowed = threshold if threshold is not None else DEFAULT_THRESHOLD[backbone.identity.precision]
-    spec = backbone.spec
     device = backbone.device
     mask_BS = attention_mask_BS.to(device)
-    encoder_request = TapRequest(layers=tuple(range(spec.num_layers)))
-    decoder_request = TapRequest(layers=tuple(range(spec.num_decoder_layers)))
+    encoder_request = TapRequest(layers=tuple(range(len(backbone.blocks[0]))))
+    decoder_request = TapRequest(layers=tuple(range(len(backbone.blocks[1]))))
     source, target = backbone.family.stacks
     encoder = backbone.encode(input_ids_BS.to(device), mask_BS, encoder_request)
     decoder = backbone.decode(decoder_input_ids_BT.to(device), encoder, decoder_request)

@@ -15,28 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """What a side network must know of a T5-family backbone, under the field names of `transformers.T5Config`."""
-
-    model_type: str
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    d_kv: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    feed_forward_proj: str
-    dropout_rate: float
-    layer_norm_epsilon: float
-    relative_attention_num_buckets: int
-    relative_attention_max_distance: int
-    scale_decoder_outputs: bool  # T5 v1.0 scales the head's input by d_model**-0.5; v1.1, Flan-T5 and mT5 do not
-    pad_token_id: int
-    eos_token_id: int
-    decoder_start_token_id: int
+from lst_scale.backbone.spec import BackboneSpec as BackboneSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +222,7 @@ class Backbone(Protocol):
     def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState: ...
 
     def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
-        """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `num_decoder_layers` entries it fills."""
+        """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `spec.cache_layers` entries it fills."""
         ...
 
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:

@@ -116,11 +116,10 @@ def target_inputs(target: Sequence[int], rows: int, spec: BackboneSpec, device: 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
     """Return the side network's configuration on this backbone, checked: "all" becomes the list of its blocks."""
-    every = range(min(spec.num_layers, spec.num_decoder_layers))
     config = LadderConfig(
         design=method.design,
         reduction_factor=method.reduction_factor,
-        side_layers=tuple(every) if method.side_layers == "all" else method.side_layers,
+        side_layers=tuple(range(spec.depth)) if method.side_layers == "all" else method.side_layers,
         merge_last=method.merge_last,
         normalize_taps=method.normalize_taps,
         start_as_backbone=method.start_as_backbone,

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from lst_scale.backbone import precision as precisions
 from lst_scale.backbone.assemble import compute_dtype
-from lst_scale.backbone.checkpoint import spec_of
 from lst_scale.backbone.families import family_of
-from lst_scale.backbone.families.t5.model import with_fused_kernels
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.data.batches import Batch
@@ -29,32 +26,13 @@ from lst_scale.side import loss
 from lst_scale.side.count import Shape
 
 
-def config_of(shape: Shape, *, shards: int = 1) -> T5Config:
-    """Return the configuration of a backbone of this shape, or of one rank's share of its matrices."""
-    return with_fused_kernels(
-        T5Config(
-            vocab_size=shape.vocab_size,
-            d_model=shape.d_model,
-            d_ff=shape.d_ff // shards,
-            d_kv=shape.d_kv,
-            num_heads=shape.num_heads // shards,
-            num_layers=shape.num_layers,
-            num_decoder_layers=shape.num_decoder_layers,
-            relative_attention_num_buckets=shape.num_buckets,
-            feed_forward_proj="gated-gelu" if shape.gated else "relu",
-            dropout_rate=0.1,
-            decoder_start_token_id=0,
-        )
-    )
-
-
 def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
     """Return a backbone whose weights take the room that the recipe's precision gives them."""
-    config = config_of(shape, shards=shards)
+    family = family_of(shape.spec.model_type, recipe.backbone.checkpoint)
     precision = recipe.backbone.precision
     with _created_as(compute_dtype(precision)):
-        model = T5ForConditionalGeneration(config)
-    family, spec = family_of(config.model_type, recipe.backbone.checkpoint), spec_of(config)
+        model = family.unfilled(shape.spec, shards=shards)
+    spec = family.spec(model.config)
     family.tie(model, own_head=shape.own_head)
     model.name_or_path = recipe.backbone.checkpoint  # peft asks
     for ref in family.blocks(spec):

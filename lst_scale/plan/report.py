@@ -185,14 +185,13 @@ def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, in
     assert isinstance(recipe.method, LstRecipe)
     from lst_scale.backbone.cache_key import CacheKey
 
-    depth = min(shape.num_layers, shape.num_decoder_layers)
-    layers = tuple(range(depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
+    layers = tuple(range(shape.spec.depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
     key = CacheKey(
         fingerprint="",
         precision=recipe.backbone.precision,
         layers=layers,
         decoder_final=recipe.method.merge_last,
-        d_model=shape.d_model,
+        d_model=shape.spec.d_model,
         dtype=recipe.cache.dtype,
     )
     rows = _train_rows(recipe)

@@ -101,13 +101,11 @@ class LadderConfig:
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""
         r = self.reduction_factor
-        common = gcd(spec.d_model, spec.d_ff, spec.d_kv)
+        common = gcd(*spec.widths.values())
         if r < 1 or common % r:
             valid = [str(n) for n in range(1, common + 1) if common % n == 0]
-            raise LadderError(
-                f"reduction_factor {r} must divide d_model {spec.d_model}, d_ff {spec.d_ff} and d_kv {spec.d_kv}: "
-                f"write one of {', '.join(valid)}"
-            )
-        depth = min(spec.num_layers, spec.num_decoder_layers)
+            *others, last = (f"{name} {value}" for name, value in spec.widths.items())
+            raise LadderError(f"reduction_factor {r} must divide {', '.join(others)} and {last}: write one of {', '.join(valid)}")
+        depth = spec.depth
         if self.side_layers[-1] >= depth:
             raise LadderError(f"side_layers names block {self.side_layers[-1]}, but this backbone has blocks 0 to {depth - 1}")

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lst_scale.backbone.families import numbers_of
 from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, fence
@@ -143,7 +144,7 @@ def read(folder: Path) -> Saved:
         return Saved(
             config=_config(record["config"], folder / CONFIG),
             identity=BackboneIdentity(**record["backbone"]),
-            spec=BackboneSpec(**record["backbone_spec"]),
+            spec=numbers_of(record["backbone_spec"]["model_type"], folder).spec_type(**record["backbone_spec"]),
             weights=weights,
             folder=folder,
             design=design,

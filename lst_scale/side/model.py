@@ -176,7 +176,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return self._logits(self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
 
     def _logits(self, decoder: DecoderState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
-        own = part_of(cache, self.spec.num_decoder_layers, self.side.num_cache_layers)
+        own = part_of(cache, self.spec.cache_layers, self.side.num_cache_layers)
         logits_BTV: Tensor = self.side.logits(self.backbone.head, decoder, side, own)
         return logits_BTV
 
@@ -357,8 +357,8 @@ def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: Ladde
 
 def _same_shape(spec: BackboneSpec, saved: files.Saved) -> BackboneSpec:
     """Return `spec`, or name the numbers in which it differs from the backbone that the side network stood beside."""
-    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "feed_forward_proj", "scale_decoder_outputs")
-    differ = [f"{n} {getattr(spec, n)} instead of {getattr(saved.spec, n)}" for n in names if getattr(spec, n) != getattr(saved.spec, n)]
+    theirs = saved.spec.architecture
+    differ = [f"{name} {value} instead of {theirs.get(name)}" for name, value in spec.architecture.items() if value != theirs.get(name)]
     if differ:
         raise LadderError(f"{saved.folder} does not fit this backbone, which has {', '.join(differ)}: give one of its own architecture")
     return spec

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import LadderError
 
@@ -50,8 +51,7 @@ def release_name(name: str) -> str:
 
 def unused_gates(spec: BackboneSpec, ours: Iterable[str]) -> set[str]:
     """Return the release's gates that have no counterpart here: it makes one for every backbone block, with a side block or without."""
-    stacks = (("encoder", spec.num_layers), ("decoder", spec.num_decoder_layers))
-    every = {f"{stack}.side_gate_params.{layer}" for stack, num_layers in stacks for layer in range(num_layers)}
+    every = {f"{ref.stack}.side_gate_params.{ref.index}" for ref in family_of(spec.model_type, "this backbone").blocks(spec)}
     return every - {release_name(name) for name in ours}
 
 

@@ -10,7 +10,7 @@ are two stacks of blocks; in a decoder-only model the prompt and its continuatio
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+    from lst_scale.backbone.spec import BackboneSpec
+    from lst_scale.backbone.taps import FrozenHead
+    from lst_scale.recipe import Method
 
 ROOMS = {"t5": "t5", "mt5": "t5"}  # model_type -> folder
 
@@ -66,8 +68,36 @@ class Sublayer:
     rows: int  # how many are kept
 
 
+class Numbers(Protocol):
+    """What can be known of a kind of model from its config.json alone. Imports no torch."""
+
+    head_name: str  # of the output head in checkpoints, where it is a matrix of its own
+
+    @property
+    def spec_type(self) -> type[BackboneSpec]: ...
+
+    def spec_from(self, config: Mapping[str, Any]) -> BackboneSpec:
+        """Return the numbers of a config.json.
+
+        Raises:
+            KeyError: one that must be there is missing.
+        """
+        ...
+
+    def trainable_parameters(self, spec: Any, own_head: bool, method: Method) -> int:
+        """Return how many weights a method trains."""
+        ...
+
+    def backbone_parameters(self, spec: Any, own_head: bool) -> int:
+        """Return the weights of the backbone; a tied head counts once."""
+        ...
+
+
 class Family(Protocol):
-    """What the package must know of a kind of model. `model` is transformers' model, `config` its configuration."""
+    """What the package must know of a kind of model.
+
+    `model` is transformers' model, `config` its configuration, `spec` what this family made of that.
+    """
 
     stacks: ClassVar[tuple[str, str]]  # which stack makes the source's states, which the target's; perhaps one and the same
     embedding_name: ClassVar[str]  # of the input embedding in checkpoints
@@ -89,11 +119,15 @@ class Family(Protocol):
 
     def spec(self, config: Any) -> BackboneSpec: ...
 
+    def unfilled(self, spec: Any, *, shards: int) -> Any:
+        """Return a model of this shape on the current device, without contents; with matrices divided by `shards`, one rank's share."""
+        ...
+
     def skeleton(self, config: Any) -> Any:
         """Return the model on the meta device."""
         ...
 
-    def blocks(self, spec: BackboneSpec) -> tuple[BlockRef, ...]:
+    def blocks(self, spec: Any) -> tuple[BlockRef, ...]:
         """Return all blocks in the order in which a forward pass runs them."""
         ...
 
@@ -109,15 +143,15 @@ class Family(Protocol):
         """Return the input embedding (V, D)."""
         ...
 
-    def head(self, model: Any, spec: BackboneSpec) -> FrozenHead: ...
+    def head(self, model: Any, spec: Any) -> FrozenHead: ...
 
-    def head_scale(self, spec: BackboneSpec) -> float:
+    def head_scale(self, spec: Any) -> float:
         """Return by what the head multiplies its input."""
         ...
 
     # Running it.
 
-    def target_inputs(self, spec: BackboneSpec, labels_BT: Tensor) -> Tensor:
+    def target_inputs(self, spec: Any, labels_BT: Tensor) -> Tensor:
         """Return the target ids (B, T) that a model reads to predict these labels."""
         ...
 
@@ -145,7 +179,7 @@ class Family(Protocol):
         """Return one block on the meta device."""
         ...
 
-    def final_norm(self, spec: BackboneSpec, stack: str) -> tuple[nn.Module, str]:
+    def final_norm(self, spec: Any, stack: str) -> tuple[nn.Module, str]:
         """Return a stack's final norm on the meta device, and its path."""
         ...
 
@@ -190,23 +224,23 @@ class Family(Protocol):
 
     # Beside it: blocks of a side network. Cache layers are counted among the side network's own.
 
-    def side_block(self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
+    def side_block(self, spec: Any, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
         """Return a side block, which `run_block` runs; `first` of its stack or not."""
         ...
 
     def tap_attention_block(
-        self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
+        self, spec: Any, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
     ) -> nn.Module:
         """Return a side block that also attends to its tap: (hidden, tap, along, mask, source, source_mask, cache) -> hidden, along."""
         ...
 
-    def source_attention(self, spec: BackboneSpec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
+    def source_attention(self, spec: Any, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
         """Return an attention to the source's side states by itself: (hidden, source, source_mask, cache) -> hidden."""
         ...
 
-    def side_norm(self, spec: BackboneSpec, width: int) -> nn.Module: ...
+    def side_norm(self, spec: Any, width: int) -> nn.Module: ...
 
-    def generation_config(self, spec: BackboneSpec, *, side_layers: int) -> Any:
+    def generation_config(self, spec: Any, *, side_layers: int) -> Any:
         """Return what transformers' generation reads of a model whose cache has so many layers beside the backbone's."""
         ...
 
@@ -218,7 +252,7 @@ class Family(Protocol):
         """Let a side stack know positions as the backbone's stack does."""
         ...
 
-    def sublayers(self, spec: BackboneSpec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
+    def sublayers(self, spec: Any, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
         """Return the chain through one block of a stack, in running order."""
         ...
 
@@ -235,6 +269,12 @@ def family_of(model_type: str | None, where: object) -> Family:
     """
     family: Family = importlib.import_module(f"{__name__}.{_room(model_type, where)}.family").FAMILY
     return family
+
+
+def numbers_of(model_type: str | None, where: object) -> Numbers:
+    """Return what is known of a model type without torch; raises as `family_of` does."""
+    numbers: Numbers = importlib.import_module(f"{__name__}.{_room(model_type, where)}.numbers").NUMBERS
+    return numbers
 
 
 def family_of_live(model: Any) -> Family:

@@ -6,16 +6,18 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.families import BlockRef
-from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
+from lst_scale.backbone.taps import FrozenHead
 
 ENCODER, DECODER = "encoder", "decoder"
 SHARED, HEAD = "shared.weight", "lm_head.weight"
@@ -54,34 +56,32 @@ class T5Model:
     def canonical(self, names: Iterable[str]) -> set[str]:
         return {SHARED if name in EMBEDDING_NAMES else name for name in names} - {UNUSED_TABLE}
 
-    def spec(self, config: Any) -> BackboneSpec:
-        return BackboneSpec(
-            model_type=config.model_type,
-            vocab_size=config.vocab_size,
-            d_model=config.d_model,
-            d_ff=config.d_ff,
-            d_kv=config.d_kv,
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            feed_forward_proj=config.feed_forward_proj,
-            dropout_rate=float(config.dropout_rate),
-            layer_norm_epsilon=config.layer_norm_epsilon,
-            relative_attention_num_buckets=config.relative_attention_num_buckets,
-            relative_attention_max_distance=config.relative_attention_max_distance,
-            # transformers 5 forces tie_word_embeddings to True and keeps T5's scaling in a flag of its own; mT5 never scales.
-            scale_decoder_outputs=bool(getattr(config, "scale_decoder_outputs", False)),
-            pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0],
-            decoder_start_token_id=config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id,
+    def spec(self, config: Any) -> T5Spec:
+        found = {field.name: getattr(config, field.name) for field in fields(T5Spec) if hasattr(config, field.name)}
+        return spec_from({"scale_decoder_outputs": False} | found)
+
+    def unfilled(self, spec: T5Spec, *, shards: int) -> Any:
+        config = T5Config(
+            vocab_size=spec.vocab_size,
+            d_model=spec.d_model,
+            d_ff=spec.d_ff // shards,
+            d_kv=spec.d_kv,
+            num_heads=spec.num_heads // shards,
+            num_layers=spec.num_layers,
+            num_decoder_layers=spec.num_decoder_layers,
+            relative_attention_num_buckets=spec.relative_attention_num_buckets,
+            feed_forward_proj=spec.feed_forward_proj,
+            dropout_rate=spec.dropout_rate,
+            decoder_start_token_id=spec.decoder_start_token_id,
         )
+        return T5ForConditionalGeneration(with_fused_kernels(config))
 
     def skeleton(self, config: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(with_fused_kernels(config))
         return model
 
-    def blocks(self, spec: BackboneSpec) -> tuple[BlockRef, ...]:
+    def blocks(self, spec: T5Spec) -> tuple[BlockRef, ...]:
         depths = ((ENCODER, spec.num_layers), (DECODER, spec.num_decoder_layers))
         return tuple(BlockRef(stack=stack, index=i, path=f"{stack}.block.{i}") for stack, depth in depths for i in range(depth))
 
@@ -97,13 +97,13 @@ class T5Model:
         weight_VD: Tensor = model.shared.weight
         return weight_VD
 
-    def head(self, model: Any, spec: BackboneSpec) -> FrozenHead:
+    def head(self, model: Any, spec: T5Spec) -> FrozenHead:
         return FrozenHead(weight_VD=model.lm_head.weight, scale=self.head_scale(spec))
 
-    def head_scale(self, spec: BackboneSpec) -> float:
+    def head_scale(self, spec: T5Spec) -> float:
         return float(spec.d_model**-0.5) if spec.scale_decoder_outputs else 1.0
 
-    def target_inputs(self, spec: BackboneSpec, labels_BT: Tensor) -> Tensor:
+    def target_inputs(self, spec: T5Spec, labels_BT: Tensor) -> Tensor:
         """The start token, then the labels but the last; ignored ones become padding."""
         shifted = torch.full_like(labels_BT, spec.decoder_start_token_id)
         shifted[:, 1:] = labels_BT[:, :-1]
@@ -145,7 +145,7 @@ class T5Blocks:
             block: nn.Module = T5Block(own, has_relative_attention_bias=ref.index == 0, layer_idx=ref.index)
         return block
 
-    def final_norm(self, spec: BackboneSpec, stack: str) -> tuple[nn.Module, str]:
+    def final_norm(self, spec: T5Spec, stack: str) -> tuple[nn.Module, str]:
         with torch.device("meta"):
             norm: nn.Module = T5LayerNorm(spec.d_model, eps=spec.layer_norm_epsilon)
         return norm, f"{stack}.final_layer_norm"

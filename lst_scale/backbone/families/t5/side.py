@@ -20,20 +20,20 @@ from transformers.models.t5.modeling_t5 import (
 from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.families import Narrowing, Sublayer
 from lst_scale.backbone.families.t5.model import DECODER, POSITION_TABLE, with_fused_kernels
-from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.backbone.families.t5.spec import T5Spec
 from lst_scale.errors import LadderError
 
 
 class T5Side:
     """Side blocks, made."""
 
-    def side_block(self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
+    def side_block(self, spec: T5Spec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
         # The first kept block owns the relative-position table, the others reuse its bias.
         block: nn.Module = T5Block(_narrow(spec, narrowing, is_decoder=target), has_relative_attention_bias=first, layer_idx=cache_layer)
         return block
 
     def tap_attention_block(
-        self, spec: BackboneSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
+        self, spec: T5Spec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
     ) -> nn.Module:
         return T5TapAttentionBlock(
             _narrow(spec, narrowing, is_decoder=target),
@@ -42,14 +42,14 @@ class T5Side:
             ladder_layer_idx=tap_cache_layer,
         )
 
-    def source_attention(self, spec: BackboneSpec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
+    def source_attention(self, spec: T5Spec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
         return T5SourceAttention(_narrow(spec, narrowing, is_decoder=True), layer_idx=cache_layer)
 
-    def side_norm(self, spec: BackboneSpec, width: int) -> nn.Module:
+    def side_norm(self, spec: T5Spec, width: int) -> nn.Module:
         norm: nn.Module = T5LayerNorm(width, eps=spec.layer_norm_epsilon)
         return norm
 
-    def generation_config(self, spec: BackboneSpec, *, side_layers: int) -> Any:
+    def generation_config(self, spec: T5Spec, *, side_layers: int) -> Any:
         return T5Config(
             vocab_size=spec.vocab_size,
             d_model=spec.d_model,
@@ -101,7 +101,7 @@ class T5SourceAttention(T5LayerCrossAttention):  # type: ignore[misc]
         return attended
 
 
-def _narrow(spec: BackboneSpec, narrowing: Narrowing, *, is_decoder: bool) -> T5Config:
+def _narrow(spec: T5Spec, narrowing: Narrowing, *, is_decoder: bool) -> T5Config:
     r = narrowing.reduction_factor
     narrow = T5Config(
         vocab_size=2,  # no embedding is made from it; it must only exceed the token ids that a configuration names
@@ -160,9 +160,9 @@ class T5Start:
             raise LadderError(f"the backbone's position table is {tuple(table.shape)}, the side network's {tuple(parameter.shape)}")
         parameter.copy_(table)
 
-    def sublayers(self, spec: BackboneSpec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
+    def sublayers(self, spec: T5Spec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
         r = narrowing.reduction_factor
-        wi = ("wi_0", "wi_1") if spec.feed_forward_proj.startswith("gated") else ("wi",)
+        wi = ("wi_0", "wi_1") if spec.gated else ("wi",)
         attentions = ("SelfAttention", "EncDecAttention") if stack == DECODER else ("SelfAttention",)
         kinds: list[tuple[str, tuple[str, ...], str, int]] = [
             *((kind, ("q", "k", "v"), "o", narrowing.heads * spec.d_kv // r) for kind in attentions),
