@@ -29,6 +29,21 @@ def test_only_one_file_touches_each_of_torch_distributed_bitsandbytes_and_yaml()
         assert found <= allowed, (pattern, found)
 
 
+def test_only_a_family_s_own_folder_names_a_model_s_classes_and_tensors() -> None:
+    """But for the reader of the original release's checkpoints. `modeling_` covers transformers' module of every model."""
+    words = r"modeling_(?!utils|outputs)\w+|T5Block|T5Config|T5ForConditionalGeneration|lm_head|encoder\.block|decoder\.block"
+    words += r"|SelfAttention|EncDecAttention|DenseReluDense|T5LayerNorm|relative_attention|final_layer_norm|\bmodel\.shared\b"
+    package = ROOT / "lst_scale"
+    allowed = {path for path in package.rglob("*.py") if package / "backbone" / "families" in path.parents or path.name == "release.py"}
+    found = {f"{p.relative_to(ROOT)}: {word}" for p in set(package.rglob("*.py")) - allowed for word in re.findall(words, p.read_text())}
+    assert not found, found
+
+
+def test_no_name_of_a_parameter_is_a_switch() -> None:
+    found = [str(p) for p in (ROOT / "lst_scale").rglob("*.py") if '"gate" in' in p.read_text()]
+    assert not found, found
+
+
 def test_no_file_beside_train_py_hides_a_module_of_somebody_else() -> None:
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     ours = {path.stem for path in (ROOT / "lst_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}

@@ -84,6 +84,10 @@ class Numbers(Protocol):
         """
         ...
 
+    def problem_of(self, config: Mapping[str, Any]) -> str | None:
+        """Return the first value of a config.json that can't be meant, and what it should be."""
+        ...
+
     def trainable_parameters(self, spec: Any, own_head: bool, method: Method) -> int:
         """Return how many weights a method trains."""
         ...

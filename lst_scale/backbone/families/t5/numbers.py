@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lst_scale.backbone.families import Numbers
+from lst_scale.backbone.families.t5.config import problem_of
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
 from lst_scale.errors import LadderError
 from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
@@ -14,6 +15,7 @@ class T5Numbers:
     spec_type = T5Spec
     head_name = "lm_head.weight"
     spec_from = staticmethod(spec_from)
+    problem_of = staticmethod(problem_of)
 
     def trainable_parameters(self, spec: T5Spec, own_head: bool, method: Method) -> int:
         return trainable_parameters(spec, own_head, method)
