@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lst_scale import preemption
 from lst_scale.assets import cache_folder
 from lst_scale.errors import ArgumentError, BackboneError, LstScaleError, fence
 
@@ -66,6 +67,7 @@ def build_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
 ) -> None:
     """Run a recipe's training rows through its backbone, ahead of the first epoch; with several processes by torchrun -m lst_scale.cli."""
+    preemption.listen("start it again, rows that are written stay")
     from lst_scale.recipe import load_recipe
     from lst_scale.shared import build_cache
 

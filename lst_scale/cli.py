@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from lst_scale import preemption
+
+if __name__ == "__main__":
+    preemption.leave_on_ctrl_c()
+
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -77,6 +82,7 @@ def predict_command(
 
     A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
     """
+    preemption.listen("start it again")
     from lst_scale.predict import predict_file
 
     options = {"evaluation.batch_size": batch_size, "evaluation.num_beams": num_beams}
@@ -93,6 +99,7 @@ def ensemble_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what its folder holds")] = False,
 ) -> None:
     """Score several side networks as one: the mean of their probabilities, on one pass of the backbone."""
+    preemption.listen("start it again with --overwrite")
     from lst_scale.ensemble import score_together
 
     folder, result = score_together(runs, name, overwrite=overwrite)
@@ -128,11 +135,12 @@ app.add_typer(cache_app, name="cache")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 1."""
+    preemption.leave_on_ctrl_c()
     try:
         app()
     except LstScaleError as error:
         tell(error)
-        sys.exit(1)
+        sys.exit(preemption.exit_status(error))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def printable(text: str) -> str:
 def tell(error: LstScaleError) -> None:
     """Print an error's line on stderr; of one that all ranks raise, rank 0's alone."""
     if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -66,7 +66,8 @@ class Logger:
         if self._folder is None:
             return
         shown = sentence if self._speaker is None or sentence.startswith(self._speaker) else f"{self._speaker}: {sentence}"
-        (self._bar.console if self._bar is not None else self._console).print(shown, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal, or what read from the pipe, is gone: the file still hears it
+            (self._bar.console if self._bar is not None else self._console).print(shown, markup=False, soft_wrap=True)
         append_line(self._folder / LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}")
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -122,7 +122,12 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
             )
         request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
-        for batch in evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size):
+        batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
+        for _ in range(-(-len(split.rows) // (size * world.size))):  # as often on every rank, so that all can leave together
+            distributed.poll_interruption(world)
+            batch = next(batches, None)
+            if batch is None:
+                continue
             decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
             backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
         backbone.cache.flush()

@@ -12,11 +12,16 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lst_scale import preemption
+
+if __name__ == "__main__":
+    preemption.leave_on_ctrl_c()
+
 import argparse
 import os
 from collections.abc import Callable, Sequence
 
-from lst_scale import __version__, preemption
+from lst_scale import __version__
 from lst_scale.assets import available_recipes
 from lst_scale.errors import ArgumentError, LstScaleError, tell
 from lst_scale.members import each_of
@@ -36,13 +41,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one recipe and return the exit status: 0, 1 for a mistake that the one printed line explains, 2 for wrong usage."""
+    """Run one recipe and return the exit status: 0; 1: a mistake, which the one printed line explains; 2: wrong usage; 130: Ctrl-C."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         start(options.recipe, options.overrides, resume=options.resume, overwrite=options.overwrite, print_recipe=options.print_recipe)
     except LstScaleError as error:
         tell(error)
-        return 1
+        return preemption.exit_status(error)
     return 0
 
 
@@ -82,6 +87,8 @@ def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = Fals
     from lst_scale.run import run_together
 
     rank = os.environ.get("RANK", "0")
+    if "RANK" not in os.environ:  # alone, and nothing is begun
+        preemption.leave_if(preemption.requested())
     try:
         run_together(recipes, resume=resume, overwrite=overwrite)
         distributed.disconnect()
