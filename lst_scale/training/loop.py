@@ -277,7 +277,7 @@ class Trainer:
 
         def write() -> None:
             save_checkpoint(folder, state, progress, self.identity)
-            remove_old_checkpoints(folder, self.recipe.training.keep_checkpoints)
+            remove_old_checkpoints(folder, self.recipe.training.keep_checkpoints, newest=progress.step)
 
         distributed.on_main_rank(self.world, write)
 

@@ -20,7 +20,7 @@ from lst_scale.methods.importance import task_importance
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.shared import AnyBackbone, Shared
-from lst_scale.training.checkpoint import Checkpoint, Progress, load_latest
+from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, let_go, restore_moments
 from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
@@ -41,12 +41,14 @@ class Member:
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
         identity = _identity(recipe, plan, backbone)
-        checkpoint = load_latest(folder / "checkpoints", identity) if resume else None
-        begin = start_folder(recipe) if checkpoint is None else None
-        initial = recipe if begin is None else _without_carving(recipe)
+        initial = recipe if recipe.training.start_from is None else _without_carving(recipe)
         importance = task_importance(initial, splits["train"], backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         self.trainee = build_trainee(initial, backbone, zero_stage=stage, importance=importance)
+        self._shapes = {name: parameter.shape for name, parameter in trained_parameters(self.trainee.module).items()}
+        asking = Resuming(identity=identity, shapes=self._shapes, total_steps=plan.total_steps, best=lambda step: _best_path(folder, step))
+        checkpoint = load_latest(folder / "checkpoints", asking) if resume else None
+        begin = start_folder(recipe) if checkpoint is None else None
         if begin is not None:
             _begin_with(self.trainee, begin, logger)
         self._start = _restore_weights(self.trainee.module, checkpoint, logger)
@@ -91,7 +93,7 @@ class Member:
         """Score the best weights on the test split, save them, and write and return result.json."""
         assert progress.best_step is not None, "a run ends with an evaluation"
         recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
-        best = load_file(_best_path(folder, progress.best_step) / "weights.safetensors")
+        best = read_tensors(_best_path(folder, progress.best_step), self._shapes)
         split = "test" if "test" in shared.splits else "validation"
         scores, only = yield from self._answer(best, split, (progress.step, CLOSING))
         distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
@@ -193,11 +195,9 @@ def _restore_weights(module: nn.Module, checkpoint: Checkpoint | None, logger: L
 
 
 def _best_path(folder: Path, step: int) -> Path:
-    return folder / "best" / f"step-{step:08d}"
+    return folder / "best" / f"step-{step:08d}" / WEIGHTS
 
 
 def _save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
     path = _best_path(folder, step)
-    write_directory(
-        path, lambda partial: save_file(weights, partial / "weights.safetensors"), lambda whole: load_file(whole / "weights.safetensors")
-    )
+    write_directory(path.parent, lambda partial: save_file(weights, partial / WEIGHTS), lambda whole: load_file(whole / WEIGHTS))
