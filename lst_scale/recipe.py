@@ -78,7 +78,7 @@ class LoraRecipe(_InsideRecipe):
     rank: Count = 32
     alpha: Count = 32
     dropout: Share = 0.1
-    targets: tuple[Literal["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"], ...] = Field(default=("q", "v"), min_length=1)
+    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
     bitfit: bool = False  # the release trains BitFit's biases too
 
 

@@ -235,3 +235,12 @@ def test_fisher_information_starts_the_side_network_otherwise_than_magnitude(tra
         recipe, backbone, zero_stage=0, importance=lambda name: 1 / backbone.weight_source(name).abs()
     ).module.state_dict()
     assert any(not torch.equal(plain[name], flipped[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("fixture", "target"), [("tiny_t5_dir", "wi_0"), ("tiny_gated_t5_dir", "wi"), ("tiny_t5_dir", "q_proj")])
+def test_lora_on_a_matrix_that_the_backbone_lacks_is_refused_before_anything_is_loaded(
+    fixture: str, target: str, request: pytest.FixtureRequest
+) -> None:
+    recipe = recipe_for({"name": "lora", "targets": ("q", target)}, request.getfixturevalue(fixture))
+    with pytest.raises(BackboneError, match=rf"method.targets: blocks of this backbone have no matrix '{target}'\..*"):
+        check_method(recipe)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
 from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
+from lst_scale.side.count import check_targets, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,10 @@ def check_method(recipe: Recipe) -> None:
             f"method full trains the backbone's own weights, which {backbone.precision} would round at every step: "
             "write backbone.precision=fp32 (method.precision=bf16 computes in bf16)"
         )
+    if isinstance(recipe.method, LoraRecipe):
+        shape = shape_of(backbone.checkpoint)
+        if shape is not None:  # or it is checked when the backbone is there
+            check_targets(recipe.method, shape.spec)
 
 
 def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance: Callable[[str], Tensor] | None = None) -> Trainee:
@@ -67,6 +72,7 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
     elif isinstance(method, BitfitRecipe):
         add_biases(model, family)
     elif isinstance(method, LoraRecipe):
+        check_targets(method, backbone.spec)
         model, kind = with_lora(model, family, method, checkpoint, recipe.seed), PeftTrainee
     else:
         assert isinstance(method, PromptRecipe)

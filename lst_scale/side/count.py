@@ -13,8 +13,8 @@ from typing import Any
 from lst_scale.assets import resolve
 from lst_scale.backbone.families import Numbers, numbers_of
 from lst_scale.backbone.spec import BackboneSpec
-from lst_scale.errors import BackboneError
-from lst_scale.recipe import Method, Recipe
+from lst_scale.errors import BackboneError, did_you_mean
+from lst_scale.recipe import LoraRecipe, Method, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
 
@@ -29,12 +29,26 @@ class Shape:
 
 def trainable_parameters(shape: Shape, method: Method) -> int:
     """Return how many weights a method trains on a backbone of this shape."""
+    if isinstance(method, LoraRecipe):
+        check_targets(method, shape.spec)
     return _numbers(shape).trainable_parameters(shape.spec, shape.own_head, method)
 
 
 def backbone_parameters(shape: Shape) -> int:
     """Return the weights of the backbone; a tied head counts once."""
     return _numbers(shape).backbone_parameters(shape.spec, shape.own_head)
+
+
+def check_targets(method: LoraRecipe, spec: BackboneSpec) -> None:
+    """Refuse matrices that blocks of this backbone do not have.
+
+    Raises:
+        BackboneError: names the first of them, and those that there are.
+    """
+    valid = numbers_of(spec.model_type, "this backbone").lora_targets(spec)
+    for target in method.targets:
+        if target not in valid:
+            raise BackboneError(f"method.targets: blocks of this backbone have no matrix {target!r}.{did_you_mean(target, valid)}")
 
 
 def _numbers(shape: Shape) -> Numbers:

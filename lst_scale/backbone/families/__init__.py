@@ -88,6 +88,10 @@ class Numbers(Protocol):
         """Return the first value of a config.json that can't be meant, and what it should be."""
         ...
 
+    def lora_targets(self, spec: Any) -> tuple[str, ...]:
+        """Return the names of the matrices of a block that low-rank updates can be put on."""
+        ...
+
     def trainable_parameters(self, spec: Any, own_head: bool, method: Method) -> int:
         """Return how many weights a method trains."""
         ...

@@ -17,6 +17,9 @@ class T5Numbers:
     spec_from = staticmethod(spec_from)
     problem_of = staticmethod(problem_of)
 
+    def lora_targets(self, spec: T5Spec) -> tuple[str, ...]:
+        return ("q", "k", "v", "o", *(("wi_0", "wi_1") if spec.gated else ("wi",)), "wo")
+
     def trainable_parameters(self, spec: T5Spec, own_head: bool, method: Method) -> int:
         return trainable_parameters(spec, own_head, method)
 
@@ -44,8 +47,7 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
         width = {"q": d + inner, "k": d + inner, "v": d + inner, "o": inner + d}
         wide = {name: d + spec.d_ff for name in ("wi", "wi_0", "wi_1", "wo")}
         blocks = spec.num_layers + spec.num_decoder_layers
-        there = ("wi_0", "wi_1", "wo") if spec.gated else ("wi", "wo")
-        pairs = sum(attentions * width[t] if t in width else blocks * wide[t] for t in method.targets if t in width or t in there)
+        pairs = sum(attentions * width[t] if t in width else blocks * wide[t] for t in method.targets)
         return method.rank * pairs + (biases if method.bitfit else 0)
     return _ladder(spec, method)
 
