@@ -37,7 +37,7 @@ MISTAKES = [
         "method.name=lora",
         "method.side_layers: there is no such key. Valid: alpha, bitfit, dropout, gradient_checkpointing, name, precision, rank, targets.",
     ),
-    ("method={name: lora, targets: [q, x]}", "method.targets.1: 'x' is not valid. Valid: k, o, q, v, wi, wi_0, wi_1, wo."),
+    ("method={name: lora, targets: [q, 3]}", "method.targets.1: 3 should be string"),
     (
         "method={name: lst, design: adapter}",
         "method: design adapter has no blocks to carve out of the backbone: write initialization: random",
