@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.data.tasks import GLUE
+from lst_scale.durable import sha256_of
 from lst_scale.errors import ArgumentError, fence
 from lst_scale.folder import RECIPE, RESULT
 from lst_scale.recipe import Recipe, load_recipe
@@ -68,6 +69,22 @@ def read_result(run: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
     return found
+
+
+def refuse_changed_weights(run: Path, folder: str) -> None:
+    """Compare the weights in a folder of a finished run with the digests that its result.json keeps (not of an earlier version).
+
+    Raises:
+        ArgumentError: a file of weights is another than the run wrote, or is gone.
+    """
+    digests = read_result(run).get("saved_sha256", {})
+    with fence(ArgumentError, f"{run / RESULT} is damaged"):
+        wanted = {name: digest for name, digest in digests.items() if Path(name).name == name}
+    for name, digest in wanted.items():
+        file = run / folder / name
+        with fence(ArgumentError, f"{file} is damaged"):
+            if sha256_of(file) != digest:
+                raise ValueError("it is not what the run wrote")
 
 
 def _refuse_without_effect(overrides: Sequence[str]) -> None:

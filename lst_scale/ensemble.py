@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale import distributed
-from lst_scale.answering import read_result
+from lst_scale.answering import read_result, refuse_changed_weights
 from lst_scale.data.scores import only_answer, score
 from lst_scale.errors import ArgumentError
 from lst_scale.finished import Finished, read_finished
@@ -128,6 +128,7 @@ def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[Finished], str]:
     refuse_what_can_not_answer_together(runs, recipes, ("task", "backbone", "data", "evaluation"))
     for run in runs:
         files.read(run / LadderTrainee.FOLDER)
+        refuse_changed_weights(run, LadderTrainee.FOLDER)
     return recipes, [read_finished(run) for run in runs], splits[0]
 
 

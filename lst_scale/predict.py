@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale import distributed
-from lst_scale.answering import Answering, read_answering
+from lst_scale.answering import Answering, read_answering, refuse_changed_weights
 from lst_scale.assets import resolve
 from lst_scale.backbone.place import load_placed
 from lst_scale.data import files
@@ -116,8 +116,11 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
     """Find a run that lacks what it trained, or holds damaged weights, before its backbone is loaded."""
     if recipe.method.name == "lst":
         side_files.read(run / LadderTrainee.FOLDER)
+        refuse_changed_weights(run, LadderTrainee.FOLDER)
     elif not (run / WholeModelTrainee.FOLDER).is_dir():
         raise ArgumentError(f"{run} holds no {WholeModelTrainee.FOLDER}/: give the folder of a finished run")
+    else:
+        refuse_changed_weights(run, WholeModelTrainee.FOLDER)
 
 
 def _text(asked: Answering, record: files.Record, path: str, number: int) -> str:

@@ -352,10 +352,32 @@ def test_a_run_that_is_not_finished_and_one_of_an_earlier_version_are_told_apart
         predict_file([tmp_path], inputs, tmp_path / "out")
 
 
+def forget_digests(run: Path) -> None:
+    """Make a run one of an earlier version, which kept none."""
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({key: value for key, value in result.items() if key != "saved_sha256"}))
+
+
 def change_weight(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     weights = load_file(path)
     name = max(weights, key=lambda name: weights[name].numel())
     save_file(weights | {name: change(weights[name]).contiguous()}, path)
+
+
+@pytest.mark.parametrize("name", ["class", "lora"])
+@pytest.mark.usefixtures("no_backbone")
+def test_one_flipped_bit_in_the_weights_is_found(name: str, finished: dict[str, Path], inputs: Path, tmp_path: Path) -> None:
+    run = damaged(finished[name], tmp_path)
+    (path,) = [*run.glob("side_network/*.safetensors"), *run.glob("trained/*.safetensors")]
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1  # the least of a number's bits
+    path.write_bytes(content)
+    with pytest.raises(ArgumentError, match=r"\.safetensors is damaged: it is not what the run wrote"):
+        predict_file([run], inputs, tmp_path / "out")
+    for odd in ({"saved_sha256": 3}, {"saved_sha256": ["a"]}):
+        (run / "result.json").write_text(json.dumps(json.loads((run / "result.json").read_text()) | odd))
+        with pytest.raises(ArgumentError, match=r"result\.json is damaged"):
+            predict_file([run], inputs, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["class", "lora"])
@@ -373,6 +395,7 @@ def test_weights_that_no_run_writes_are_refused(
     name: str, change: Any, message: str, finished: dict[str, Path], inputs: Path, tmp_path: Path
 ) -> None:
     run = damaged(finished[name], tmp_path)
+    forget_digests(run)
     (path,) = [*run.glob("side_network/*.safetensors"), *run.glob("trained/*.safetensors")]
     change_weight(path, change)
     with pytest.raises(LstScaleError, match=message) as caught:

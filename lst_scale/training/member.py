@@ -24,7 +24,7 @@ from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resumin
 from lst_scale.training.engine import build_engine, let_go, restore_moments
 from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
-from lst_scale.training.result import closing_sentence, only_answer_sentence, result_of, write_result
+from lst_scale.training.result import closing_sentence, only_answer_sentence, result_of, weights_sha256, write_result
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
 from lst_scale.warm_start import start_folder
 
@@ -106,6 +106,7 @@ class Member:
             only_answer=only,
             trainable=self._trainable,
             saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
+            saved_sha256=distributed.on_main_rank(shared.world, lambda: weights_sha256(folder / trainee.FOLDER)),
         )
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(closing_sentence(result, folder))

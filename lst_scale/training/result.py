@@ -16,7 +16,7 @@ from lst_scale import distributed
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.data.scores import majority_score
 from lst_scale.distributed import World
-from lst_scale.durable import write_file
+from lst_scale.durable import sha256_of, write_file
 from lst_scale.finished import Finished
 from lst_scale.folder import RESULT
 from lst_scale.recipe import Recipe
@@ -34,6 +34,7 @@ def result_of(
     only_answer: str | None,
     trainable: int,
     saved_bytes: int,
+    saved_sha256: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the contents of a finished run's result.json. All ranks must call it.
 
@@ -42,6 +43,7 @@ def result_of(
         only_answer: what every row of `split` got; None: answers differ.
         trainable: how many parameters trained.
         saved_bytes: of the files that hold what was trained.
+        saved_sha256: digests of those that hold weights, by name, so that damage to them is found.
     """
     return {
         **scored(recipe, shared, scores, split=split, only_answer=only_answer),
@@ -49,10 +51,16 @@ def result_of(
         "best_step": progress.best_step,
         **_measurements(progress, shared.world, trainable, shared.backbone),
         "saved_bytes": saved_bytes,
+        "saved_sha256": dict(saved_sha256),
         **shared.loading,
         **_cache_facts(shared.backbone),
         **_origin(recipe),
     }
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """Return the digest of each file of weights in a folder."""
+    return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def scored(recipe: Recipe, shared: Shared, scores: Mapping[str, float], *, split: str, only_answer: str | None) -> dict[str, Any]:
