@@ -80,7 +80,7 @@ def test_quantization_covers_wo_and_stays_within_its_threshold(precision: str, f
 
 @pytest.mark.parametrize(("precision", "share"), [("bf16", 0.5), ("int8", 0.27), ("nf4", 0.16)])
 def test_quantized_blocks_hold_the_bytes_of_their_precision(precision: str, share: float, tmp_path: Path) -> None:
-    from conftest import make_t5
+    from helpers.models import make_t5
 
     folder = str(make_t5(tmp_path / "wide", d_model=128, d_ff=512, d_kv=32, vocab_size=256))
     whole, small = (LocalBackbone.load(folder, precision=p) for p in ("fp32", precision))

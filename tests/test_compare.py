@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from matplotlib.text import Text
 from typer.testing import CliRunner
 
+from helpers.paths import ROOT
 from lst_scale.cli import app
 from lst_scale.compare import compare, find_results, plot, rows
 from lst_scale.errors import ArgumentError

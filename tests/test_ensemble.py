@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, make_t5, train
-from test_side_generation import LADDERS, generate, source
-from tiny import batch, tiny_ladder
 
+from helpers.ladders import LADDERS, generate, source
+from helpers.launchers import launch
+from helpers.models import make_t5
+from helpers.tiny import batch, tiny_ladder
+from helpers.training import train
 from lst_scale import LadderEnsemble, LadderModel
 from lst_scale.compare import compare
 from lst_scale.ensemble import score_together
@@ -96,7 +98,7 @@ def test_an_ensemble_says_what_it_can_not_do(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from conftest import recipe_writer
+    from helpers.recipes import recipe_writer
 
     folder = tmp_path_factory.mktemp("ensemble")
     make = recipe_writer(folder, make_t5(folder / "t5"))

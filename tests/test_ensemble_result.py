@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_t5, recipe_writer
 
+from helpers.models import make_t5
+from helpers.recipes import recipe_writer
 from lst_scale.compare import rows
 from lst_scale.ensemble import score_together
 from lst_scale.errors import LstScaleError

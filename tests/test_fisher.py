@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_t5
 from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
+from helpers.models import make_t5
 from lst_scale.backbone import fisher
 from lst_scale.backbone.checkpoint import open_checkpoint
 from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance

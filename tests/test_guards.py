@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from helpers.paths import ROOT
 
 
 def test_imports_go_one_way() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import launch, train
-from test_training import final_weights, losses
 
+from helpers.launchers import launch
+from helpers.runs import final_weights, losses
+from helpers.training import train
 from lst_scale import decode
 from lst_scale.errors import RecipeError
 from lst_scale.grid import grid_as_lines

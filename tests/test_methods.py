@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file
-from test_training import final_weights, losses
 from transformers import T5ForConditionalGeneration
 
+from helpers.launchers import launch
+from helpers.models import make_t5
+from helpers.recipes import recipe_writer
+from helpers.runs import final_weights, losses
+from helpers.training import train
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.data.batches import Batch
 from lst_scale.errors import BackboneError

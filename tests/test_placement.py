@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file, save_file
-from test_training import final_weights, losses
 
+from helpers.launchers import fresh, launch
+from helpers.models import make_t5
+from helpers.paths import ROOT
+from helpers.recipes import recipe_writer
+from helpers.runs import final_weights, losses
+from helpers.training import train
 from lst_scale.backbone import streamed
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed

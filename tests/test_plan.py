@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh
 from torch import nn
 
+from helpers.launchers import fresh
+from helpers.paths import ROOT
 from lst_scale import distributed
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import quantized_linear, sized_quantized_linear

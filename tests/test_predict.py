@@ -17,10 +17,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_t5, recipe_writer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from helpers.models import make_t5
+from helpers.recipes import recipe_writer
 from lst_scale import predict
 from lst_scale.cli import app
 from lst_scale.data.files import load_records

@@ -7,39 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_writer
-from torch import Tensor
 
+from helpers.cached import REQUEST, batches, opened
+from helpers.recipes import recipe_writer
 from lst_scale import distributed
-from lst_scale.backbone.caching import CachingBackbone
-from lst_scale.backbone.remembered import load_caching
-from lst_scale.backbone.taps import TapRequest, Taps
+from lst_scale.backbone.taps import Taps
 from lst_scale.data.encode import encode
 from lst_scale.data.tasks import load_task
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.recipe import CacheRecipe, load_recipe
-from lst_scale.recipe_backbone import BackboneRecipe
+from lst_scale.recipe import load_recipe
 from lst_scale.training.loop import Trainer, make_plan
-
-REQUEST = TapRequest(layers=(0, 2), decoder_final=True)
-Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def batches(count: int) -> list[Inputs]:
-    """Return batches of three rows of 6, 4 and 9 source and 4, 2 and 3 target tokens."""
-    draw, found = torch.Generator().manual_seed(0), []
-    for _ in range(count):
-        ids, targets = torch.randint(5, 4000, (3, 9), generator=draw), torch.randint(5, 4000, (3, 4), generator=draw)
-        mask = (torch.arange(9)[None] < torch.tensor([[6], [4], [9]])).long()
-        targets[1, 2:] = targets[2, 3:] = targets[:, 0] = 0
-        found.append((ids * mask, mask, targets))
-    return found
-
-
-def opened(checkpoint: Path, folder: Path, dtype: str) -> CachingBackbone:
-    recipe = BackboneRecipe(checkpoint=str(checkpoint), precision="fp32")
-    cache = CacheRecipe.model_validate({"enabled": True, "dtype": dtype, "folder": str(folder)})
-    return load_caching(recipe, cache, distributed.connect(), lambda spec: REQUEST, lambda live: None)
 
 
 def assert_equal(found: Taps, expected: Taps) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_t5, train
 from safetensors.torch import load_file
-from test_training import final_weights, losses
 
+from helpers.models import make_t5
+from helpers.runs import final_weights, losses
+from helpers.training import train
 from lst_scale.recipe import load_recipe, to_yaml
 
 pytestmark = pytest.mark.slow

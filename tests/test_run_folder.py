@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fresh
 from safetensors.torch import save_file
 from torch import zeros
 
+from helpers.launchers import fresh
+from helpers.paths import ROOT
 from lst_scale import durable, lock
 from lst_scale.durable import append_line, write_directory, write_file
 from lst_scale.errors import ArgumentError, StorageError

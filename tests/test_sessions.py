@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_writer
-from test_prefetch import REQUEST, batches, opened
 
+from helpers.cached import REQUEST, batches, opened
+from helpers.recipes import recipe_writer
 from lst_scale import distributed
 from lst_scale.backbone.claim import Claim
 from lst_scale.backbone.local import LocalBackbone

@@ -6,8 +6,8 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from tiny import tiny_ladder, tiny_t5
 
+from helpers.tiny import tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.errors import LadderError
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_t5
 from transformers import T5Config, T5ForConditionalGeneration
 
+from helpers.tiny import tiny_t5
 from lst_scale.backbone.checkpoint import spec_of
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.methods.lst import ladder_config

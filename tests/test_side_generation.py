@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from tiny import batch, tiny_ladder, tiny_t5
 from torch import Tensor
 
+from helpers.ladders import LADDERS, generate, source
+from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderModel
 from lst_scale.backbone.cache_argument import CACHE
-
-LADDERS: dict[str, dict[str, Any]] = {
-    "two layers": {"side_layers": (0, 2)},
-    "last layer only": {"side_layers": (2,)},
-    "merge_last": {"side_layers": (1, 2), "merge_last": True},
-    "cross attention": {"design": "cross_attention", "side_layers": (0, 2)},
-    "adapter": {"design": "adapter", "side_layers": (0, 2), "gate": "per_channel"},
-    "fewer heads": {"side_layers": (0, 2), "side_heads": 2, "downsample_rank": 3, "gate": "none"},
-}
-NUM_NEW = 7
 
 
 @pytest.fixture(params=LADDERS, ids=lambda name: name.replace(" ", "_"))
 def ladder(request: pytest.FixtureRequest) -> LadderModel:
     return tiny_ladder(**LADDERS[request.param])
-
-
-def source(num_rows: int = 4) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in batch(num_rows).items() if name != "labels"}
-
-
-def generate(model: LadderModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    ids: Tensor = model.generate(**inputs, max_new_tokens=NUM_NEW, **options)
-    return ids
 
 
 def test_beams_with_cache_equal_beams_without_cache(ladder: LadderModel) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import batch, tiny_ladder, tiny_t5
 from transformers import T5ForConditionalGeneration
 
+from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError

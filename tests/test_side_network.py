@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, tiny_ladder, tiny_t5
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
+from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.taps import FrozenHead
 from lst_scale.errors import LadderError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, tiny_ladder, tiny_t5
 from torch import Tensor
 
+from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderModel
 from lst_scale.errors import LadderError
 

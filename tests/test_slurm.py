@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_t5, recipe_writer
-from test_training import final_weights, losses
+
+from helpers.launchers import launch
+from helpers.models import make_t5
+from helpers.paths import ROOT
+from helpers.recipes import recipe_writer
+from helpers.runs import final_weights, losses
 
 pytestmark = pytest.mark.slow
 ON_TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--time", "60")

@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file, save_file
-from test_training import final_weights, losses
 
+from helpers.launchers import fresh, launch
+from helpers.models import make_t5
+from helpers.paths import ROOT
+from helpers.recipes import recipe_writer
+from helpers.runs import final_weights, losses
+from helpers.training import train
 from lst_scale.backbone.cache_key import CacheKey
 from lst_scale.backbone.tap_cache import RECORD, TapCache, decoder_digest, encoder_digest
 from lst_scale.errors import BackboneError

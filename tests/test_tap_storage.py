@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, tiny_ladder
 from torch import Tensor
 
+from helpers.tiny import batch, tiny_ladder
 from lst_scale.backbone.taps import PackedTap, Tap, Taps, selected, stored
 from lst_scale.plan.live import LiveBytes
 from lst_scale.side.loss import shift_right

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_t5
 from transformers import ByT5Tokenizer
 
+from helpers.models import make_t5
 from lst_scale import shared
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.encode import encode

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batch, tiny_ladder, tiny_t5
 from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.errors import LadderError
 

@@ -14,21 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fresh, launch, make_t5, recipe_writer, train
 from safetensors.torch import load_file
-from torch import Tensor
+
+from helpers.launchers import fresh, launch
+from helpers.models import make_t5
+from helpers.paths import ROOT
+from helpers.recipes import recipe_writer
+from helpers.runs import final_weights, losses
+from helpers.training import train
 
 pytestmark = pytest.mark.slow
 STAGES = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-nvme")
-
-
-def final_weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(max((folder / "checkpoints").glob("step-*")) / "weights.safetensors")
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_t5, recipe_writer
 from safetensors.torch import load_file
 
+from helpers.models import make_t5
+from helpers.recipes import recipe_writer
 from lst_scale.errors import ArgumentError, CheckpointError, LadderError, LstScaleError
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
+from helpers.paths import ROOT
 from lst_scale.assets import available_recipes, load_ds_config
 from lst_scale.data.tasks import load_task
 from lst_scale.errors import DataError, LstScaleError, RecipeError

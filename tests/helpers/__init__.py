@@ -1,0 +1,1 @@
+"""What several test modules use: small models, recipes, processes, and the reading of what a run left."""

@@ -1,0 +1,35 @@
+"""A caching backbone and batches for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lst_scale import distributed
+from lst_scale.backbone.caching import CachingBackbone
+from lst_scale.backbone.remembered import load_caching
+from lst_scale.backbone.taps import TapRequest
+from lst_scale.recipe import CacheRecipe
+from lst_scale.recipe_backbone import BackboneRecipe
+
+REQUEST = TapRequest(layers=(0, 2), decoder_final=True)
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def batches(count: int) -> list[Inputs]:
+    """Return batches of three rows of 6, 4 and 9 source and 4, 2 and 3 target tokens."""
+    draw, found = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        ids, targets = torch.randint(5, 4000, (3, 9), generator=draw), torch.randint(5, 4000, (3, 4), generator=draw)
+        mask = (torch.arange(9)[None] < torch.tensor([[6], [4], [9]])).long()
+        targets[1, 2:] = targets[2, 3:] = targets[:, 0] = 0
+        found.append((ids * mask, mask, targets))
+    return found
+
+
+def opened(checkpoint: Path, folder: Path, dtype: str) -> CachingBackbone:
+    recipe = BackboneRecipe(checkpoint=str(checkpoint), precision="fp32")
+    cache = CacheRecipe.model_validate({"enabled": True, "dtype": dtype, "folder": str(folder)})
+    return load_caching(recipe, cache, distributed.connect(), lambda spec: REQUEST, lambda live: None)

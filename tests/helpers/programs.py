@@ -1,0 +1,30 @@
+"""What ranks run: our commands, and recipes one after another."""
+
+from __future__ import annotations
+
+import sys
+
+from lst_scale import cli, distributed
+from lst_scale import train as entry
+from lst_scale.recipe import load_recipe
+from lst_scale.run import run
+
+
+def train(arguments: list[str]) -> int:
+    """The command `lst_scale/train.py`."""
+    return entry.main(arguments)
+
+
+def command(arguments: list[str]) -> None:
+    """The command `lst-scale`."""
+    sys.argv = ["lst-scale", *arguments]
+    cli.main()
+
+
+def recipes(arguments: list[str]) -> None:
+    """Carry out several recipes one after another in one world; arguments: [--resume] PATH..."""
+    resume = "--resume" in arguments
+    for path in arguments:
+        if path != "--resume":
+            run(load_recipe(path), resume=resume, overwrite=not resume)
+    distributed.disconnect()
