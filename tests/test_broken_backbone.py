@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_t5
 from transformers import T5ForConditionalGeneration
 
+from helpers.models import make_t5
 from lst_scale.errors import BackboneError, TrainingError
 from lst_scale.recipe import load_recipe
 from lst_scale.run import run

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, fresh, recipe_writer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.launchers import fresh
+from helpers.paths import ROOT
+from helpers.recipes import recipe_writer
 from lst_scale import logs, preemption, shared
 from lst_scale.errors import LstScaleError
 from lst_scale.preemption import Interrupted, Request
