@@ -24,6 +24,7 @@ from lst_scale.backbone.families import numbers_of
 from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec
 from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, fence
+from lst_scale.side.card import card_of_side_network
 from lst_scale.side.config import LadderConfig
 
 FORMAT = 1
@@ -54,7 +55,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, ide
     def fill(partial: Path) -> None:
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt", DESIGN: _design_digest(record["config"])})
         (partial / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / CARD).write_text(_card(config, identity, sum(tensor.numel() for tensor in contiguous.values())))
+        (partial / CARD).write_text(card_of_side_network(folder, config, identity, sum(tensor.numel() for tensor in contiguous.values())))
 
     def check(whole: Path) -> None:
         found = read(whole).weights
@@ -191,22 +192,3 @@ def load_weights(side: nn.Module, saved: Saved) -> None:
             f"{saved.folder / CONFIG} says another design than the weights were trained in: it was changed, write it as it was"
         )
     side.load_state_dict(saved.weights)
-
-
-def _card(config: LadderConfig, identity: BackboneIdentity, count: int) -> str:
-    return f"""---
-library_name: lst_scale
-base_model: {identity.checkpoint}
-tags: [ladder-side-tuning]
----
-# Side network for {identity.checkpoint}
-
-A ladder side network (Sung et al., NeurIPS 2022) of {count:,} weights. It needs its backbone, {identity.checkpoint} in
-{identity.precision}, which stays as it is:
-
-    from lst_scale import LadderModel
-    model = LadderModel.from_pretrained("THIS FOLDER")
-
-Design {config.design}, reduction factor {config.reduction_factor}, side layers {", ".join(map(str, config.side_layers))}.
-Backbone fingerprint {identity.fingerprint}.
-"""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lst_scale import distributed
 from lst_scale.data.scores import only_answer, score
-from lst_scale.durable import write_directory
+from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee
@@ -20,6 +20,8 @@ from lst_scale.methods.importance import task_importance
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.shared import AnyBackbone, Shared
+from lst_scale.side.files import CARD
+from lst_scale.training.card import card_of_run
 from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, let_go, restore_moments
 from lst_scale.training.evaluation import answers
@@ -108,6 +110,8 @@ class Member:
             saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
             saved_sha256=distributed.on_main_rank(shared.world, lambda: weights_sha256(folder / trainee.FOLDER)),
         )
+        card = card_of_run(recipe, result, shared.backbone.identity, folder, trainee.FOLDER)
+        distributed.on_main_rank(shared.world, lambda: write_file(folder / trainee.FOLDER / CARD, card))
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(closing_sentence(result, folder))
         if only is not None:
