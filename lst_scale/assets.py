@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lst_scale.errors import RecipeError, did_you_mean
+from lst_scale.errors import RecipeError, did_you_mean, fence
+from lst_scale.names import shown
 
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = "embedded:"
@@ -72,21 +73,30 @@ def load_ds_config(name: str) -> dict[str, Any]:
         RecipeError: there is no such file, it is no JSON object, or it sets what the recipe owns.
     """
     path = _find(name, _folder("ds_configs"), ".json", available_ds_configs(), "training.deepspeed")
-    try:
+    with fence(RecipeError, f"training.deepspeed: {path} is not valid JSON"):
         config = json.loads(_with_variables(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"training.deepspeed: {path} must hold a JSON object")
     owned = [f"{key} (the recipe's {_OWNED_BY_RECIPE[key]})" for key in config if key in _OWNED_BY_RECIPE]
     if owned:
         raise RecipeError(f"training.deepspeed: {path} sets what the recipe owns: {', '.join(owned)}; remove it there")
+    _refuse_wrong_kinds(path, config)
     return config
+
+
+def _refuse_wrong_kinds(path: Path, config: dict[str, Any]) -> None:
+    """Look at what we read ourselves; DeepSpeed looks at the rest when it is started."""
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(f'training.deepspeed: {path}: zero_optimization is {zero!r:.40}, and should be an object such as {{"stage": 2}}')
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise RecipeError(f"training.deepspeed: {path}: zero_optimization.stage is {stage!r:.40}: write 0, 1, 2 or 3")
 
 
 def _with_variables(path: Path) -> str:
     """Return the file's text with $NAME replaced from the environment: where fast disks are differs from site to site."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8-sig")
     unset = sorted({name for name in re.findall(r"\$(\w+)", text) if name not in os.environ})
     if unset:
         raise RecipeError(f"training.deepspeed: {path.name} needs {', '.join(unset)}: export {unset[0]}=/a/folder/on/a/fast/disk")
@@ -101,6 +111,7 @@ def _folder(name: str) -> Path:
 def _find(name: str, folder: Path, suffix: str, available: list[str], where: str) -> Path:
     if name in available:
         return folder / f"{name}{suffix}"
-    if Path(name).is_file():
-        return Path(name)
-    raise RecipeError(f"{where}: {name!r} is neither a file nor one of those that ship.{did_you_mean(name, available)}")
+    with fence(RecipeError, f"{where}: {shown(name)}"):
+        if Path(name).is_file():
+            return Path(name)
+    raise RecipeError(f"{where}: {shown(name)} is neither a file nor one of those that ship.{did_you_mean(name[:60], available)}")

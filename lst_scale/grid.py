@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lst_scale.errors import RecipeError
+
+MOST_MEMBERS = 1000
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]*")  # a word that YAML reads as itself
 _NOT_A_WORD = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 
@@ -19,6 +23,8 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     for override in overrides:
         key, equals, value = override.partition("=")
         axes.append([f"{key}{equals}{part}" for part in _split(value)])
+    if too_many := _too_many(axes):
+        raise RecipeError(too_many)
     return [list(member) for member in itertools.product(*axes)]
 
 
@@ -31,7 +37,17 @@ def grid_as_lines(members: Any) -> Any:
         if not isinstance(values, tuple) or not values:
             raise ValueError(f"{key} needs a list of values, such as {key}: [1, 2]")
         axes.append([f"{key}={_written(value)}" for value in values])
+    if not axes:
+        raise ValueError("needs a key and its values, such as seed: [0, 1, 2]")
+    if too_many := _too_many(axes):
+        raise ValueError(too_many)
     return tuple(shlex.join(member) for member in itertools.product(*axes))
+
+
+def _too_many(axes: Sequence[Sequence[str]]) -> str | None:
+    """Return what is wrong with the number of members, before they are made."""
+    count = math.prod(map(len, axes))
+    return f"{count:,} members, and {MOST_MEMBERS:,} are the most: give fewer values" if count > MOST_MEMBERS else None
 
 
 def _written(value: Any) -> str:

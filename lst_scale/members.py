@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from lst_scale.errors import RecipeError
-from lst_scale.names import fitting_name
+from lst_scale.grid import MOST_MEMBERS
+from lst_scale.names import fitting_name, shown
 from lst_scale.recipe import Recipe, load_recipe, parse_recipe, to_yaml
 
 _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
@@ -15,7 +16,19 @@ _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
 def read_list(text: str) -> list[list[str]]:
     """Return the members of a list file: one a line, overrides divided by spaces; empty lines and # comments are skipped."""
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    return [shlex.split(line) for line in lines if line]
+    return [words_of(line, f"line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def words_of(line: str, where: str) -> list[str]:
+    """Return the overrides of one member, written as a shell divides words.
+
+    Raises:
+        RecipeError: a quote is not closed.
+    """
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {shown(line)}: {str(error).lower()}") from error
 
 
 def load_members(recipe: str, members: Sequence[Sequence[str]]) -> list[Recipe]:
@@ -35,7 +48,9 @@ def members_of(recipe: Recipe) -> list[Recipe]:
     """
     assert recipe.members is not None
     text = to_yaml(recipe.model_copy(update={"members": None}))
-    found = _named([shlex.split(line) for line in recipe.members], lambda member: parse_recipe(text, "members", member))
+    if len(recipe.members) > MOST_MEMBERS:
+        raise RecipeError(f"members: {len(recipe.members):,} of them, and {MOST_MEMBERS:,} are the most")
+    found = _named([words_of(line, "members") for line in recipe.members], lambda member: parse_recipe(text, "members", member))
     refuse_what_can_not_share(found)
     return found
 
@@ -46,7 +61,7 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
     problems: list[str] = []
     for member in members:
         try:
-            loaded = load(member)
+            loaded = _alone(load(member))
         except RecipeError as error:
             problems += [line for line in str(error).split("\n") if line.strip() not in (seen.strip() for seen in problems)]
             continue
@@ -57,6 +72,12 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
     if problems:
         raise RecipeError("\n       ".join(line.strip() for line in problems))
     return found
+
+
+def _alone(member: Recipe) -> Recipe:
+    if member.members is not None:
+        raise RecipeError("members: a member has no members of its own: write each as a line")
+    return member
 
 
 def each_of(recipe: Recipe) -> list[Recipe]:

@@ -7,7 +7,7 @@ their sections in `recipe_backbone.py` and `recipe_task.py`; decoding and its er
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -18,27 +18,35 @@ from lst_scale.decode import Count, Section
 from lst_scale.errors import RecipeError
 from lst_scale.grid import grid_as_lines
 from lst_scale.names import Name, PathText, checked_name
-from lst_scale.recipe_backbone import BackboneRecipe, NotFp16
+from lst_scale.recipe_backbone import PLACEMENTS, BackboneRecipe, NotFp16
 from lst_scale.recipe_task import GLUE, FileTask
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Counts beyond which nothing would end, or fit any memory.
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a part of a network
+Length = Annotated[int, Field(ge=1, le=1_000_000)]  # in tokens
+Rows = Annotated[int, Field(ge=1, le=1_000_000)]  # at once
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
+Beams = Annotated[int, Field(ge=1, le=256)]
+NewTokens = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class LstRecipe(Section):
     name: Literal["lst"]
     design: Literal["transformer", "cross_attention", "adapter"] = "transformer"
-    reduction_factor: Count = 8
+    reduction_factor: Width = 8
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
     tap_storage: Literal["exact", "bf16", "int8"] = "exact"  # how taps are held until the backward pass
-    fisher_samples: Count = 1024  # training examples that Fisher information is estimated from
+    fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
     merge_last: bool = False
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
     start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
     gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"
-    side_heads: Count | None = None  # None: the backbone's
-    downsample_rank: Count | None = None  # two narrower linears for each downsample
+    side_heads: Width | None = None  # None: the backbone's
+    downsample_rank: Width | None = None  # two narrower linears for each downsample
     dropout: Share | None = None  # None: the backbone's
     precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
 
@@ -54,7 +62,7 @@ class LstRecipe(Section):
     @classmethod
     def _ascending(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
         if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
-            raise ValueError(f"{list(layers)} must be ascending, each block once, at least one; or write all")
+            raise ValueError(f"{list(layers)!s:.60} must be ascending, each block once, at least one; or write all")
         return layers
 
 
@@ -75,8 +83,8 @@ class LoraRecipe(_InsideRecipe):
     """Low-rank updates by peft (the paper: rank 32, alpha 32, dropout 0.1, q and v of every attention, and BitFit's biases)."""
 
     name: Literal["lora"]
-    rank: Count = 32
-    alpha: Count = 32
+    rank: Width = 32
+    alpha: Width = 32
     dropout: Share = 0.1
     targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
     bitfit: bool = False  # the release trains BitFit's biases too
@@ -86,14 +94,14 @@ class PromptRecipe(_InsideRecipe):
     """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
 
     name: Literal["prompt"]
-    num_vectors: Count = 100
+    num_vectors: Width = 100
 
 
 class AdaptersRecipe(_InsideRecipe):
     """Houlsby adapters after self-attention and feed-forward, and all norms (the paper: bottleneck 48, learning rate 3e-4)."""
 
     name: Literal["adapters"]
-    bottleneck: Count = 48
+    bottleneck: Width = 48
 
 
 class BitfitRecipe(_InsideRecipe):
@@ -102,36 +110,44 @@ class BitfitRecipe(_InsideRecipe):
     name: Literal["bitfit"]
 
 
+_METHODS: dict[str, type[Section]] = {
+    "lst": LstRecipe,
+    "full": FullRecipe,
+    "lora": LoraRecipe,
+    "prompt": PromptRecipe,
+    "adapters": AdaptersRecipe,
+    "bitfit": BitfitRecipe,
+}
+_CHOICES = {"method": _METHODS, "backbone.placement": PLACEMENTS}  # sections chosen by their name
+
 if TYPE_CHECKING:
     Method = LstRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
 else:
-    Method = decode.tagged(
-        lst=LstRecipe, full=FullRecipe, lora=LoraRecipe, prompt=PromptRecipe, adapters=AdaptersRecipe, bitfit=BitfitRecipe
-    )
+    Method = decode.tagged(**_METHODS)
 
 
 class OptimizerRecipe(Section):
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1000)
     betas: tuple[Share, Share] = (0.9, 0.999)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     warmup: int | float = 0.06  # an int is steps (the paper: 500), a float below 1 is a share of all steps
     schedule: Literal["linear", "constant"] = "linear"
 
-    @field_validator("warmup")
+    @field_validator("warmup", mode="before")
     @classmethod
-    def _steps_or_share(cls, value: int | float) -> int | float:
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            raise ValueError(f"{value} must be whole steps, such as 500, or a share of all steps below 1, such as 0.06")
+    def _steps_or_share(cls, value: Any) -> Any:
+        if type(value) not in (int, float) or not 0 <= value < (10**9 if type(value) is int else 1):
+            raise ValueError(f"{str(value)[:60]} must be whole steps, such as 500, or a share of all steps below 1, such as 0.06")
         return value
 
 
 class TrainingRecipe(Section):
-    epochs: Count | None = None  # None: the task's own
+    epochs: Epochs | None = None  # None: the task's own
     max_steps: Count | None = None
-    global_batch_size: Count = 100
-    micro_batch_size: Count | None = None  # rows a forward pass; None: all of a rank's share
+    global_batch_size: Rows = 100
+    micro_batch_size: Rows | None = None  # rows a forward pass; None: all of a rank's share
     deepspeed: PathText = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
@@ -149,18 +165,18 @@ class TrainingRecipe(Section):
 
 
 class DataRecipe(Section):
-    max_source_length: Count = 128
-    max_target_length: Count | None = None  # None: the longest target
+    max_source_length: Length = 128
+    max_target_length: Length | None = None  # None: the longest target
     max_train_rows: Count | None = None
     max_eval_rows: Count | None = None
-    shuffle_seed: Annotated[int, Field(ge=0)] | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
+    shuffle_seed: Seed | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
 
 
 class EvaluationRecipe(Section):
     method: Literal["generation", "likelihood"] = "generation"
-    batch_size: Count = 64
-    num_beams: Count = 1
-    max_new_tokens: Count | None = None  # None: the longest target
+    batch_size: Rows = 64
+    num_beams: Beams = 1
+    max_new_tokens: NewTokens | None = None  # None: the longest target
 
     @model_validator(mode="after")
     def _beams_need_generation(self) -> EvaluationRecipe:
@@ -187,7 +203,7 @@ class Recipe(Section):
 
     name: Name
     task: decode.either(word=Literal[GLUE], mapping=FileTask)  # type: ignore[valid-type]
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     output_dir: PathText = "runs"
     backbone: BackboneRecipe
     method: Method
@@ -228,7 +244,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every mistake of the file and of the overrides, one line each.
     """
     path = find_recipe(name_or_path)
-    recipe = parse_recipe(path.read_text(), str(path.name), overrides)
+    recipe = parse_recipe(decode.read_text(path), str(path.name), overrides)
     if isinstance(recipe.task, str):
         return recipe
     return recipe.model_copy(update={"task": recipe.task.with_metrics_of(path.parent)})
@@ -237,8 +253,27 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     """Decode a recipe's YAML text; `where` names it in error messages."""
     tree, problems = decode.read_yaml(text, where)
-    problems += decode.apply_overrides(tree, overrides)
+    problems += decode.apply_overrides(tree, _switched(tree, overrides))
     return decode.build(Recipe, tree, problems)
+
+
+def _switched(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return overrides with those first that choose another method or placement, whose section then loses what only the old one has.
+
+    So `method.name=lora` works on any recipe, and complains of no key that was not typed. What both have stays as the file says.
+    """
+    first = [override for override in overrides if override.startswith(tuple(f"{path}.name=" for path in _CHOICES))]
+    for override in first:
+        key, _, chosen = override.partition("=")
+        path = key.removesuffix(".name")
+        section: Any = tree
+        for part in path.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get("name") != chosen and chosen in _CHOICES[path]:
+            kept = _CHOICES[path][chosen].model_fields
+            for name in [name for name in section if name not in kept]:
+                del section[name]
+    return [*first, *(override for override in overrides if override not in first)]
 
 
 def to_yaml(recipe: Recipe) -> str:

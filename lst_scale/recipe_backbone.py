@@ -57,10 +57,17 @@ class Streamed(Section):
         return self
 
 
+PLACEMENTS: dict[str, type[Section]] = {
+    "replicated": Replicated,
+    "tensor_parallel": TensorParallel,
+    "zero3": Zero3,
+    "streamed": Streamed,
+}
+
 if TYPE_CHECKING:
     Placement = Replicated | TensorParallel | Zero3 | Streamed
 else:
-    Placement = decode.tagged(replicated=Replicated, tensor_parallel=TensorParallel, zero3=Zero3, streamed=Streamed)
+    Placement = decode.tagged(**PLACEMENTS)
 
 
 class BackboneRecipe(Section):

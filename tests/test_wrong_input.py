@@ -34,7 +34,7 @@ MISTAKES = [
     ("method.side_layers=foo", "method.side_layers: 'foo' is not valid. Valid: all."),
     ("method.name=lara", "method.name: 'lara' is not valid. Did you mean 'lora'?"),
     (
-        "method.name=lora",
+        "method={name: lora, side_layers: [1]}",
         "method.side_layers: there is no such key. Valid: alpha, bitfit, dropout, gradient_checkpointing, name, precision, rank, targets.",
     ),
     ("method={name: lora, targets: [q, 3]}", "method.targets.1: 3 should be string"),
