@@ -119,7 +119,7 @@ def measure_cached(
     step(num_batches)  # loads the live backbone and warms up, which are no part of the first epoch
     epoch()
     backbone.cache.flush()
-    backbone._live = None
+    backbone.unload()
     found = [record(options, f"{case}, first epoch, writes", clock.wall[0] / num_batches, clock.processor[0] / num_batches)]
     epoch()  # warms up
     for name in ("cold", "warm"):

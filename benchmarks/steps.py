@@ -107,7 +107,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     if method.startswith("lst-cached"):
         loss()  # writes the taps down
         backbone.cache.flush()
-        backbone._live = None
+        backbone.unload()
         held = [backbone.head.weight_VD, backbone._embedding_VD]
     else:
         held = [*held_tensors(backbone._model), *(backbone.conveyor.slots if backbone.conveyor is not None else [])]

@@ -22,7 +22,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import QUANTIZED
 from lst_scale.backbone.remembered import load_caching
-from lst_scale.backbone.taps import BackboneSpec, TapRequest, union
+from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
 from lst_scale.data.encode import EncodedSplit, encode
@@ -39,7 +39,6 @@ from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
 
-AnyBackbone = LocalBackbone | CachingBackbone
 CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
 
 
@@ -51,14 +50,13 @@ class Shared:
     task: TaskData
     tokenizer: Any
     splits: dict[str, EncodedSplit]
-    backbone: AnyBackbone
+    backbone: Backbone
     loading: dict[str, Any]
     passes: SharedPasses
 
     def close(self) -> None:
         """Let other runs write to the tap cache."""
-        if isinstance(self.backbone, CachingBackbone):
-            self.backbone.let_others_write()
+        self.backbone.close()
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
@@ -77,14 +75,15 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shar
             logger.say(sentence)
     distributed.poll_interruption(world)
     start = time.perf_counter()
-    backbone = _backbone(recipes, splits, world, logger)
+    live = None if recipe.cache.enabled else load_placed(recipe.backbone, world)
+    backbone: Backbone = live or _remembering(recipes, splits, world, logger)
     loading = {
         "loading_seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
     }
     distributed.poll_interruption(world)
-    if isinstance(backbone, LocalBackbone) and backbone.identity.precision in QUANTIZED:
-        logger.say(_check_quantization(backbone, splits["train"], recipe))
+    if live is not None:
+        _check_quantization(live, splits["train"], recipe, logger)
     return Shared(
         world=world,
         task=task,
@@ -110,17 +109,16 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         task = load_task(recipe)
         tokenizer = load_fitting_tokenizer(recipe, task, logger.say)
         split = _encode(task.train, tokenizer, recipe, task.target_prefix)
-        backbone = _backbone([recipe], {"train": split}, world, logger)
-        assert isinstance(backbone, CachingBackbone) and isinstance(recipe.method, LstRecipe)
-        if not backbone.may_write():
+        backbone = _remembering([recipe], {"train": split}, world, logger)
+        request = _taps_of([recipe], backbone.spec)
+        if not backbone.lock.held():
             raise distributed.same_everywhere(
                 BackboneError(
-                    f"these rows can't be written: {backbone.not_writing_because}"
-                    if backbone.not_writing_because
+                    f"these rows can't be written: {backbone.lock.refused}"
+                    if backbone.lock.refused
                     else f"another run is writing these rows to {backbone.cache.folder}: start runs on them, or wait for its end"
                 )
             )
-        request = SideNetwork.request_of(ladder_config(recipe.method, backbone.spec))
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
         batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
         for _ in range(-(-len(split.rows) // (size * world.size))):  # as often on every rank, so that all can leave together
@@ -131,7 +129,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
             decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
             backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
         backbone.cache.flush()
-        backbone.let_others_write()
+        backbone.close()
     distributed.barrier()
     return len(split.rows), backbone.cache.folder
 
@@ -180,33 +178,31 @@ def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest | None
     return union([SideNetwork.request_of(config) for config in configs]) if configs else None
 
 
+def _taps_of(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
+    request = _request(recipes, spec)
+    assert request is not None, "check_method refuses a tap cache for other methods"
+    return request
+
+
 def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
 
 
-def _backbone(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> AnyBackbone:
-    """Load the backbone, or open its tap cache and load it only if a row is missing there."""
+def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> CachingBackbone:
+    """Open the backbone's tap cache; the backbone itself is loaded only if a row is missing there."""
     recipe = recipes[0]
-    if not recipe.cache.enabled:
-        return load_placed(recipe.backbone, world)
 
     def check(live: LocalBackbone) -> None:
         logger.say("some rows are not in the tap cache: the backbone is loaded")
-        if live.identity.precision in QUANTIZED:
-            logger.say(_check_quantization(live, splits["train"], recipe))
+        _check_quantization(live, splits["train"], recipe, logger)
 
-    def request(spec: BackboneSpec) -> TapRequest:
-        asked = _request(recipes, spec)
-        assert asked is not None, "check_method refuses a tap cache for other methods"
-        return asked
-
-    backbone = load_caching(recipe.backbone, recipe.cache, world, request, check)
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
     rows = [(torch.tensor(s), _decoder_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
     writes = backbone.claim_rows(rows, world)
     missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
     if writes:
         backbone.cache.refuse_if_too_large(sum(len(source) for source, _ in missing), sum(len(target) for _, target in missing))
-    why = backbone.not_writing_because
+    why = backbone.lock.refused
     others = f"the others can't be written: {why}" if why else "another run writes the others"
     elsewhere = f"; {others}" if missing and not writes else ""
     logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
@@ -217,11 +213,13 @@ def _decoder_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
     return shift_right(torch.tensor([labels]), backbone.spec)[0]
 
 
-def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe) -> str:
-    """Compare the quantized backbone with its checkpoint on the first rows and return what was found."""
+def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:
+    """Compare a quantized backbone with its checkpoint on the first rows, and log what was found."""
+    if backbone.identity.precision not in QUANTIZED:
+        return
     batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
     decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec)
     report = check_quantization(
         backbone, batch.input_ids_BS, batch.attention_mask_BS, decoder_input_ids_BT, recipe.backbone.max_quantization_error
     )
-    return report.sentence
+    logger.say(report.sentence)

@@ -40,6 +40,19 @@ def test_only_a_family_s_own_folder_names_a_model_s_classes_and_tensors() -> Non
     assert not found, found
 
 
+def test_nobody_asks_which_kind_of_backbone_there_is() -> None:
+    """A backbone is its protocol (`taps.Backbone`). `as_backbone` alone looks: it also takes a model of transformers, or its name."""
+    words = {
+        r"isinstance\([^()]*Backbone\b|AnyBackbone|object\.__setattr__": {"backbone/__init__.py"},
+        # What DeepSpeed hangs on parameters, and what a configuration of transformers may leave out.
+        r"hasattr\(": {"training/engine.py", "methods/whole.py", "backbone/families/t5/model.py"},
+    }
+    package = ROOT / "lst_scale"
+    for word, allowed in words.items():
+        found = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if re.search(word, p.read_text())}
+        assert found <= allowed, (word, found)
+
+
 def test_no_name_of_a_parameter_is_a_switch() -> None:
     found = [str(p) for p in (ROOT / "lst_scale").rglob("*.py") if '"gate" in' in p.read_text()]
     assert not found, found

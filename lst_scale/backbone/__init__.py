@@ -13,11 +13,11 @@ def as_backbone(model: Any) -> Backbone:
     """Return `model` itself when it is a backbone, or a T5 or mT5, live or named and then in float32, frozen behind the boundary."""
     if isinstance(model, str | Path):
         return load_backbone(str(model), revision=None, precision="fp32")
-    if hasattr(model, "encode") and hasattr(model, "identity"):
-        backbone: Backbone = model
-        return backbone
+    from lst_scale.backbone import taps
     from lst_scale.backbone.local import LocalBackbone
 
+    if isinstance(model, taps.Backbone):
+        return model
     return LocalBackbone.wrap(model)
 
 

@@ -3,10 +3,6 @@
 It stands behind the boundary like any other. Training calls it with whole batches: when every row is known, taps are put together from
 the cache, and otherwise the live backbone runs the batch and what was not known is written down. Generation needs the live backbone.
 
-One thread of its own reads. Told which batch comes next (`prefetch`), it reads that one while the present one trains: then one batch is in
-use and one ahead, never more, and a step waits for the disk only when reading takes longer than training. All reads are that thread's, so
-none meets a write.
-
 Runs on the same rows at the same time: one of them writes (`claim_rows`), the others read what is there by then and run the rest.
 
 Stored in the backbone's own dtype, a row's taps are those of the batch it was first computed in: the same batch gives the same bits,
@@ -16,17 +12,16 @@ another batch pads differently, which moves the last bits of float32 and bf16 su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lst_scale import distributed
 from lst_scale.backbone.claim import Claim, name_of
+from lst_scale.backbone.lazy import LazyBackbone
 from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.tap_cache import TapCache, decoder_digest, encoder_digest
+from lst_scale.backbone.tap_reader import Read, TapReader, Wanted
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
@@ -40,21 +35,8 @@ from lst_scale.backbone.taps import (
     joined,
     selected,
 )
+from lst_scale.backbone.write_lock import WriteLock
 from lst_scale.distributed import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A batch as the cache knows it; equal for equal batches."""
-
-    encoder: tuple[bytes, ...]  # digests, one a row
-    decoder: tuple[bytes, ...]
-    source_lengths: tuple[int, ...]
-    target_lengths: tuple[int, ...]
-    width: tuple[int, int]  # S and T
-
-
-Read = tuple[list[Tensor], list[Tensor]]  # the states of encoder and decoder, each (B, S, D) or (B, T, D), on the CPU
 
 
 class CachingBackbone:
@@ -79,26 +61,25 @@ class CachingBackbone:
     ) -> None:
         self.cache, self.spec, self.identity, self.head = cache, spec, identity, head
         self.weight_source, self.replica, self.num_parameters = weight_source, replica, num_parameters
-        self._embedding_VD, self._load = embedding_VD, load
-        self._live: LocalBackbone | None = None
+        self._embedding_VD, self._live = embedding_VD, LazyBackbone(load)
         self.rows_read, self.rows_run = 0, 0
         # Rows are stored with the taps of all members of a run; each is given its own.
         self._whole = TapRequest(layers=cache.key.layers, decoder_final=cache.key.decoder_final)
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tap-reader")
-        self._ahead: tuple[Wanted, Future[Read | None]] | None = None
-        self._claim: Claim | None = None
-        self.may_write: Callable[[], bool] = lambda: True  # asked at every batch that had to be run
+        self._reader = TapReader(cache, pinned=self.device.type == "cuda")
+        self.lock = WriteLock()
 
     @property
     def live(self) -> LocalBackbone:
         """The backbone itself, loaded now if it wasn't."""
-        if self._live is None:
-            self._live = self._load()
-        return self._live
+        return self._live.get()
 
     @property
     def is_loaded(self) -> bool:
-        return self._live is not None
+        return self._live.loaded is not None
+
+    def unload(self) -> None:
+        """Forget the live backbone; it is loaded again when it is needed."""
+        self._live.drop()
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +87,8 @@ class CachingBackbone:
 
     def weight_bytes(self) -> int:
         """Bytes on this rank's device that hold weights: embedding and head, or the whole live backbone."""
-        if self._live is not None:
-            return self._live.weight_bytes()
+        if self._live.loaded is not None:
+            return self._live.loaded.weight_bytes()
         ends = {t.data_ptr(): t.numel() * t.element_size() for t in (self._embedding_VD, self.head.weight_VD)}
         return sum(ends.values())
 
@@ -121,14 +102,22 @@ class CachingBackbone:
 
     def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
         """Begin to read the batch that will be asked for next. Nothing but time depends on it: another may be asked for, too."""
-        wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
-        if self._ahead is None or self._ahead[0] != wanted:
-            self._ahead = wanted, self._reader.submit(self._read, wanted)
+        self._reader.prefetch(self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT))
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many rows were read and run, once what was written is on the disk."""
+        self.cache.flush()
+        facts = {"rows_read": self.rows_read, "rows_run": self.rows_run, "backbone_loaded": self.is_loaded}
+        return {"cache": facts | {"damaged": self.cache.damaged}}
+
+    def close(self) -> None:
+        """Let other runs write to the cache."""
+        self.lock.release()
 
     @torch.no_grad()
     def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
         wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
-        found = self._read_now(wanted)
+        found = self._reader.read(wanted)
         if found is not None:
             self.rows_read += len(wanted.encoder)
             return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
@@ -146,7 +135,7 @@ class CachingBackbone:
         live: EncoderState | None = None
         for decoder_input_ids_BT in targets:
             wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
-            found = self._reader.submit(self._read, wanted, read).result()
+            found = self._reader.read_beside(read, wanted)
             if found is not None:
                 read = found[0]
                 self.rows_read += len(wanted.encoder)
@@ -164,22 +153,7 @@ class CachingBackbone:
         All ranks must call it, and all write or none does. A run of one process asks again whenever it had to run a batch: the one that
         writes may have ended.
         """
-        claim = Claim(self.cache.folder, name_of(decoder_digest(source, target) for source, target in rows))
-        first = distributed.on_main_rank(world, claim.take)
-        self.let_others_write()
-        self._claim = claim
-        self.may_write = claim.take if world.size == 1 else lambda: first
-        return first
-
-    @property
-    def not_writing_because(self) -> str | None:
-        """Why nothing can be written here; None when only another run's claim is in the way."""
-        return None if self._claim is None else self._claim.refused
-
-    def let_others_write(self) -> None:
-        """Give a claim back; the end of the process does, too."""
-        if self._claim is not None:
-            self._claim.let_go()
+        return self.lock.claim(Claim(self.cache.folder, name_of(decoder_digest(source, target) for source, target in rows)), world)
 
     def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""
@@ -196,47 +170,8 @@ class CachingBackbone:
             width=(input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]),
         )
 
-    def _read_now(self, wanted: Wanted) -> Read | None:
-        """Return the batch that was read ahead if it is this one; read this one otherwise. What failed in the thread is raised here."""
-        found = None
-        if self._ahead is not None and self._ahead[0] == wanted:
-            (_, reading), self._ahead = self._ahead, None
-            found = reading.result()
-        # What was missing may have been written since.
-        return found or self._reader.submit(self._read, wanted).result()
-
-    def _read(self, wanted: Wanted, encoder: list[Tensor] | None = None) -> Read | None:
-        """Return a batch, or None when any of it is missing or damaged; nothing is read when something is known to be missing.
-
-        `encoder`: its encoder's states, where they were read before.
-        """
-        if not self._has(wanted):
-            self.cache.refresh()  # another process may have written it since
-            if not self._has(wanted):
-                return None
-        layers = len(self.cache.key.layers)
-        encoder = encoder or self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
-        if encoder is None:
-            return None
-        decoder = self._read_stack(wanted.decoder, wanted.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
-        return None if decoder is None else (encoder, decoder)
-
-    def _has(self, wanted: Wanted) -> bool:
-        return all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder))
-
-    def _read_stack(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
-        """Return one stack's states, read straight into batches; padding is zero, which masked attention never sees."""
-        shape, pin = (len(digests), width, self.spec.d_model), self.device.type == "cuda"
-        batches = [torch.empty(shape, dtype=self.cache.floating, pin_memory=pin) for _ in range(states)]
-        for row, (digest, length) in enumerate(zip(digests, lengths, strict=True)):
-            if not self.cache.read_into(digest, [batch[row, :length] for batch in batches]):
-                return None
-            for batch in batches:
-                batch[row, length:] = 0
-        return batches
-
     def _write(self, wanted: Wanted, taps: Taps) -> None:
-        if not self.may_write():
+        if not self.lock.held():
             return
         final = [] if taps.decoder_final_BTD is None else [taps.decoder_final_BTD]
         for row, (source, target) in enumerate(zip(wanted.source_lengths, wanted.target_lengths, strict=True)):

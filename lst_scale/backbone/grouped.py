@@ -57,8 +57,7 @@ def load_grouped(opened: Opened, placement: TensorParallel, size: int, world: Wo
         if identity.precision in precisions.QUANTIZED:
             tensor_parallel.quantize_shards(block, group, identity.precision)
         ref.put(model, block)
-    backbone = finish(opened, world, replica=Replica(index=world.rank // size, count=world.size // size), kind=GroupedBackbone)
-    assert isinstance(backbone, GroupedBackbone)
+    backbone = finish(GroupedBackbone, opened, world, replica=Replica(index=world.rank // size, count=world.size // size))
     backbone.group = group
     return backbone
 

@@ -146,6 +146,12 @@ class LocalBackbone:
         for decoder_input_ids_BT in targets:
             yield joined(encoder, self.decode(decoder_input_ids_BT, encoder, request))
 
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Do nothing: nobody waits for it."""
+
     reads_ahead = False
 
     def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:

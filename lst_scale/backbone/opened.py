@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lst_scale import distributed
 from lst_scale.backbone import assemble
@@ -15,6 +16,8 @@ from lst_scale.backbone.taps import BackboneIdentity, Replica
 from lst_scale.distributed import World
 from lst_scale.errors import BackboneError
 from lst_scale.recipe_backbone import BackboneRecipe
+
+B = TypeVar("B", bound=LocalBackbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,7 @@ def open_together(recipe: BackboneRecipe, world: World) -> Opened:
     return opened
 
 
-def finish(
-    opened: Opened, world: World, *, replica: Replica, conveyor: Conveyor | None = None, kind: type[LocalBackbone] = LocalBackbone
-) -> LocalBackbone:
+def finish(kind: Callable[..., B], opened: Opened, world: World, *, replica: Replica, conveyor: Conveyor | None = None) -> B:
     """Return the backbone of this model, whose blocks are in place; its ends are filled here."""
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     count = assemble.count_parameters(assemble.empty_model(checkpoint), checkpoint)

@@ -62,7 +62,7 @@ def _replicated(opened: Opened, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     for ref in assemble.block_refs(checkpoint):
         assemble.fill_block(ref.get(model), ref.path, checkpoint, identity.precision, world.device)
-    return finish(opened, world, replica=Replica(index=world.rank, count=world.size))
+    return finish(LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size))
 
 
 def _zero3(opened: Opened, world: World) -> LocalBackbone:
@@ -80,7 +80,7 @@ def _zero3(opened: Opened, world: World) -> LocalBackbone:
 
     distributed.agree(world, load)
     conveyor = Conveyor(blocks, source, world.device)
-    return finish(opened, world, replica=Replica(index=world.rank, count=world.size, in_step=True), conveyor=conveyor)
+    return finish(LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size, in_step=True), conveyor=conveyor)
 
 
 def _streamed(opened: Opened, placement: Streamed, world: World) -> LocalBackbone:
@@ -96,7 +96,9 @@ def _streamed(opened: Opened, placement: Streamed, world: World) -> LocalBackbon
         source: Any = distributed.agree(world, lambda: _host_source(blocks, build, world.device))
     else:
         source = _disk_source(placement, identity, refs, blocks, build, world)
-    return finish(opened, world, replica=Replica(index=world.rank, count=world.size), conveyor=Conveyor(blocks, source, world.device))
+    return finish(
+        LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size), conveyor=Conveyor(blocks, source, world.device)
+    )
 
 
 def _host_source(blocks: list[nn.Module], build: Callable[[int], nn.Module], device: torch.device) -> streamed.HostSource:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -201,8 +201,9 @@ class Replica:
     in_step: bool = False
 
 
+@runtime_checkable
 class Backbone(Protocol):
-    """A frozen encoder-decoder that runs forward only, in eval mode, under `torch.no_grad`."""
+    """A frozen encoder-decoder that runs forward only, in eval mode, under `torch.no_grad`: all that anybody asks of one."""
 
     @property
     def spec(self) -> BackboneSpec: ...
@@ -233,6 +234,23 @@ class Backbone(Protocol):
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
     ) -> Iterator[Taps]:
         """Yield the taps of several decoder inputs (B, T) of one source, run or read once. Rows are dealt out as for `encode`."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters the published model has, whatever they are held in; a tied head counts once."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Return the bytes on this rank's device that hold weights."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run's result says of the way in which taps came about; nothing where they are always made."""
+        ...
+
+    def close(self) -> None:
+        """Give back what other processes wait for. Nothing is lost by closing twice, or by reading on."""
         ...
 
     @property

@@ -62,7 +62,7 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "side_layers", tuple(index(layer) for layer in self.side_layers))
+            vars(self)["side_layers"] = tuple(index(layer) for layer in self.side_layers)  # whatever list it was; frozen from here on
         except TypeError:
             raise LadderError(f"side_layers {self.side_layers!r} must be a list of block numbers, such as [1, 3, 5]") from None
         if type(self.reduction_factor) is not int:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale import distributed
+from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import only_answer, score
 from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import LadderError, LstScaleError
@@ -19,7 +20,7 @@ from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
 from lst_scale.preemption import Interrupted
 from lst_scale.recipe import LstRecipe, Recipe
-from lst_scale.shared import AnyBackbone, Shared
+from lst_scale.shared import Shared
 from lst_scale.side.files import CARD
 from lst_scale.training.card import card_of_run
 from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
@@ -142,7 +143,7 @@ class Member:
         return score(task, texts, expected), only_answer(texts, expected)
 
 
-def _identity(recipe: Recipe, plan: Plan, backbone: AnyBackbone) -> dict[str, Any]:
+def _identity(recipe: Recipe, plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
     return {
         "task": recipe.model_dump(mode="json")["task"],

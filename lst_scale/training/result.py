@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from lst_scale import distributed
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import majority_score
 from lst_scale.distributed import World
 from lst_scale.durable import sha256_of, write_file
 from lst_scale.finished import Finished
 from lst_scale.folder import RESULT
 from lst_scale.recipe import Recipe
-from lst_scale.shared import AnyBackbone, Shared, peak_memory_bytes
+from lst_scale.shared import Shared, peak_memory_bytes
 from lst_scale.training.checkpoint import Progress
 
 
@@ -53,7 +53,7 @@ def result_of(
         "saved_bytes": saved_bytes,
         "saved_sha256": dict(saved_sha256),
         **shared.loading,
-        **_cache_facts(shared.backbone),
+        **shared.backbone.facts(),
         **_origin(recipe),
     }
 
@@ -130,12 +130,12 @@ def ensemble_result(
         "saved_bytes": int(sum(one.saved_bytes for one in each)),
         **_circumstances(shared.world, shared.backbone),
         **shared.loading,
-        **_cache_facts(shared.backbone),
+        **shared.backbone.facts(),
         **_origin(recipe),
     }
 
 
-def _measurements(progress: Progress, world: World, trainable: int, backbone: AnyBackbone) -> dict[str, Any]:
+def _measurements(progress: Progress, world: World, trainable: int, backbone: Backbone) -> dict[str, Any]:
     tokens = progress.source_tokens + progress.target_tokens
     peaks = distributed.gather(peak_memory_bytes(world))
     return {
@@ -151,7 +151,7 @@ def _measurements(progress: Progress, world: World, trainable: int, backbone: An
     }
 
 
-def _circumstances(world: World, backbone: AnyBackbone) -> dict[str, Any]:
+def _circumstances(world: World, backbone: Backbone) -> dict[str, Any]:
     return {
         "peak_memory_kind": "torch.cuda.max_memory_allocated" if world.device.type == "cuda" else "peak resident set",
         "backbone_parameters": backbone.num_parameters,
@@ -159,14 +159,6 @@ def _circumstances(world: World, backbone: AnyBackbone) -> dict[str, Any]:
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }
-
-
-def _cache_facts(backbone: AnyBackbone) -> dict[str, Any]:
-    if isinstance(backbone, LocalBackbone):
-        return {}
-    backbone.cache.flush()
-    facts = {"rows_read": backbone.rows_read, "rows_run": backbone.rows_run, "backbone_loaded": backbone.is_loaded}
-    return {"cache": facts | {"damaged": backbone.cache.damaged}}
 
 
 def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
