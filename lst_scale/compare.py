@@ -17,6 +17,7 @@ from lst_scale.errors import ArgumentError
 from lst_scale.finished import Finished, read_all
 from lst_scale.folder import RESULT
 from lst_scale.pictures import METHODS, OTHER, check_picture, figure, label_points, save
+from lst_scale.recipe_task import ERRORS
 
 COLUMNS = (
     "run",
@@ -121,12 +122,19 @@ def _labels(panel: Any) -> tuple[list[tuple[float, float]], list[str]]:
 
 
 def _score_name(found: Sequence[Finished]) -> str:
-    """Return what the score of these runs is, with its unit."""
-    metrics = {run.metrics or ("score",) for run in found}
-    names = metrics.pop()
-    if metrics:
-        return "score, %"
-    return f"{names[0]}, %" if len(names) == 1 else f"mean of {' and '.join(names)}, %"
+    """Return what the score of these runs is, with its unit where it has one: `data/scores.py` makes it."""
+    ways = {_measured(run.metrics or ("score",)) for run in found}
+    if len(ways) == 1:
+        return ways.pop()
+    return "score, %" if all(way.endswith(", %") for way in ways) else "score"
+
+
+def _measured(metrics: Sequence[str]) -> str:
+    counted = [name for name in metrics if name not in ERRORS] or metrics
+    text = counted[0] if len(counted) == 1 else f"mean of {' and '.join(counted)}"
+    if counted[0] in ERRORS:
+        return f"minus {text}"
+    return text if any(":" in name for name in counted) else f"{text}, %"  # one's own has its own unit
 
 
 def _circumstances(found: Sequence[Finished]) -> str:

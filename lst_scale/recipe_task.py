@@ -17,7 +17,8 @@ from lst_scale.template import fields_in
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 OF_CLASSES = ("f1", "macro_f1", "matthews")
-OF_NUMBERS = ("pearson", "spearman", "mae", "rmse")
+ERRORS = ("mae", "rmse")  # in the targets' unit, less is better
+OF_NUMBERS = ("pearson", "spearman", *ERRORS)
 OF_TEXTS = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rouge_l", "bleu", "chrf")
 METRICS = (*OF_CLASSES, *OF_NUMBERS, *OF_TEXTS)
 POSITIVE = "1"  # the label that F1 looks for

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from helpers.paths import ROOT
 from lst_scale.cli import app
-from lst_scale.compare import compare, find_results, plot, rows
+from lst_scale.compare import _score_name, compare, find_results, plot, rows
 from lst_scale.errors import ArgumentError
+from lst_scale.finished import read_finished
 from lst_scale.pictures import figure, label_points
 
 
@@ -144,3 +145,19 @@ def test_labels_do_not_cover_one_another_and_memory_starts_at_zero() -> None:
     boxes = [Text.get_window_extent(text, renderer) for text in axis.texts]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert all(axis.get_window_extent(renderer).containsx(box.x1) for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name"),
+    [
+        (["accuracy"], "accuracy, %"),
+        (["accuracy", "f1"], "mean of accuracy and f1, %"),
+        (["pearson", "mae"], "pearson, %"),
+        (["mae", "rmse"], "minus mean of mae and rmse"),
+        (["mine:closeness"], "mine:closeness"),
+        (["mine:closeness", "chrf"], "mean of mine:closeness and chrf"),
+    ],
+)
+def test_the_score_s_axis_says_what_the_score_is(metrics: list[str], name: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", scores=dict.fromkeys([*metrics, "score"], 1.0))
+    assert _score_name([read_finished(tmp_path / "run")]) == name
