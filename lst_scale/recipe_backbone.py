@@ -10,6 +10,7 @@ from lst_scale import decode
 from lst_scale.decode import Count, Section
 from lst_scale.names import PathText
 
+QUANTIZED = ("int8", "nf4")  # precisions in which layers run forward only
 FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.errors import BackboneError, did_you_mean
+from lst_scale.recipe_backbone import FP16_REASON as FP16_REASON
+from lst_scale.recipe_backbone import QUANTIZED as QUANTIZED
 
-PRECISIONS = ("fp32", "bf16", "int8", "nf4")
-QUANTIZED = ("int8", "nf4")
-FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write precision bf16, which has the range of fp32"
+PRECISIONS = ("fp32", "bf16", *QUANTIZED)
 NF4_BLOCK = 64  # weights that share one scale; bitsandbytes' default
 NF4_NESTED_BLOCK = 256  # scales that share one scale; the same
 

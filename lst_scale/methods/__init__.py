@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
 from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
+from lst_scale.recipe_backbone import QUANTIZED
 from lst_scale.side.count import check_targets, shape_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def check_method(recipe: Recipe) -> None:
             f"method {name} trains inside the backbone, which {backbone.placement.name} runs forward only: "
             "write backbone.placement=replicated, or method.name=lst"
         )
-    if backbone.precision in ("int8", "nf4"):
+    if backbone.precision in QUANTIZED:
         raise BackboneError(
             f"method {name} runs backward through the backbone, whose {backbone.precision} layers here run forward only: "
             "write backbone.precision=bf16, or method.name=lst"

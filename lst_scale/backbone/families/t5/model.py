@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from lst_scale.backbone.cache_argument import cache_argument
-from lst_scale.backbone.families import BlockRef
+from lst_scale.backbone.families import IGNORED, BlockRef
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
 from lst_scale.backbone.taps import FrozenHead
 
@@ -26,7 +26,6 @@ EMBEDDING_NAMES = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.
 # Old T5 checkpoints carry this table; no model has a place for it.
 UNUSED_TABLE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 POSITION_TABLE = "relative_attention_bias"
-IGNORED = -100
 
 
 def with_fused_kernels(config: T5Config, attention: str = "sdpa") -> T5Config:
