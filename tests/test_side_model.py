@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5ForConditionalGeneration
+from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
@@ -49,6 +49,24 @@ def test_gated_and_multilingual_models_are_accepted(kind: str) -> None:
 def test_anything_else_is_refused_by_name() -> None:
     with pytest.raises(LstScaleError, match="Linear can't be a backbone"):
         LadderModel(torch.nn.Linear(2, 2), CONFIG)
+
+
+def test_only_a_whole_model_of_a_known_family_can_be_wrapped() -> None:
+    class Mine(T5ForConditionalGeneration):
+        """Somebody's own, by inheritance."""
+
+    class Around(torch.nn.Module):
+        """As wrappers do that give out the model's attributes, and its weights by other names."""
+
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.config, self.lm_head = inner, inner.config, inner.lm_head
+
+    config = tiny_t5().config
+    assert LocalBackbone.wrap(Mine(config)).spec == LocalBackbone.wrap(tiny_t5()).spec
+    for other in (T5EncoderModel(config), Around(tiny_t5())):
+        with pytest.raises(LstScaleError, match="can't be a backbone: pass a T5ForConditionalGeneration or a MT5ForConditionalGeneration"):
+            LocalBackbone.wrap(other)
 
 
 def test_a_fresh_ladder_is_the_same_every_time() -> None:
