@@ -29,6 +29,7 @@ from lst_scale.members import each_of, refuse_what_can_not_share
 from lst_scale.methods import check_method
 from lst_scale.recipe import Recipe
 from lst_scale.shared import load_shared
+from lst_scale.training.engine import check_ds_config
 from lst_scale.training.member import Member
 from lst_scale.training.sessions import SomeFailed, fit_together
 from lst_scale.warm_start import start_folder
@@ -65,6 +66,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
         if each.logging.tensorboard:
             require("tensorboard", "tensorboard", asked_by="logging.tensorboard")
     world = distributed.connect()
+    check_ds_config(ds_config, recipes[0].training.deepspeed)
     folders = [folder_of(each) for each in recipes]
 
     with contextlib.ExitStack() as stack:

@@ -20,7 +20,7 @@ from helpers.launchers import fresh
 from helpers.paths import ROOT
 from lst_scale import durable, lock
 from lst_scale.durable import append_line, write_directory, write_file
-from lst_scale.errors import ArgumentError, StorageError
+from lst_scale.errors import ArgumentError, RecipeError, StorageError
 from lst_scale.folder import check_folder, prepare_folder
 from lst_scale.lock import locked
 from lst_scale.overwrite import remove_run
@@ -267,6 +267,26 @@ def test_a_second_start_in_a_folder_in_use_is_refused_and_changes_nothing(
     with locked(folder), pytest.raises(ArgumentError, match=rf"{folder} is in use by process {os.getpid()} on "):
         run(load_recipe(str(write_recipe("second"))), resume=flag == "--resume", overwrite=flag == "--overwrite")
     assert files(folder) == before | {".lock"} and (folder / "log.txt").read_text() == "log.txt"
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ('{"stage": 2, "reduce_bucket_size": "banana"}', "reduce_bucket_size is 'banana': Input should be a valid integer"),
+        ('{"stage": 2, "reduce_bucket_size": -1}', "reduce_bucket_size is -1: Input should be greater than 0"),
+        ('{"stage": 3, "offload_optimizer": {"device": "moon"}}', "offload_optimizer.device is 'moon': Input should be"),
+        ('{"stage": 2, "offload_param": 7}', "offload_param is 7: Input should be"),
+        ('{"stage": 2, "no_such_key": 7}', "no_such_key"),
+    ],
+)
+def test_what_deepspeed_says_against_its_file_is_one_line_and_leaves_no_folder(
+    zero: str, message: str, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {zero}}}')
+    with pytest.raises(RecipeError) as caught:
+        run(load_recipe(str(write_recipe("ds", training__deepspeed=str(tmp_path / "ds.json")))))
+    assert str(caught.value).startswith(f"training.deepspeed: {tmp_path / 'ds.json'}: ") and "\n" not in str(caught.value)
+    assert message in str(caught.value) and not (tmp_path / "runs").exists()
 
 
 WRITERS = {

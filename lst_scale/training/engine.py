@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from lst_scale.errors import RecipeError, fence
 from lst_scale.methods.base import trained_parameters
 from lst_scale.recipe import OptimizerRecipe
 
@@ -64,6 +66,23 @@ def build_engine(
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
     return engine
+
+
+def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed look at the values of a file in ds_configs/, before anything is loaded. The process group must be there.
+
+    Raises:
+        RecipeError: what DeepSpeed says against them, in one line.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with fence(RecipeError, f"training.deepspeed: {name}"):
+        try:
+            DeepSpeedConfig(ds_config | {"train_micro_batch_size_per_gpu": 1})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RecipeError(f"training.deepspeed: {name}: {where} is {first['input']!r:.60}: {first['msg']}") from error
 
 
 def let_go(engine: Any) -> None:
