@@ -40,6 +40,8 @@ class World:
 
 def connect() -> World:
     """Join the process group that the launcher describes (gloo on the CPU, nccl on CUDA) and return this process's place in it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at the head of every run that it found nothing else
     import deepspeed
 
     # DeepSpeed calls collectives by names that torch 2.13 renamed; the warning would come at every step.

@@ -33,18 +33,19 @@ NewTokens = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class LstRecipe(Section):
-    name: Literal["lst"]
-    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"
-    reduction_factor: Width = 8
+    name: Literal["lst"]  # ladder side-tuning
+    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
+    reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
+    # backbone blocks, from 0, that have a side block in both stacks
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
     tap_storage: Literal["exact", "bf16", "int8"] = "exact"  # how taps are held until the backward pass
     fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
-    merge_last: bool = False
+    merge_last: bool = False  # mix the backbone's final decoder state into the output
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
     start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
-    gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"
+    gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"  # how side state and tap are mixed
     side_heads: Width | None = None  # None: the backbone's
     downsample_rank: Width | None = None  # two narrower linears for each downsample
     dropout: Share | None = None  # None: the backbone's
@@ -76,16 +77,16 @@ class _InsideRecipe(Section):
 class FullRecipe(_InsideRecipe):
     """Every weight (the paper: learning rate 3e-4)."""
 
-    name: Literal["full"]
+    name: Literal["full"]  # full fine-tuning
 
 
 class LoraRecipe(_InsideRecipe):
     """Low-rank updates by peft (the paper: rank 32, alpha 32, dropout 0.1, q and v of every attention, and BitFit's biases)."""
 
-    name: Literal["lora"]
-    rank: Width = 32
-    alpha: Width = 32
-    dropout: Share = 0.1
+    name: Literal["lora"]  # LoRA
+    rank: Width = 32  # of the updates
+    alpha: Width = 32  # updates weigh alpha / rank
+    dropout: Share = 0.1  # before the updates
     targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
     bitfit: bool = False  # the release trains BitFit's biases too
 
@@ -93,21 +94,21 @@ class LoraRecipe(_InsideRecipe):
 class PromptRecipe(_InsideRecipe):
     """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
 
-    name: Literal["prompt"]
-    num_vectors: Width = 100
+    name: Literal["prompt"]  # prompt tuning
+    num_vectors: Width = 100  # before the encoder's input
 
 
 class AdaptersRecipe(_InsideRecipe):
     """Houlsby adapters after self-attention and feed-forward, and all norms (the paper: bottleneck 48, learning rate 3e-4)."""
 
-    name: Literal["adapters"]
-    bottleneck: Width = 48
+    name: Literal["adapters"]  # adapters
+    bottleneck: Width = 48  # their inner width
 
 
 class BitfitRecipe(_InsideRecipe):
     """Biases, which T5 lacks: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
 
-    name: Literal["bitfit"]
+    name: Literal["bitfit"]  # biases alone
 
 
 _METHODS: dict[str, type[Section]] = {
@@ -127,13 +128,13 @@ else:
 
 
 class OptimizerRecipe(Section):
-    learning_rate: float = Field(default=3e-3, gt=0, le=1000)
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    epsilon: float = Field(default=1e-8, gt=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0, le=1000)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1000)  # at its highest, after the warm-up
+    betas: tuple[Share, Share] = (0.9, 0.999)  # of AdamW's two means
+    epsilon: float = Field(default=1e-8, gt=0, le=1)  # of AdamW
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)  # on matrices; norms, biases and gates have none
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)  # longer gradients are cut to it
     warmup: int | float = 0.06  # an int is steps (the paper: 500), a float below 1 is a share of all steps
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up: falling to 0, or level
 
     @field_validator("warmup", mode="before")
     @classmethod
@@ -145,14 +146,14 @@ class OptimizerRecipe(Section):
 
 class TrainingRecipe(Section):
     epochs: Epochs | None = None  # None: the task's own
-    max_steps: Count | None = None
-    global_batch_size: Rows = 100
+    max_steps: Count | None = None  # ends the run earlier than epochs would
+    global_batch_size: Rows = 100  # rows an optimizer step, over all ranks
     micro_batch_size: Rows | None = None  # rows a forward pass; None: all of a rank's share
     deepspeed: PathText = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
     save_every_steps: Count | None = None  # beside those at every evaluation
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = 2  # the newest, to resume from
     start_from: PathText | None = None  # a finished run, or its side_network/ or trained/: its weights are where this run begins
 
     @model_validator(mode="after")
@@ -165,17 +166,17 @@ class TrainingRecipe(Section):
 
 
 class DataRecipe(Section):
-    max_source_length: Length = 128
+    max_source_length: Length = 128  # tokens; longer sources are cut, and counted in the log
     max_target_length: Length | None = None  # None: the longest target
-    max_train_rows: Count | None = None
-    max_eval_rows: Count | None = None
+    max_train_rows: Count | None = None  # the first of them; None: all
+    max_eval_rows: Count | None = None  # of validation and of test, the first of them; None: all
     shuffle_seed: Seed | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
 
 
 class EvaluationRecipe(Section):
-    method: Literal["generation", "likelihood"] = "generation"
-    batch_size: Rows = 64
-    num_beams: Beams = 1
+    method: Literal["generation", "likelihood"] = "generation"  # write an answer, or choose the likeliest label
+    batch_size: Rows = 64  # rows at once
+    num_beams: Beams = 1  # of generation
     max_new_tokens: NewTokens | None = None  # None: the longest target
 
     @model_validator(mode="after")
@@ -188,31 +189,32 @@ class EvaluationRecipe(Section):
 class CacheRecipe(Section):
     """Taps remembered on disk, so that no row is run through the backbone twice."""
 
-    enabled: bool = False
-    dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    enabled: bool = False  # write taps down in the first epoch and read them later
+    dtype: Literal["bf16", "fp32", "int8"] = "bf16"  # in which they are stored
     folder: PathText | None = None  # None: ~/.cache/lst_scale/taps
 
 
 class LoggingRecipe(Section):
-    tensorboard: bool = False
-    log_every_steps: Count = 10
+    tensorboard: bool = False  # needs pip install 'lst_scale[tensorboard]'
+    log_every_steps: Count = 10  # a line of loss, learning rate and time
 
 
 class Recipe(Section):
     """What `run` carries out. `task` is one of GLUE's names, or a mapping for one's own files."""
 
-    name: Name
+    name: Name  # of the run; its folder is NAME-TASK-seedN
+    # what is learned: a task of GLUE, or one's own files as below
     task: decode.either(word=Literal[GLUE], mapping=FileTask)  # type: ignore[valid-type]
-    seed: Seed = 0
-    output_dir: PathText = "runs"
-    backbone: BackboneRecipe
-    method: Method
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    training: TrainingRecipe = TrainingRecipe()
-    data: DataRecipe = DataRecipe()
-    evaluation: EvaluationRecipe = EvaluationRecipe()
-    cache: CacheRecipe = CacheRecipe()
-    logging: LoggingRecipe = LoggingRecipe()
+    seed: Seed = 0  # of initialization, dropout and, without data.shuffle_seed, of the order of batches
+    output_dir: PathText = "runs"  # where runs' folders are
+    backbone: BackboneRecipe  # the frozen model
+    method: Method  # what trains, and how much
+    optimizer: OptimizerRecipe = OptimizerRecipe()  # AdamW
+    training: TrainingRecipe = TrainingRecipe()  # how long, in what portions
+    data: DataRecipe = DataRecipe()  # lengths and order
+    evaluation: EvaluationRecipe = EvaluationRecipe()  # how answers are made
+    cache: CacheRecipe = CacheRecipe()  # taps on disk
+    logging: LoggingRecipe = LoggingRecipe()  # what is told
     # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
 

@@ -26,13 +26,13 @@ NotFp16 = BeforeValidator(_refuse_fp16)  # of any precision in which T5 computes
 class Replicated(Section):
     """One copy a rank."""
 
-    name: Literal["replicated"]
+    name: Literal["replicated"]  # the whole backbone on every rank
 
 
 class TensorParallel(Section):
     """Every matrix divided over groups of `size` consecutive ranks (DeepSpeed inference, AutoTP)."""
 
-    name: Literal["tensor_parallel"]
+    name: Literal["tensor_parallel"]  # divided within blocks
     size: Count | None = None  # None: all ranks
     across_nodes: bool = False  # whether a group may span machines
     deepspeed: PathText = "inference"  # a file of ds_configs/, or a path
@@ -41,14 +41,14 @@ class TensorParallel(Section):
 class Zero3(Section):
     """Every block divided over all ranks and gathered just before it runs."""
 
-    name: Literal["zero3"]
+    name: Literal["zero3"]  # divided and gathered
 
 
 class Streamed(Section):
     """Blocks in host memory or on disk; two on the device, the next one copied while one runs."""
 
-    name: Literal["streamed"]
-    source: Literal["host", "disk"] = "host"
+    name: Literal["streamed"]  # brought block by block
+    source: Literal["host", "disk"] = "host"  # where the blocks are
     folder: PathText | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
 
     @model_validator(mode="after")
@@ -72,11 +72,11 @@ else:
 
 
 class BackboneRecipe(Section):
-    checkpoint: PathText
-    revision: PathText | None = None
-    precision: Annotated[Literal["fp32", "bf16", "int8", "nf4"], NotFp16] = "bf16"
-    max_quantization_error: float | None = Field(default=None, gt=0)  # None: the precision's own
-    placement: Placement = Replicated(name="replicated")
+    checkpoint: PathText  # a name of the hub, a folder, or embedded:tiny-t5
+    revision: PathText | None = None  # of the hub's
+    precision: Annotated[Literal["fp32", "bf16", "int8", "nf4"], NotFp16] = "bf16"  # in which it is held
+    max_quantization_error: float | None = Field(default=None, gt=0)  # the largest accepted error of taps; None: the precision's own
+    placement: Placement = Replicated(name="replicated")  # how it is held, by name or with its settings
 
     @model_validator(mode="after")
     def _threshold_needs_quantization(self) -> BackboneRecipe:

@@ -38,17 +38,17 @@ Metric = Annotated[str, AfterValidator(_known_metric)]
 class FileTask(Section):
     """One's own data: a local .csv, .jsonl or .parquet file, "embedded:..." or "hub:owner/name[:config][:split]" for each split."""
 
-    name: Name = "custom"
-    kind: Literal["classification", "regression", "text"]
-    train: PathText
-    validation: PathText
-    test: PathText | None = None
-    source: tuple[str, ...] = Field(min_length=1)
-    target: str
-    prefix: str | None = None
+    name: Name = "custom"  # part of the run's folder
+    kind: Literal["classification", "regression", "text"]  # a label, a number, or any text
+    train: PathText  # rows to learn from
+    validation: PathText  # rows that the best step is chosen by
+    test: PathText | None = None  # rows that the result is scored on; None: validation
+    source: tuple[str, ...] = Field(min_length=1)  # columns that the text is made of
+    target: str  # the column of the answer
+    prefix: str | None = None  # the first words of the text
     template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
     target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None  # the classes; None: those of the training rows
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None  # of METRICS, or one's own as module:function
 
     @model_validator(mode="after")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lst_scale
+from helpers.launchers import fresh
+from helpers.paths import ROOT
 from lst_scale import train
 from lst_scale.cli import app
 from lst_scale.errors import ArgumentError, RecipeError
@@ -88,3 +92,10 @@ def test_an_extra_that_is_missing_is_told_before_anything_is_loaded(
     with pytest.raises(ArgumentError, match=r"^logging.tensorboard needs tensorboard: pip install 'lst_scale\[tensorboard\]'$"):
         run(recipe)
     assert not (tmp_path / "runs").exists()
+
+
+def test_deepspeed_has_nothing_to_say_before_a_run_begins() -> None:
+    environment = {name: value for name, value in fresh().items() if name != "DS_ACCELERATOR"}
+    script = "from lst_scale import distributed; distributed.connect(); distributed.disconnect()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
