@@ -105,13 +105,16 @@ def _labels(recipe: Recipe, result: dict[str, Any]) -> tuple[str, ...] | None:
     """Return the labels that the run was trained with, which its recipe may not list."""
     if _kind(recipe) != "classification":
         return None
+    listed = GLUE[recipe.task].labels if isinstance(recipe.task, str) else recipe.task.labels
     if "labels" not in result:  # an earlier version wrote it
-        return GLUE[recipe.task].labels if isinstance(recipe.task, str) else recipe.task.labels
+        return listed
     labels = result["labels"]
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
         raise ValueError("'labels' is no list of labels")
     if len(set(labels)) < len(labels):
         raise ValueError("'labels' names one twice")
+    if listed is not None and tuple(labels) != listed:
+        raise ValueError("'labels' are not those of the run's recipe")
     return tuple(labels)
 
 

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -331,6 +332,15 @@ def test_a_damaged_result_is_one_line(text: str, finished: dict[str, Path], inpu
     with pytest.raises(ArgumentError, match=r"damaged/result\.json is damaged: .") as caught:
         predict_file([run], inputs, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_backbone")
+def test_labels_that_the_recipe_lists_otherwise_are_refused(finished: dict[str, Path], inputs: Path, tmp_path: Path) -> None:
+    run = damaged(finished["class"], tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"task": recipe["task"] | {"labels": ["artifact", "fool"]}}))
+    with pytest.raises(ArgumentError, match=r"result\.json is damaged: 'labels' are not those of the run's recipe"):
+        predict_file([run], inputs, tmp_path / "out")
 
 
 @pytest.mark.usefixtures("no_backbone")
