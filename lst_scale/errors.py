@@ -21,6 +21,7 @@ class LstScaleError(Exception):
     """Base of all errors whose message is meant for the person at the keyboard."""
 
     same_on_all_ranks = False  # then one voice is enough
+    once_a_machine = False  # or one on each machine
 
 
 class RecipeError(LstScaleError):
@@ -55,6 +56,16 @@ class StorageError(LstScaleError):
 
 class TrainingError(LstScaleError):
     """Training had to stop, for instance on a loss that is not finite."""
+
+
+class NotReady(LstScaleError):
+    """A run can't start: what was found before anything heavy was loaded. One line a mistake."""
+
+    same_on_all_ranks = True
+    once_a_machine = True  # a file may be missing on one of them alone
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        super().__init__("\n       ".join(problems))
 
 
 class MembersFailed(LstScaleError):
@@ -115,8 +126,9 @@ def printable(text: str) -> str:
 
 
 def tell(error: LstScaleError) -> None:
-    """Print an error's line on stderr; of one that all ranks raise, rank 0's alone."""
-    if not error.same_on_all_ranks or os.environ.get("RANK", "0") == "0":
+    """Print an error's line on stderr; of one that all ranks raise, rank 0's alone, or the first one's on each machine."""
+    one_voice = os.environ.get("LOCAL_RANK" if error.once_a_machine else "RANK", "0") == "0"
+    if not error.same_on_all_ranks or one_voice:
         with contextlib.suppress(OSError):  # nobody listens any more
             print(f"error: {error}", file=sys.stderr, flush=True)
 

@@ -28,8 +28,20 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ArgumentError("--resume and --overwrite exclude each other: write one of them")
     if overwrite:
         refuse_to_overwrite(folder)
-    elif not resume and (folder / RECIPE).exists():
+    elif not resume and (holds_training(folder) or _waits_for_a_job(folder)):
         raise ArgumentError(f"{folder} already holds a run: add --resume to continue it, --overwrite to start again, or change name=")
+
+
+def holds_training(folder: Path) -> bool:
+    """Return whether a run got so far that starting again would lose something; a start that failed before its first step did not."""
+    saved = ("checkpoints", "best", "side_network", "trained")
+    return (folder / RESULT).exists() or any(any((folder / name).glob("*")) for name in saved)
+
+
+def _waits_for_a_job(folder: Path) -> bool:
+    """Return whether a job was submitted that will, or may, train in this folder: none of it has failed so far."""
+    jobs = folder / "slurm" / "jobs.jsonl"
+    return jobs.exists() and not any(jobs.parent.glob("failure-*.json"))
 
 
 def prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
@@ -54,4 +66,4 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     write_file(folder / RECIPE, to_yaml(recipe))
 
 
-__all__ = ["METRICS", "RECIPE", "RESULT", "check_folder", "folder_of", "prepare_folder", "write_recipe"]
+__all__ = ["METRICS", "RECIPE", "RESULT", "check_folder", "folder_of", "holds_training", "prepare_folder", "write_recipe"]

@@ -28,7 +28,7 @@ from lst_scale.logs import Logger
 from lst_scale.members import each_of, refuse_what_can_not_share
 from lst_scale.methods import check_method
 from lst_scale.recipe import Recipe
-from lst_scale.shared import load_shared
+from lst_scale.shared import load_data, load_shared
 from lst_scale.training.engine import check_ds_config
 from lst_scale.training.member import Member
 from lst_scale.training.sessions import SomeFailed, fit_together
@@ -68,6 +68,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     world = distributed.connect()
     check_ds_config(ds_config, recipes[0].training.deepspeed)
     folders = [folder_of(each) for each in recipes]
+    data = load_data(recipes[0])
 
     with contextlib.ExitStack() as stack:
 
@@ -92,7 +93,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
         for logger, sentence in zip(loggers, said, strict=True):
             if sentence is not None:
                 logger.say(sentence)
-        shared = load_shared(recipes, world, loggers[0])
+        shared = load_shared(recipes, world, loggers[0], data)
         stack.callback(shared.close)
         # Nothing but its session holds a member, so that one that ends is gone.
         sessions = [

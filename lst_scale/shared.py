@@ -1,13 +1,13 @@
 """What the members of a run share: data, and one backbone or its tap cache. Filling that cache ahead of a run is here too.
 
-Data comes first: a wrong file is found before any weight is read.
+Data comes first: a wrong file is found before any weight is read, and before the run's folder is touched.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,41 @@ class Shared:
         self.backbone.close()
 
 
-def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger) -> Shared:
-    """Load the data, then the backbone, for recipes that differ in their side networks alone. All ranks must call it.
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads before any weight: rows, the tokenizer, ids, and what there is to say of them."""
+
+    task: TaskData
+    tokenizer: Any
+    splits: dict[str, EncodedSplit]
+    sentences: tuple[str, ...]
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Read and encode the rows, and refuse what can't be trained on. It changes nothing, so it comes before the run's folder.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    task = load_task(recipe)
+    try_own_metrics(task)
+    tokenizer, unknown = load_fitting_tokenizer(recipe, task)
+    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer))
+    return Data(task=task, tokenizer=tokenizer, splits=splits, sentences=tuple(sentence for sentence in said if sentence is not None))
+
+
+def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: Data | None = None) -> Shared:
+    """Load the data if need be, then the backbone, for recipes that differ in their side networks alone. All ranks must call it.
 
     Raises:
         LstScaleError: anything the user can mend, in one line.
     """
     recipe = recipes[0]
-    task = load_task(recipe)
-    try_own_metrics(task)
-    tokenizer = load_fitting_tokenizer(recipe, task, logger.say)
-    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
-    for sentence in (cuts(splits, recipe.data), unmatchable_share(task, tokenizer)):
-        if sentence is not None:
-            logger.say(sentence)
+    data = data or load_data(recipe)
+    task, tokenizer, splits = data.task, data.tokenizer, data.splits
+    for sentence in data.sentences:
+        logger.say(sentence)
     distributed.poll_interruption(world)
     start = time.perf_counter()
     live = None if recipe.cache.enabled else load_placed(recipe.backbone, world)
@@ -107,7 +128,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     world = distributed.connect()
     with Logger(None) as logger:
         task = load_task(recipe)
-        tokenizer = load_fitting_tokenizer(recipe, task, logger.say)
+        tokenizer, _ = load_fitting_tokenizer(recipe, task)
         split = _encode(task.train, tokenizer, recipe, task.target_prefix)
         backbone = _remembering([recipe], {"train": split}, world, logger)
         request = _taps_of([recipe], backbone.spec)
@@ -134,8 +155,8 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     return len(split.rows), backbone.cache.folder
 
 
-def load_fitting_tokenizer(recipe: Recipe, task: TaskData, say: Callable[[str], None]) -> Any:
-    """Return the backbone's tokenizer, which fits the backbone's vocabulary, the training texts and the labels.
+def load_fitting_tokenizer(recipe: Recipe, task: TaskData) -> tuple[Any, str | None]:
+    """Return the backbone's tokenizer, which fits its vocabulary, the training texts and the labels; and what it does not know of them.
 
     Raises:
         DataError: it does not fit.
@@ -144,10 +165,8 @@ def load_fitting_tokenizer(recipe: Recipe, task: TaskData, say: Callable[[str], 
     checkpoint = recipe.backbone.checkpoint
     tokenizer = load_tokenizer_of(checkpoint, recipe.backbone.revision)
     unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
-    if unknown is not None:
-        say(unknown)
     refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
-    return tokenizer
+    return tokenizer, unknown
 
 
 def load_tokenizer_of(checkpoint: str, revision: str | None) -> Any:

@@ -25,6 +25,7 @@ from lst_scale import __version__
 from lst_scale.assets import available_recipes
 from lst_scale.errors import ArgumentError, LstScaleError, tell
 from lst_scale.members import each_of
+from lst_scale.preflight import check_before_start
 from lst_scale.recipe import Recipe, load_recipe
 
 
@@ -82,6 +83,7 @@ def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = Fals
     Raises:
         LstScaleError: anything the user can mend, in one line.
     """
+    check_before_start(recipes, resume=resume, overwrite=overwrite)
     preemption.listen()
     from lst_scale import distributed
     from lst_scale.run import run_together

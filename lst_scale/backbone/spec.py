@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
+
+from lst_scale.errors import LadderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +43,20 @@ class BackboneSpec:
     def architecture(self) -> Mapping[str, Any]:
         """What a side network can't do without: it fits a backbone whose values are the same."""
         raise NotImplementedError
+
+
+def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequence[int]) -> None:
+    """Refuse a side network that does not fit a backbone, naming what would: a factor that divides its widths, blocks that it has.
+
+    Raises:
+        LadderError: it does not fit.
+    """
+    common = gcd(*spec.widths.values())
+    if reduction_factor < 1 or common % reduction_factor:
+        valid = [str(n) for n in range(1, common + 1) if common % n == 0]
+        *others, last = (f"{name} {value}" for name, value in spec.widths.items())
+        raise LadderError(
+            f"reduction_factor {reduction_factor} must divide {', '.join(others)} and {last}: write one of {', '.join(valid)}"
+        )
+    if side_layers and side_layers[-1] >= spec.depth:
+        raise LadderError(f"side_layers names block {side_layers[-1]}, but this backbone has blocks 0 to {spec.depth - 1}")

@@ -23,6 +23,8 @@ def refuse_unanswerable(task: TaskData, tokenizer: Any, data: DataRecipe, evalua
     Raises:
         DataError: names the labels and what to write instead.
     """
+    if evaluation.method == "likelihood" and not task.labels:
+        raise DataError(f"evaluation.method=likelihood needs labels, which kind {task.kind} lacks: write evaluation.method=generation")
     labels = task.labels or ()
     if not labels:
         return

@@ -184,25 +184,33 @@ def _load_glue(name: str) -> TaskData:
 
 def _load_files(task: FileTask) -> TaskData:
     splits = {name: file_rows(task, name) for name in FILE_SPLITS if getattr(task, name) is not None}
-    labels = None
-    if task.kind == "classification":
-        labels = task.labels or tuple(sorted({row.target for row in splits["train"]}))
+    labels = labels_of(task, splits["train"])
+    if labels is not None:
         for name, rows in splits.items():
             refuse_unknown_labels(name, rows, labels)
-    metrics = tuple(task.metrics or DEFAULT_METRICS[task.kind])
-    if misfit := metrics_misfit(task.kind, metrics, labels):
-        raise DataError(f"task.{misfit}")
     return TaskData(
         name=task.name,
         kind=task.kind,
         labels=labels,
         target_prefix=task.target_prefix or "",
-        metrics=metrics,
+        metrics=tuple(task.metrics or DEFAULT_METRICS[task.kind]),
         epochs=FILE_TASK_EPOCHS,
         train=splits["train"],
         validation=splits["validation"],
         test=splits.get("test"),
     )
+
+
+def labels_of(task: FileTask, train: Sequence[Row]) -> tuple[str, ...] | None:
+    """Return the labels of a classification, those of its training rows where the recipe names none; None: it is none.
+
+    Raises:
+        DataError: a metric can't measure them.
+    """
+    labels = (task.labels or tuple(sorted({row.target for row in train}))) if task.kind == "classification" else None
+    if misfit := metrics_misfit(task.kind, task.metrics or DEFAULT_METRICS[task.kind], labels):
+        raise DataError(f"task.{misfit}")
+    return labels
 
 
 def file_rows(task: FileTask, split: str, at_most: int | None = None) -> list[Row]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 from operator import index
 
-from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.backbone.spec import BackboneSpec, refuse_misfit
 from lst_scale.errors import LadderError, did_you_mean
 
 DESIGNS = ("transformer", "cross_attention", "adapter")
@@ -100,12 +99,4 @@ class LadderConfig:
 
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""
-        r = self.reduction_factor
-        common = gcd(*spec.widths.values())
-        if r < 1 or common % r:
-            valid = [str(n) for n in range(1, common + 1) if common % n == 0]
-            *others, last = (f"{name} {value}" for name, value in spec.widths.items())
-            raise LadderError(f"reduction_factor {r} must divide {', '.join(others)} and {last}: write one of {', '.join(valid)}")
-        depth = spec.depth
-        if self.side_layers[-1] >= depth:
-            raise LadderError(f"side_layers names block {self.side_layers[-1]}, but this backbone has blocks 0 to {depth - 1}")
+        refuse_misfit(spec, self.reduction_factor, self.side_layers)

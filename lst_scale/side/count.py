@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lst_scale.assets import resolve
 from lst_scale.backbone.families import Numbers, numbers_of
 from lst_scale.backbone.spec import BackboneSpec
-from lst_scale.errors import BackboneError, did_you_mean
+from lst_scale.errors import BackboneError, did_you_mean, fence
+from lst_scale.model_config import find_config, read_config
 from lst_scale.recipe import LoraRecipe, Method, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
@@ -65,15 +65,12 @@ def shape_of(checkpoint: str) -> Shape | None:
     if checkpoint in table:
         entry = table[checkpoint]
         return Shape(spec=numbers_of(entry["model_type"], checkpoint).spec_from(entry), own_head=entry["own_head"])
-    folder = Path(resolve(checkpoint))
-    if not (folder / "config.json").is_file():
+    path = find_config(checkpoint)
+    if path is None:
         return None
-    try:
-        return _shape_in(folder, json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(
-            f"{folder / 'config.json'} can't be read as a model configuration ({error}): copy the checkpoint again"
-        ) from error
+    config = read_config(path)
+    with fence(BackboneError, f"{path} can't be read as a model configuration"):
+        return _shape_in(path.parent, config)
 
 
 def _shape_in(folder: Path, config: dict[str, Any]) -> Shape:

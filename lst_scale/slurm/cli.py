@@ -17,6 +17,7 @@ from lst_scale.folder import RECIPE, RESULT
 from lst_scale.grid import expand
 from lst_scale.members import each_of, load_members, read_list, share_passes
 from lst_scale.names import shown
+from lst_scale.preflight import check_before_start
 from lst_scale.recipe import Recipe, load_recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import CODE, ClusterOptions, load_options
@@ -293,6 +294,7 @@ def _carry_out(
     plan = submission.plan(groups)
     for recipe, why in plan.skipped:
         typer.echo(f"{recipe.run_name}: {why}")
+    check_before_start([recipe for group in plan.new for recipe in group], resume=True, together=False)
     if not plan.new:
         typer.echo("nothing to submit")
     elif dry_run:

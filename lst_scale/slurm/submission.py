@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE, RESULT, write_recipe
+from lst_scale.folder import RECIPE, RESULT, holds_training, write_recipe
 from lst_scale.names import has_control_character, shown
 from lst_scale.recipe import Recipe, to_yaml
 from lst_scale.slurm import runs, snapshot
@@ -59,11 +59,12 @@ def plan(groups: Sequence[Sequence[Recipe]]) -> Plan:
 def _reason_to_skip(recipe: Recipe, queue: Mapping[str, Any]) -> str | None:
     folder = runs.folder_of(recipe)
     job, stored = runs.last_job(folder), folder / RECIPE
-    if stored.exists() and stored.read_text() != to_yaml(recipe):
+    waiting = job is not None and job["job"] in queue
+    if stored.exists() and (waiting or holds_training(folder)) and stored.read_text() != to_yaml(recipe):
         raise ArgumentError(f"{folder} holds a run of another recipe: change name= or output_dir=, or remove the folder")
     if (folder / RESULT).exists():
         return "finished"
-    return f"in the queue as {job['job']}" if job is not None and job["job"] in queue else None
+    return f"in the queue as {job['job']}" if job is not None and waiting else None
 
 
 def submit(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, use_snapshot: bool = True) -> list[str]:

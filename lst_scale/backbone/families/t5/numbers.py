@@ -5,7 +5,7 @@ from __future__ import annotations
 from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.t5.config import problem_of
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
-from lst_scale.errors import LadderError
+from lst_scale.backbone.spec import refuse_misfit
 from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
 
 
@@ -55,13 +55,8 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
 def _ladder(spec: T5Spec, method: LstRecipe) -> int:
     """Return the weights of a side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
     r = method.reduction_factor
-    bad = [f"{name} {value}" for name, value in spec.widths.items() if value % r]
-    if bad:
-        raise LadderError(f"reduction_factor {r} does not divide {', '.join(bad)}")
-    depth = spec.depth
-    kept = depth if method.side_layers == "all" else len(method.side_layers)
-    if method.side_layers != "all" and method.side_layers[-1] >= depth:
-        raise LadderError(f"side_layers names block {method.side_layers[-1]}, but this backbone has blocks 0 to {depth - 1}")
+    refuse_misfit(spec, r, () if method.side_layers == "all" else method.side_layers)
+    kept = spec.depth if method.side_layers == "all" else len(method.side_layers)
     if method.design == "adapter":
         return _adapter_design(spec, method, kept)
     heads = method.side_heads or spec.num_heads
