@@ -114,4 +114,6 @@ def _find(name: str, folder: Path, suffix: str, available: list[str], where: str
     with fence(RecipeError, f"{where}: {shown(name)}"):
         if Path(name).is_file():
             return Path(name)
-    raise RecipeError(f"{where}: {shown(name)} is neither a file nor one of those that ship.{did_you_mean(name[:60], available)}")
+    raise RecipeError(
+        f"{where}: {shown(name)} is neither a file nor one of those that ship.{did_you_mean(name[:60], available, nearness=0.75)}"
+    )

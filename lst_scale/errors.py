@@ -133,10 +133,10 @@ def tell(error: LstScaleError) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str], nearness: float = 0.6) -> str:
     """Return " Did you mean 'x'?" for the nearest valid name, or a list of the valid names when none is near."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=nearness)
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Valid: {printable(', '.join(names))}." if names else ""
