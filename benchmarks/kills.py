@@ -128,8 +128,11 @@ def main() -> None:
             again = lambda path=victim: train.main(["--recipe", str(path), "--resume"])  # noqa: E731
             for _ in range(min(options.each, len(signals))):
                 number = signals.pop()
-                alive = strike(start(again, log), number, draw.uniform(0.05, 0.9) * seconds[kind])
+                alive = strike(start(again, log), number, draw.uniform(0.05, 0.5) * seconds[kind])
                 told[signal.Signals(number).name if alive else "too late"] += 1
+                if not alive:  # the run is at its end: the signal is for the next one
+                    signals.append(number)
+                    break
             process = start(again, log)
             process.join()
             told["runs"] += 1
