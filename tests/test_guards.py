@@ -115,3 +115,11 @@ def test_a_wheel_installed_elsewhere_finds_recipes_deepspeed_files_and_the_embed
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_promise_of_what_happens_when_names_a_test_that_exists() -> None:
+    _, _, section = (ROOT / "README.md").read_text().partition("## What happens when\n")
+    named = re.findall(r"`(test_\w+)`", section.partition("\n## ")[0])
+    there = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) >= 8
+    assert [name for name in named if f"def {name}(" not in there] == []
