@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from lst_scale.recipe import parse_recipe
 
 
 def test_imports_go_one_way() -> None:
@@ -123,3 +124,9 @@ def test_every_promise_of_what_happens_when_names_a_test_that_exists() -> None:
     there = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) >= 8
     assert [name for name in named if f"def {name}(" not in there] == []
+
+
+def test_the_recipe_at_the_head_of_the_readme_is_whole() -> None:
+    first = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert first is not None
+    assert parse_recipe(first[1], "README.md").run_name == "kinds-person-or-food-seed0"
