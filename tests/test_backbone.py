@@ -18,6 +18,7 @@ from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.precision import QuantizedLinear
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.errors import BackboneError
+from lst_scale.side.count import shape_of
 
 REQUEST = TapRequest(layers=(0, 1, 2), decoder_final=True)
 
@@ -110,6 +111,18 @@ def test_the_fingerprint_changes_with_any_weight(tiny_t5_dir: Path, tmp_path: Pa
     weights["decoder.block.2.layer.2.DenseReluDense.wo.weight"][3, 3] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert open_checkpoint(str(copy)).fingerprint() != open_checkpoint(str(tiny_t5_dir)).fingerprint()
+
+
+def test_a_fingerprint_stays_what_saved_side_networks_have_on_record() -> None:
+    recorded = "7871d70150dbcff9987c92e358ae7a267e480f99f122d7377e1a817fbc0f7a17"
+    assert open_checkpoint("embedded:tiny-t5").fingerprint() == recorded
+
+
+@pytest.mark.parametrize("fixture", ["tiny_t5_dir", "tiny_gated_t5_dir", "tiny_mt5_dir"])
+def test_config_json_and_transformers_give_the_same_numbers(fixture: str, request: pytest.FixtureRequest) -> None:
+    folder = str(request.getfixturevalue(fixture))
+    shape = shape_of(folder)
+    assert shape is not None and shape.spec == open_checkpoint(folder).spec
 
 
 def _drop(name: str) -> Any:
