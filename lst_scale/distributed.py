@@ -90,12 +90,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Return the element-wise sum of `values` over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+def sum_over_ranks(values: Tensor) -> list[float]:
+    """Return the element-wise sum of `values` (float64, on this rank's device) over all ranks. The device is waited for once."""
     if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return [float(value) for value in tensor]
+        dist.all_reduce(values)
+    result: list[float] = values.tolist()
+    return result
 
 
 def poll_interruption(world: World) -> None:

@@ -197,6 +197,14 @@ class CacheRecipe(Section):
 class LoggingRecipe(Section):
     tensorboard: bool = False  # needs pip install 'lst_scale[tensorboard]'
     log_every_steps: Count = 10  # a line of loss, learning rate and time
+    profile_steps: tuple[Count, Count] | None = None  # first and last step, counted from 1, that are traced into the run's folder
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> LoggingRecipe:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps [{first}, {last}] ends before it begins: write [{last}, {first}]")
+        return self
 
 
 class Recipe(Section):

@@ -59,5 +59,7 @@ def test_a_backbone_that_is_not_finite_is_named(
 
 
 def test_a_learning_rate_is_blamed_where_the_backbone_is_finite(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(str(write_recipe("wild")))
+    wild = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"learning_rate": 3e37})})  # past what a recipe takes
     with pytest.raises(TrainingError, match=r"optimizer\.learning_rate below"):
-        run(load_recipe(str(write_recipe("wild", optimizer__learning_rate=3e37))))
+        run(wild)

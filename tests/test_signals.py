@@ -122,9 +122,9 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "loading": (shared, "load_tokenizer", 1),
     "training": (loop, "learning_rate", 3),
     "saving": (checkpoint, "save_file", 2),
-    "evaluation": (evaluation, "answer", 2),
+    "evaluation": (evaluation, "generated", 2),
     "saving the best": (member, "save_file", 1),
-    "the last evaluation": (evaluation, "answer", 8),
+    "the last evaluation": (evaluation, "generated", 8),
 }
 
 

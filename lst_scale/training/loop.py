@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale import distributed
+from lst_scale import distributed, preemption
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.distributed import World
@@ -29,6 +29,7 @@ from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
 from lst_scale.training.sessions import TRAINING, Ask, Moment, Session, timed
+from lst_scale.training.trace import Trace
 
 Scores = dict[str, float]
 
@@ -87,6 +88,8 @@ class Trainer:
         self.trainee, self.engine, self.train_split = trainee, engine, train_split
         self.evaluate, self.save_best = evaluate, save_best
         self.folder, self.identity = folder, identity
+        self._trace = Trace(recipe.logging.profile_steps, folder, world, logger.say if logger is not None else print)
+        self._request: int | None = None  # to leave, of any rank, as the last step's sums told
         self._epochs: dict[int, list[Step]] = {}  # this one and, once its end is near, the next
 
     def session(self, progress: Progress) -> Session[Progress]:
@@ -97,7 +100,7 @@ class Trainer:
         self._saved = progress
         while True:
             try:
-                distributed.poll_interruption(self.world)
+                self._leave_if_asked()
                 if self._evaluation_is_due(progress):
                     self._keep(progress)  # an evaluation that fails, or is killed, loses no step
                     progress = yield from self._evaluate(progress)
@@ -112,11 +115,21 @@ class Trainer:
             if last:
                 return replace(progress, finished=True)
             try:
+                self._trace.before(progress.step + 1)
                 progress = yield from self._train_step(self._step(progress.step), progress)
+                self._trace.after(progress.step)
             except Interrupted:  # thrown in while others left: this step was not taken
                 self._keep(progress)
                 self.logger.say(f"step {progress.step}: saved on a signal; --resume goes on from here")
                 raise
+
+    def _leave_if_asked(self) -> None:
+        """Leave together when any rank was asked to: the step before has asked all ranks with its own sums."""
+        if self._request is None:
+            distributed.poll_interruption(self.world)
+            return
+        request, self._request = self._request, None
+        preemption.leave_if(request)
 
     def _evaluation_is_due(self, progress: Progress) -> bool:
         last = progress.step == self.plan.total_steps
@@ -150,21 +163,19 @@ class Trainer:
     def _train_step(self, step: Step, progress: Progress) -> Session[Progress]:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
-        nll, source_tokens, seconds, fault = 0.0, 0, 0.0, None
+        losses: list[Tensor] = []
+        source_tokens, seconds = 0, 0.0
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             following = functools.partial(self._after, progress.step, index)
             answer = yield Ask(at=Moment(progress.step, TRAINING, index), batch=batch, following=following)
             start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
-            own = self._forward_backward(batch, answer.prepared, step.num_target_tokens)
-            if not _is_finite(own):
-                fault = fault or self.trainee.fault(answer.prepared, fresh=progress.step == 0)
-            nll += own
+            losses.append(self._forward_backward(batch, answer.prepared, step.num_target_tokens))
             del answer  # or the next micro-batch's taps would be made beside these
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
-                loss, all_source_tokens = self._agree_on_loss(nll, source_tokens, step.num_target_tokens, progress.step, fault)
+                loss, all_source_tokens = self._agree_on_loss(losses, source_tokens, step, progress.step)
                 set_learning_rate(self.engine, rate)
             self.engine.step()
             if index == last:
@@ -180,31 +191,42 @@ class Trainer:
         self._log_step(progress, loss, rate, seconds)
         return progress
 
-    def _forward_backward(self, batch: Batch, prepared: Any, num_target_tokens: int) -> float:
-        """Return this micro-batch's summed negative log-likelihood, in nats."""
+    def _forward_backward(self, batch: Batch, prepared: Any, num_target_tokens: int) -> Tensor:
+        """Return this micro-batch's summed negative log-likelihood, in nats, where it was made: nobody waits for a GPU here."""
         nll = self.trainee.nll(self.engine, batch, prepared)
         # DeepSpeed averages over ranks and micro-batches; undo both, so that every token of the global batch weighs the same.
         scale = self.world.size * self.plan.accumulation / num_target_tokens
         self.engine.backward(nll * scale)
-        return float(nll.detach())
+        return nll.detach()
 
-    def _agree_on_loss(self, nll: float, source_tokens: int, num_target_tokens: int, step: int, fault: str | None) -> tuple[float, int]:
+    def _agree_on_loss(self, losses: list[Tensor], source_tokens: int, taken: Step, step: int) -> tuple[float, int]:
         """Return the global batch's mean loss and source tokens; raise on every rank when any rank's loss is not finite.
 
-        Args:
-            fault: what this rank found not finite that no step can have made so.
+        One sum over all ranks, and one wait for the device: who was asked to leave is told with it.
         """
-        finite = _is_finite(nll)
-        bad = [0.0] * self.world.size
-        bad[self.world.rank] = 0.0 if finite else 1.0
-        total_nll, total_source, *bad = distributed.sum_over_ranks([nll if finite else 0.0, float(source_tokens), *bad], self.world.device)
-        ranks = [str(rank) for rank, flag in enumerate(bad) if flag]
+        size, rank = self.world.size, self.world.rank
+        nll = functools.reduce(torch.add, [loss.double() for loss in losses])  # in order, as one float after another
+        finite = nll.isfinite()
+        told = torch.zeros(2 + 2 * size, dtype=torch.float64)
+        told[1], told[2 + size + rank] = source_tokens, int(preemption.requested())
+        told = told.to(nll.device)
+        told[0], told[2 + rank] = torch.where(finite, nll, 0.0), ~finite
+        total_nll, total_source, *flags = distributed.sum_over_ranks(told)
+        self._request = int(max(flags[size:]))
+        ranks = [str(rank) for rank, flag in enumerate(flags[:size]) if flag]
         if ranks:
-            faults = [found for found in distributed.gather(fault) if found is not None]
-            if faults:
-                raise self._broken_backbone(faults[0], step)
-            raise self._diverged(f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken")
-        return total_nll / num_target_tokens, int(total_source)
+            self._refuse_loss(losses, taken, step, ranks)
+        return total_nll / taken.num_target_tokens, int(total_source)
+
+    def _refuse_loss(self, losses: list[Tensor], taken: Step, step: int, ranks: list[str]) -> None:
+        """Say what made a loss that is not finite. All ranks look at one micro-batch again, since some backbones run on all at once."""
+        wrong = [index for index, loss in enumerate(losses) if not loss.isfinite()]
+        prepared = self.trainee.prepare(taken.micro_batches[wrong[0] if wrong else 0])
+        fault = self.trainee.fault(prepared, fresh=step == 0) if wrong else None
+        faults = [found for found in distributed.gather(fault) if found is not None]
+        if faults:
+            raise self._broken_backbone(faults[0], step)
+        raise self._diverged(f"the loss of step {step} is not finite on rank {', '.join(ranks)}; the step was not taken")
 
     def _refuse_gradient(self, step: int) -> None:
         """Stop after a step whose gradient had no finite norm: clipping made nothing of it, or NaN, and no checkpoint may hold that."""
