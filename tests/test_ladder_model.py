@@ -133,6 +133,7 @@ def test_release_weights_that_do_not_fit_are_refused(change: Any, message: str, 
     [
         ({"reduction_factor": 3, "side_layers": [0]}, "write one of 1, 2, 4, 8"),
         ({"side_layers": [3]}, "this backbone has blocks 0 to 2"),
+        ({"side_layers": [0], "side_heads": 7}, "side_heads 7 is more than the 4 heads of this backbone: write 4 or fewer"),
         ({"side_layers": [2, 0]}, "ascending"),
         ({"side_layers": []}, "at least one"),
         ({"side_layers": [0], "design": "transfromer"}, "Did you mean 'transformer'?"),
@@ -202,7 +203,7 @@ def test_pruning_reads_each_weight_of_a_gated_backbone_once_and_never_two_blocks
 def test_the_formula_refuses_what_the_module_would(tiny_t5_dir: Path) -> None:
     shape = shape_of("google-t5/t5-base")
     assert shape is not None
-    with pytest.raises(LadderError, match="reduction_factor 5 does not divide"):
+    with pytest.raises(LadderError, match="reduction_factor 5 must divide"):
         trainable_parameters(shape, LstRecipe(name="lst", reduction_factor=5))
 
 

@@ -45,8 +45,8 @@ class BackboneSpec:
         raise NotImplementedError
 
 
-def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequence[int]) -> None:
-    """Refuse a side network that does not fit a backbone, naming what would: a factor that divides its widths, blocks that it has.
+def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequence[int], side_heads: int | None = None) -> None:
+    """Refuse a side network that does not fit a backbone, naming what would: a factor that divides its widths, blocks and heads it has.
 
     Raises:
         LadderError: it does not fit.
@@ -60,3 +60,7 @@ def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequen
         )
     if side_layers and side_layers[-1] >= spec.depth:
         raise LadderError(f"side_layers names block {side_layers[-1]}, but this backbone has blocks 0 to {spec.depth - 1}")
+    if side_heads is not None and side_heads > spec.num_heads:
+        raise LadderError(
+            f"side_heads {side_heads} is more than the {spec.num_heads} heads of this backbone: write {spec.num_heads} or fewer"
+        )

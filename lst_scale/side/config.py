@@ -99,4 +99,4 @@ class LadderConfig:
 
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""
-        refuse_misfit(spec, self.reduction_factor, self.side_layers)
+        refuse_misfit(spec, self.reduction_factor, self.side_layers, self.side_heads)

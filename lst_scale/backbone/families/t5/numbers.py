@@ -55,7 +55,7 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
 def _ladder(spec: T5Spec, method: LstRecipe) -> int:
     """Return the weights of a side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
     r = method.reduction_factor
-    refuse_misfit(spec, r, () if method.side_layers == "all" else method.side_layers)
+    refuse_misfit(spec, r, () if method.side_layers == "all" else method.side_layers, method.side_heads)
     kept = spec.depth if method.side_layers == "all" else len(method.side_layers)
     if method.design == "adapter":
         return _adapter_design(spec, method, kept)
