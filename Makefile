@@ -8,7 +8,7 @@ CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_N
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: setup debian quickstart test test-fast test-newest lint clean
+.PHONY: setup debian quickstart test test-fast test-newest fuzz lint clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ test-newest:
 	DS_BUILD_OPS=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation $(TORCH) .[dev]
 	$(CPU) PORT=$(PORT) FIRST_STEPS_LAUNCH="$(LAUNCH)" PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" bash tests/first_steps.sh
 	$(OFFLINE) $(CPU) $(NEWEST)/bin/python -m pytest -m "not slow"
+
+# Random damage to files for MINUTES, from case SEED on (the time of day when not given).
+MINUTES ?= 10
+fuzz: setup
+	$(OFFLINE) $(CPU) $(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
