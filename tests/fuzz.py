@@ -231,7 +231,7 @@ DEVICE_FREE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DS_ACCELERATO
 
 def make_world(folder: Path) -> None:
     """Write a checkpoint, data and a recipe, and carry out two small runs that fill a tap cache."""
-    from conftest import make_t5
+    from helpers.models import make_t5
 
     make_t5(folder / "model", dropout_rate=0.0)
     source = Path(__file__).parent.parent / "lst_scale/embedded/wordnet/train.jsonl"
