@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lst_scale.backbone import precision as precisions
 from lst_scale.backbone.checkpoint import Checkpoint, read_to
 from lst_scale.backbone.families import BlockRef
-from lst_scale.errors import BackboneError
+from lst_scale.errors import BackboneError, fence
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
     """Return the model on the meta device."""
-    return checkpoint.family.skeleton(checkpoint.config)
+    with fence(BackboneError, f"{checkpoint.folder}/config.json describes no model that can be built"):
+        return checkpoint.family.skeleton(checkpoint.config)
 
 
 def block_refs(checkpoint: Checkpoint) -> tuple[BlockRef, ...]:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lst_scale.assets import resolve
 from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.taps import BackboneSpec
-from lst_scale.errors import BackboneError
+from lst_scale.errors import BackboneError, fence
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -42,10 +42,10 @@ class Checkpoint:
     def files(self) -> dict[str, str]:
         """Map each tensor's name to the file that holds it."""
         if (self.folder / INDEX).exists():
-            try:
-                files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise BackboneError(f"{self.folder / INDEX} is damaged ({error}): copy the checkpoint again") from error
+            with fence(BackboneError, f"{self.folder / INDEX} is damaged: copy the checkpoint again"):
+                files: dict[str, str] = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+                if not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+                    raise ValueError("its weight_map names no files of this folder")
             missing = sorted({file for file in files.values() if not (self.folder / file).exists()})
             if missing:
                 raise BackboneError(f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names: copy the checkpoint again")
@@ -101,14 +101,12 @@ class Checkpoint:
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
         if file not in self._headers:
             path = self.folder / file
-            try:
+            with fence(BackboneError, f"{path} is not a whole safetensors file: copy the checkpoint again"):
                 with safe_open(path, framework="pt"):  # checks the header against the file's length
                     pass
                 with path.open("rb") as stream:
                     length = int.from_bytes(stream.read(8), "little")
                     header = json.loads(stream.read(length))
-            except (SafetensorError, OSError) as error:
-                raise BackboneError(f"{path} is not a whole safetensors file ({error}): copy the checkpoint again") from error
             header.pop("__metadata__", None)
             self._headers[file] = header, 8 + length
         return self._headers[file]
@@ -122,10 +120,8 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """
     path = resolve(name)
     folder = Path(path) if Path(path).exists() else _download(path, revision)
-    try:
+    with fence(BackboneError, f"{folder}/config.json can't be read as a model configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{folder}/config.json can't be read as a model configuration: {_first_line(error)}") from error
     family_of(config.model_type, name)
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         found = sorted(file.name for file in folder.glob("pytorch_model*"))
