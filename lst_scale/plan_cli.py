@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -26,15 +30,17 @@ def plan_command(
     from rich.console import Console
     from rich.table import Table
 
-    from lst_scale.methods import check_method
-    from lst_scale.plan import report
+    from lst_scale.pictures import check_picture
     from lst_scale.recipe import LstRecipe, load_recipe
     from lst_scale.side.count import shape_of
 
     loaded = load_recipe(recipe, overrides or ())
-    memory = None if gpu_memory is None else report.parse_memory(gpu_memory)
     if plot is not None:
-        report.check_picture(plot)
+        check_picture(plot)
+    with _quiet():
+        from lst_scale.methods import check_method
+        from lst_scale.plan import report
+    memory = None if gpu_memory is None else report.parse_memory(gpu_memory)
     if loaded.members is None:
         check_method(loaded)
     shape = shape_of(loaded.backbone.checkpoint)
@@ -44,7 +50,8 @@ def plan_command(
         )
     gpu = None if cpu else report.Gpu()
     setting = report.setting_of(loaded, world_size=gpus, on_gpu=not cpu, target=target)
-    found = list(report.lines(loaded, shape, setting, memory=memory, gpu=gpu))
+    with _quiet(), _progress() as begin:
+        found = list(report.lines(loaded, shape, setting, memory=memory, gpu=gpu, begin=begin))
     typer.echo(
         f"{loaded.name} on {loaded.backbone.checkpoint}: one step of {setting.rows} rows, {setting.source} source and {setting.target} "
         f"target tokens each, on each of {gpus} rank{'s' if gpus > 1 else ''}; GB of tensors at the peak "
@@ -66,4 +73,33 @@ def plan_command(
             f"tap cache: at most {size / 1e9:.2f} GB on disk for {rows:,} {'training' if known else ''} rows in {loaded.cache.dtype}"
         )
     if plot is not None:
-        report.draw(found, plot, memory)
+        from lst_scale.plan.picture import draw
+
+        title = f"{loaded.name} on {loaded.backbone.checkpoint}, {setting.rows} rows of {setting.source} and {setting.target} tokens"
+        draw(found, plot, title=title, memory=memory, option=gpu_memory)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let no library warn: what they warn of is of no concern where nothing is computed."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Say on stderr what is being planned: on a terminal in one line that goes away, else a line each."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: typer.echo(f"planning {name}", err=True)
+        return
+    with console.status("planning") as status:
+        yield lambda name: status.update(f"planning {name}")

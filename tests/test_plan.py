@@ -20,7 +20,7 @@ from lst_scale import distributed
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import quantized_linear, sized_quantized_linear
 from lst_scale.errors import ArgumentError
-from lst_scale.plan import report
+from lst_scale.plan import depth, picture, report
 from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint
 from lst_scale.plan.live import LiveBytes
 from lst_scale.recipe import Recipe, load_recipe
@@ -148,7 +148,7 @@ def test_planning_leaves_torch_as_it_was() -> None:
 def test_the_command_answers_with_a_table_a_picture_and_the_cache(tmp_path: Path) -> None:
     done = plan("--recipe", "quickstart", "--gpu-memory", "16GB", "--plot", str(tmp_path / "plan.png"))
     assert done.returncode == 0, done.stderr
-    for name in ("lst", "LoRA, fp32", "LoRA, fp32, checkpointed", "full"):
+    for name in ("lst", "LoRA, fp32", "LoRA, fp32, checkpointed", "LoRA, int8", "QLoRA, nf4, checkpointed", "full"):
         assert re.search(rf"│ {name} +│ [\d,]+ .*│ yes +│ \d+ +│", done.stdout), (name, done.stdout)
     assert "4,800 training rows" in done.stdout and (tmp_path / "plan.png").read_bytes()[1:4] == b"PNG"
 
@@ -158,7 +158,7 @@ def test_the_command_answers_with_a_table_a_picture_and_the_cache(tmp_path: Path
     ("arguments", "message"),
     [
         (["--recipe", "quickstart", "--gpu-memory", "much"], "error: 'much' is no size of memory: write for example 16GB or 80GiB"),
-        (["--recipe", "quickstart", "--plot", "plan.doc"], "error: plan.doc: write a file that ends in .png or .svg"),
+        (["--recipe", "quickstart", "--plot", "plan.doc"], "error: --plot plan.doc: write a file that ends in .png or .svg"),
         (["--recipe", "t5-base", "backbone.checkpoint=owner/unknown"], "error: the shape of owner/unknown is unknown here"),
         (["--recipe", "t5-base", "method.reduction_factor=5"], "error: reduction_factor 5 must divide d_model 768"),
     ],
@@ -169,8 +169,63 @@ def test_mistakes_are_told_in_one_line(arguments: list[str], message: str) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("overrides", "packed"),
+    [
+        (["method={name: lst, reduction_factor: 8, side_layers: [4]}"], None),
+        (["method={name: lora, gradient_checkpointing: true}"], "nf4"),
+        (["method={name: full}"], None),
+    ],
+    ids=str,
+)
+def test_shallow_steps_give_a_deep_one_exactly(overrides: list[str], packed: str | None) -> None:
+    recipe = load_recipe("t5-base", overrides)
+    shape = shape_of(recipe.backbone.checkpoint)
+    assert shape is not None
+    numbers: Any = {"num_layers": 5, "num_decoder_layers": 5}
+    shape = replace(shape, spec=replace(shape.spec, **numbers))
+    setting = replace(SMALL, on_gpu=True, packed=packed)
+    assert depth.planned(recipe, shape, setting) == footprint(recipe, shape, setting)
+
+
+def test_a_packed_backbone_takes_its_bits_and_keeps_nothing_more_for_the_backward_pass() -> None:
+    recipe = load_recipe("quickstart", ["method={name: lora, precision: bf16}", "backbone.precision=bf16"])
+    whole, int8, nf4 = (planned(recipe, replace(SMALL, packed=packed)) for packed in (None, "int8", "nf4"))
+    assert whole.kept == int8.kept == nf4.kept and whole.trainable == int8.trainable == nf4.trainable
+    assert nf4.parts[WEIGHTS] < int8.parts[WEIGHTS] < whole.parts[WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"max_source_length": 10**12}},
+        {"data": {"max_target_length": 10**18}},
+        {"training": {"global_batch_size": 10**30, "micro_batch_size": None}},
+    ],
+    ids=str,
+)
+def test_a_step_that_fits_nowhere_is_refused_before_it_is_planned(changes: dict[str, dict[str, Any]]) -> None:
+    recipe = load_recipe("quickstart")
+    for section, values in changes.items():
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+    with pytest.raises(ArgumentError, match=r"can't be planned: write a smaller"):
+        report.setting_of(recipe, world_size=1, on_gpu=True, target=None)
+    with pytest.raises(ArgumentError, match=r"can't be planned: write a smaller --target"):
+        report.setting_of(load_recipe("quickstart"), world_size=1, on_gpu=True, target=10**6)
+
+
+def test_the_picture_names_the_memory_by_its_option_and_shows_only_what_is_there(tmp_path: Path) -> None:
+    moments = {"backward": {WEIGHTS: 10**9, TAPS: 5 * 10**8}}
+    found = Footprint(parts=moments["backward"], where="backward", kept=0, trainable=1, moments=moments)
+    line = report.Line(name="lst", found=found)
+    picture.draw([line], tmp_path / "plan.svg", title="t5 on t5, 4 rows", memory=2 * 10**9, option="2 GB")
+    shapes = (tmp_path / "plan.svg").read_text()
+    assert all(f"<!-- {text} -->" in shapes for text in ("- -gpu-memory 2 GB", WEIGHTS, TAPS, "t5 on t5, 4 rows"))
+    assert "<!-- gradients -->" not in shapes
+
+
 def test_sizes_of_memory_are_read_with_their_units() -> None:
     assert [report.parse_memory(text) for text in ("16GB", "1.5GiB", "500mb")] == [16 * 10**9, 3 * 2**29, 500 * 10**6]
-    for wrong in ("16", "GB", "-1GB", "0GB"):
+    for wrong in ("16", "GB", "-1GB", "0GB", "infGB", "nanGB", "1e400GB", "1e300GB", "0.0000000001MB"):
         with pytest.raises(ArgumentError):
             report.parse_memory(wrong)

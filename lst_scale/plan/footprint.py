@@ -20,6 +20,7 @@ from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
+from lst_scale.plan.packed import pack
 from lst_scale.recipe import LstRecipe, Recipe
 from lst_scale.recipe_backbone import Streamed, TensorParallel, Zero3
 from lst_scale.side.count import Shape
@@ -43,6 +44,7 @@ class Setting:
     world_size: int = 1
     on_gpu: bool = True
     cached: bool = False  # taps come from disk, and no backbone is in memory
+    packed: str | None = None  # int8 or nf4: matrices held in fewer bits by a method that runs backward through them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Footprint:
     where: str  # which moment that is
     kept: int  # what the forward pass leaves for the backward pass, taps included
     trainable: int  # parameters
+    moments: dict[str, dict[str, int]]  # the parts at each moment's worst point
 
     @property
     def peak(self) -> int:
@@ -66,6 +69,8 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
         shards = (placement.size or setting.world_size) if isinstance(placement, TensorParallel) else 1
         backbone = fake.backbone(shape, recipe, shards=shards)
         trainee = fake.trainee(recipe, backbone)
+        if setting.packed is not None:
+            pack(backbone, setting.packed)
         trained = trained_parameters(trainee.module)
         stage = load_ds_config(recipe.training.deepspeed).get("zero_optimization", {}).get("stage", 0)
         engine = engine_bytes([p.numel() for p in trained.values()], stage=stage, world_size=setting.world_size)
@@ -80,8 +85,13 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
             kept = _step(trainee, batch, live, setting, shards)
     static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}
     moments = {moment: static | _at(live, moment, engine) for moment in MOMENTS}
+    return worst_of(moments, kept=kept, trainable=sum(p.numel() for p in trained.values()))
+
+
+def worst_of(moments: dict[str, dict[str, int]], *, kept: int, trainable: int) -> Footprint:
+    """Return the footprint of a step whose moments are these."""
     where = max(moments, key=lambda moment: sum(moments[moment].values()))
-    return Footprint(parts=moments[where], where=where, kept=kept, trainable=sum(p.numel() for p in trained.values()))
+    return Footprint(parts=moments[where], where=where, kept=kept, trainable=trainable, moments=moments)
 
 
 def _step(trainee: Trainee, batch: Batch, live: LiveBytes, setting: Setting, shards: int) -> int:

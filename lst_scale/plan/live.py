@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 @dataclass
@@ -45,11 +48,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events = self._mark = 0
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked oftener than anything is computed
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        if isinstance(result, Tensor):
+            self.see(result)
+        else:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.see(leaf)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping the compiler away costs more than many an operation
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor's storage, unless it was seen before."""

@@ -10,15 +10,14 @@ from typing import Any
 
 from lst_scale.assets import resolve
 from lst_scale.errors import ArgumentError
-from lst_scale.extras import require
 from lst_scale.members import members_of
+from lst_scale.plan.depth import planned
 from lst_scale.plan.footprint import (
     BACKWARD,
     FORWARD,
     GRADIENTS,
     METHOD,
     OPTIMIZER,
-    PARTS,
     SAVED,
     STEP,
     TAPS,
@@ -26,7 +25,6 @@ from lst_scale.plan.footprint import (
     WEIGHTS,
     Footprint,
     Setting,
-    footprint,
 )
 from lst_scale.recipe import CacheRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe
 from lst_scale.recipe_backbone import Replicated
@@ -37,6 +35,9 @@ from lst_scale.side.count import Shape
 GLUE_ROWS = {"cola": 8551, "mnli": 392702, "mrpc": 3668, "qnli": 104743, "qqp": 363846, "rte": 2490, "sst2": 67349, "stsb": 5749}
 TARGET = 8  # tokens of a target when the recipe leaves it open: a label and its end
 MOST_ROWS = 1 << 16
+MOST_LENGTH = 1 << 16  # tokens of a row
+MOST_SOURCE_TOKENS, MOST_TARGET_TOKENS = 1 << 26, 1 << 20  # of a micro-batch
+MOST_MEMORY = 10**15
 TRIES = 8
 # What a table has room for; the picture shows every part.
 COLUMNS = {
@@ -77,26 +78,59 @@ class Line:
 def setting_of(recipe: Recipe, *, world_size: int, on_gpu: bool, target: int | None) -> Setting:
     """Return the micro-batch that training would run, full rows of the longest lengths."""
     a_rank = -(-recipe.training.global_batch_size // world_size)
-    return Setting(
+    setting = Setting(
         rows=min(recipe.training.micro_batch_size or a_rank, a_rank),
         source=recipe.data.max_source_length,
         target=target or recipe.data.max_target_length or TARGET,
         world_size=world_size,
         on_gpu=on_gpu,
     )
+    _refuse_what_fits_nowhere(setting)
+    return setting
 
 
-def lines(recipe: Recipe, shape: Shape, setting: Setting, *, memory: int | None = None, gpu: Gpu | None = None) -> Iterator[Line]:
-    """Yield the recipe, the recipe on remembered taps where it asks for a cache, and its rivals on the same batch."""
+def _refuse_what_fits_nowhere(setting: Setting) -> None:
+    """Stop before steps are planned that no machine could take and that would take hours to plan.
+
+    Raises:
+        ArgumentError: says what is too much, and where it is written.
+    """
+    limits = (
+        (setting.source, MOST_LENGTH, "source tokens a row", "data.max_source_length"),
+        (setting.target, MOST_LENGTH, "target tokens a row", "--target or data.max_target_length"),
+        (setting.rows * setting.source, MOST_SOURCE_TOKENS, "source tokens a micro-batch", "training.micro_batch_size"),
+        (setting.rows * setting.target, MOST_TARGET_TOKENS, "target tokens a micro-batch", "training.micro_batch_size"),
+        (setting.world_size, MOST_ROWS, "ranks", "--gpus"),
+    )
+    for value, most, what, where in limits:
+        if value > most:
+            raise ArgumentError(f"{value:.3g} {what} can't be planned: write a smaller {where}, at most {most:,} {what}")
+
+
+def lines(
+    recipe: Recipe,
+    shape: Shape,
+    setting: Setting,
+    *,
+    memory: int | None = None,
+    gpu: Gpu | None = None,
+    begin: Callable[[str], None] = lambda name: None,
+) -> Iterator[Line]:
+    """Yield the recipe, the recipe on remembered taps where it asks for a cache, and its rivals on the same batch.
+
+    Args:
+        begin: told the name of each before it is planned.
+    """
     members = [recipe] if recipe.members is None else members_of(recipe)
     for name, ways, where in _ways(members, setting):
+        begin(name)
         distinct, count = _distinct(ways), len(ways)
         peak = cache(partial(_peak, distinct, count, shape))
         yield Line(name=name, found=peak(where), largest=None if memory is None else largest_rows(peak, where, memory, gpu))
 
 
 def _peak(distinct: Sequence[Recipe], count: int, shape: Shape, setting: Setting) -> Footprint:
-    return together([footprint(way, shape, setting) for way in distinct], count)
+    return together([planned(way, shape, setting) for way in distinct], count)
 
 
 def together(found: Sequence[Footprint], count: int) -> Footprint:
@@ -128,7 +162,7 @@ def largest_rows(peak: Callable[[Setting], Footprint], setting: Setting, memory:
         room = int((memory - low_bytes) / slope)
         if high_bytes <= memory:
             low, low_bytes = high, high_bytes
-            high = min(MOST_ROWS, low + int((memory - low_bytes) / slope) + 1)
+            high = min(MOST_ROWS, MOST_TARGET_TOKENS // setting.target, low + int((memory - low_bytes) / slope) + 1)
             if high <= low:
                 return low
             high_bytes = needed(high)
@@ -160,12 +194,20 @@ def _ways(members: Sequence[Recipe], setting: Setting) -> Iterator[tuple[str, Se
         (f"LoRA, {frozen}, checkpointed", LoraRecipe(name="lora", precision=arithmetic, gradient_checkpointing=True), frozen),
         ("full", FullRecipe(name="full", precision=arithmetic), "fp32"),
     ]
-    for name, method, precision in rivals:
-        if method.name == first.method.name and getattr(method, "gradient_checkpointing", 0) == getattr(
-            first.method, "gradient_checkpointing", 0
-        ):
-            continue
-        yield name, [as_rival(first, method, precision)], setting
+    for name, method, precision in rivals[:2]:
+        if not _same_method(method, first.method):
+            yield name, [as_rival(first, method, precision)], setting
+    for packed, called in (("int8", "LoRA, int8"), ("nf4", "QLoRA, nf4")):
+        for ending, again in (("", False), (", checkpointed", True)):
+            method = LoraRecipe(name="lora", precision="bf16", gradient_checkpointing=again)
+            yield called + ending, [as_rival(first, method, "bf16")], replace(setting, packed=packed)
+    for name, method, precision in rivals[2:]:
+        if not _same_method(method, first.method):
+            yield name, [as_rival(first, method, precision)], setting
+
+
+def _same_method(one: Method, other: Method) -> bool:
+    return one.name == other.name and getattr(one, "gradient_checkpointing", 0) == getattr(other, "gradient_checkpointing", 0)
 
 
 def as_rival(recipe: Recipe, method: Method, precision: str) -> Recipe:
@@ -227,43 +269,6 @@ def as_table(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list
     return table
 
 
-def check_picture(path: Path) -> None:
-    """Refuse a picture that can't be drawn, before anything is computed for it.
-
-    Raises:
-        ArgumentError: the file's ending is another, its folder is missing, or matplotlib is.
-    """
-    if path.suffix not in (".png", ".svg"):
-        raise ArgumentError(f"{path}: write a file that ends in .png or .svg")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path}: there is no folder {path.parent}")
-    require("matplotlib", "plot", asked_by="--plot")
-
-
-def draw(found: Sequence[Line], path: Path, memory: int | None) -> None:
-    """Draw the peaks as stacked bars into a .png or .svg that `check_picture` let pass."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.6 * len(found)))
-    names = [line.name for line in found]
-    left = [0.0] * len(found)
-    for part in PARTS:
-        widths = [line.found.parts.get(part, 0) / 1e9 for line in found]
-        if any(widths):
-            axes.barh(names, widths, left=left, label=part)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-    if memory is not None:
-        axes.axvline(memory / 1e9, color="black", linestyle="--", label="memory")
-    axes.invert_yaxis()
-    axes.set_xlabel("peak memory of tensors, GB")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 def parse_memory(text: str) -> int:
     """Return the bytes of "16GB", "80GiB", "500MB".
 
@@ -278,7 +283,7 @@ def parse_memory(text: str) -> int:
                 value = float(number)
             except ValueError:
                 break
-            if value > 0:
+            if 1 <= value * size < MOST_MEMORY:
                 return int(value * size)
     raise ArgumentError(f"{text!r} is no size of memory: write for example 16GB or 80GiB")
 

@@ -1,0 +1,61 @@
+"""A step of a deep model from steps of shallow ones.
+
+Blocks are alike, so whatever a moment of a step holds grows by the same bytes with every block. Two shallow steps give those bytes exactly
+(`tests/test_plan.py` compares them with whole steps), in a fraction of the time. Where that is not so (ranks that share a backbone, stacks
+of different depths, a ladder on more than the last layer), the whole is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, worst_of
+from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.recipe_backbone import Replicated
+from lst_scale.side.count import Shape
+
+SHALLOWEST = 2  # the first block of a stack, which holds the position table, and one like all the others
+
+
+def planned(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
+    """Return what one step needs on each rank, as `footprint` does."""
+    depth = shape.spec.depth
+    if not _of_one_depth(shape) or depth <= SHALLOWEST + 1 or not isinstance(recipe.backbone.placement, Replicated):
+        return footprint(recipe, shape, setting)
+    if isinstance(recipe.method, LstRecipe) and recipe.method.side_layers != (depth - 1,):
+        return footprint(recipe, shape, setting)
+    first, second = (footprint(_on_the_last(recipe, number), _of_depth(shape, number), setting) for number in (SHALLOWEST, SHALLOWEST + 1))
+    return _sum([(first, 1 - (depth - SHALLOWEST)), (second, depth - SHALLOWEST)])
+
+
+def _on_the_last(recipe: Recipe, number: int) -> Recipe:
+    """Return a ladder's recipe for so many blocks, the last of them kept; any other recipe as it is."""
+    if not isinstance(recipe.method, LstRecipe):
+        return recipe
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"side_layers": (number - 1,)})})
+
+
+def _of_one_depth(shape: Shape) -> bool:
+    """Whether this is a family whose two stacks are as deep as each other, by the names that a shallow one is made by."""
+    return shape.spec.depth == getattr(shape.spec, "num_layers", None) == getattr(shape.spec, "num_decoder_layers", None)
+
+
+def _of_depth(shape: Shape, number: int) -> Shape:
+    numbers: Any = {"num_layers": number, "num_decoder_layers": number}
+    return replace(shape, spec=replace(shape.spec, **numbers))
+
+
+def _sum(weighted: list[tuple[Footprint, int]]) -> Footprint:
+    """Return a sum of footprints, each as often as said; the weights' sum is one."""
+
+    def parts(moment: str) -> Mapping[str, int]:
+        names = dict.fromkeys(name for found, _ in weighted for name in found.moments[moment])
+        return {name: sum(times * found.moments[moment].get(name, 0) for found, times in weighted) for name in names}
+
+    return worst_of(
+        {moment: dict(parts(moment)) for moment in MOMENTS},
+        kept=sum(times * found.kept for found, times in weighted),
+        trainable=sum(times * found.trainable for found, times in weighted),
+    )
