@@ -197,7 +197,7 @@ def test_another_users_claim_that_is_free_can_be_taken(shared: Path, as_nobody: 
 
 def test_a_cache_folder_that_can_not_be_made_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackboneError, match=r"cache\.folder: .*file.* can't be made \(Not a directory\): write a folder"):
+    with pytest.raises(BackboneError, match=r"cache\.folder: .*file.* can't be made \(Not a directory\): write another folder"):
         TapCache(tmp_path / "file" / "taps", KEY)
     with pytest.raises(BackboneError, match=r"cache\.folder: .* can't be made \(File exists\)|Not a directory"):
         TapCache(tmp_path / "file", KEY)

@@ -220,7 +220,7 @@ class _AnotherRun(CheckpointError):
 def _refuse_another_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     different = [key for key in expected if found.get(key) != expected[key]]
     if different == ["total_steps"]:
-        raise CheckpointError(
+        raise _AnotherRun(
             f"{path} is of a run of {found['total_steps']} steps, and its learning rates fell over those; this recipe has "
             f"{expected['total_steps']}: to train its result further, write another name= and training.start_from={path.parent.parent}"
         )
