@@ -11,6 +11,7 @@ weights before the engine is made, Adam's moments after (`restore_moments`).
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ def build_engine(
     """
     import deepspeed
 
+    _spare_muon()
     config = ds_config | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -83,6 +85,23 @@ def check_ds_config(ds_config: dict[str, Any], name: str) -> None:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise RecipeError(f"training.deepspeed: {name}: {where} is {first['input']!r:.60}: {first['msg']}") from error
+
+
+def _spare_muon() -> None:
+    """Import DeepSpeed's Muon without torch.compile, whose own imports take two seconds of processor time.
+
+    Every ZeRO engine imports it, to ask whether the optimizer is Muon (DeepSpeed 0.19); ours never is.
+    """
+    from deepspeed.runtime import compiler
+
+    if not hasattr(compiler, "compile"):
+        return
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
 
 
 def let_go(engine: Any) -> None:
