@@ -7,6 +7,9 @@ PORT ?= 29533
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_NUM_THREADS=1)
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
+# Two workers: one begins with what waits for Slurm, the other with everything else. Each module's tests stay together, for its fixtures.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup debian quickstart test test-fast test-newest fuzz lint clean
 
@@ -28,10 +31,10 @@ debian:
 	-bash tests/mini_slurm.sh install
 
 test: setup debian
-	$(OFFLINE) $(CPU) $(BIN)/python -m pytest
+	$(OFFLINE) $(CPU) $(BIN)/python $(PYTEST)
 
 test-fast: setup
-	$(OFFLINE) $(CPU) $(BIN)/python -m pytest -m "not slow"
+	$(OFFLINE) $(CPU) $(BIN)/python $(PYTEST) -m "not slow"
 
 # What `pip install` gives today: a new environment without the constraints file, the newest versions that pyproject.toml admits. Without a GPU
 # torch alone keeps the pin, or it would bring gigabytes of CUDA. The fast tests, then a newcomer's first steps on the wheel, outside the checkout.
@@ -42,7 +45,7 @@ test-newest:
 	$(NEWEST)/bin/pip install --quiet $(TORCH) setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation $(TORCH) .[dev]
 	$(CPU) PORT=$(PORT) FIRST_STEPS_LAUNCH="$(LAUNCH)" PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" bash tests/first_steps.sh
-	$(OFFLINE) $(CPU) $(NEWEST)/bin/python -m pytest -m "not slow"
+	$(OFFLINE) $(CPU) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
 # Random damage to files for MINUTES, from case SEED on (the time of day when not given).
 MINUTES ?= 10

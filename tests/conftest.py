@@ -25,6 +25,19 @@ from helpers.training import train
 __all__ = ["EMBEDDED", "ROOT", "fresh", "launch", "make_t5", "recipe_writer", "train"]  # old names: import them from `helpers`
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep a module's tests on one worker of pytest-xdist, and skip what needs a GPU where there is none."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none here"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what waits for Slurm: it takes longest, and leaves the other worker a core."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_slurm"))
+
+
 @pytest.fixture(scope="session")
 def tiny_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 v1.0: ReLU, tied and scaled head, no dropout."""

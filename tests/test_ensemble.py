@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import programs, ranks
 from helpers.ladders import LADDERS, generate, source
-from helpers.launchers import launch
 from helpers.models import make_t5
 from helpers.tiny import batch, tiny_ladder
 from helpers.training import train
@@ -130,7 +130,7 @@ def test_runs_score_together_predict_together_and_stand_in_the_table(runs: dict[
     inputs.write_text('{"word": "cat", "definition": "a feline"}\n{"word": "run", "definition": "to move fast"}\n')
     output = tmp_path / "out.jsonl"
     others = [f"--with={run}" for run in grid[1:]]
-    done = launch(["-m", "lst_scale.cli", "predict", str(grid[0]), str(inputs), "--output", str(output), *others], launcher="python")
+    done = ranks.run(programs.command, "predict", grid[0], inputs, "--output", output, *others)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     backbone = LadderModel.from_pretrained(grid[0] / "side_network").backbone

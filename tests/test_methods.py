@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
-from helpers.launchers import launch
+from helpers import programs, ranks
 from helpers.models import make_t5
 from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, losses
@@ -222,7 +222,7 @@ def test_a_backbone_that_a_method_can_not_train_in_is_refused(method: str, backb
 def test_predictions_of_another_method(trained: dict[str, Path], tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     inputs, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     inputs.write_text('{"word": "cat", "definition": "a feline"}\n')
-    done = launch(["-m", "lst_scale.cli", "predict", str(trained["lora"]), str(inputs), "--output", str(output)], launcher="python")
+    done = ranks.run(programs.command, "predict", trained["lora"], inputs, "--output", output)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "prediction" in json.loads(output.read_text())
 

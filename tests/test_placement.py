@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.launchers import fresh, launch
+from helpers import placements, programs, ranks
+from helpers.launchers import free_port, fresh
 from helpers.models import make_t5
 from helpers.paths import ROOT
+from helpers.ranks import Rank
 from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, losses
 from helpers.training import train
@@ -55,7 +55,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, s
         ("gated", gated, 2, items),
         ("v1", v1, 4, [*items[::4], "tensor_parallel:fp32", "tensor_parallel:int8"]),
     ):
-        done = launch(["tests/run_placements.py", str(checkpoint), str(folder / "blocks"), *wanted], processes=processes)
+        done = ranks.run(placements.compare, checkpoint, folder / "blocks", *wanted, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
         for line in done.stdout.splitlines():
             if line.startswith("{"):
@@ -66,11 +66,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, s
 
 
 def test_every_placement_gives_the_taps_of_the_replicated_backbone(compared: dict[tuple[str, int, str], Any]) -> None:
-    for (name, processes, item), ranks in compared.items():
-        assert len(ranks) == processes
+    for (name, processes, item), found in compared.items():
+        assert len(found) == processes
         placement, precision = item.rsplit(":", 1)
         allowed = TOLERANCE[precision] if "tensor" in placement else 0.0
-        errors = [error for error, _, _ in ranks]
+        errors = [error for error, _, _ in found]
         assert max(errors) <= allowed, f"{name} on {processes}, {item}: {errors}"
 
 
@@ -104,9 +104,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         4: {"zero3": "zero3", "pair": PAIR, "tensor": "tensor_parallel"},
     }
     runs = {}
-    for processes, placements in wanted.items():
+    for processes, chosen in wanted.items():
         recipes = []
-        for name, placement in placements.items():
+        for name, placement in chosen.items():
             key = f"{name}-{processes}"
             changes = {"backbone__placement": placement, "training__max_steps": 4, "training__micro_batch_size": 1}
             recipes.append(str(make(key, **changes, evaluation__max_new_tokens=3)))
@@ -129,13 +129,13 @@ def test_every_placement_trains_to_the_losses_and_weights_of_one_process(trained
 def test_a_checkpoint_of_one_placement_resumes_under_another(tmp_path: Path, tiny_t5_dir: Path) -> None:
     make = recipe_writer(tmp_path, tiny_t5_dir)
     first = make("moved", backbone__placement=PAIR, training__save_every_steps=3, training__keep_checkpoints=9)
-    assert launch(["lst_scale/train.py", "--recipe", str(first)], processes=2).returncode == 0
+    assert ranks.run(programs.train, "--recipe", first, processes=2).returncode == 0
     folder = tmp_path / "runs" / "moved-kind-seed0"
     whole = final_weights(folder)
     for path in sorted((folder / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(path)
     again = make("moved", backbone__placement="streamed", training__save_every_steps=3, training__keep_checkpoints=9)
-    done = launch(["-m", "lst_scale.train", "--recipe", str(again), "--resume"], launcher="python")
+    done = ranks.run(programs.train, "--recipe", again, "--resume")
     assert done.returncode == 0 and "resuming at step 3" in done.stderr, done.stderr[-2000:]
     for name, weight in final_weights(folder).items():
         torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=2e-4)
@@ -149,8 +149,8 @@ def test_predictions_are_the_same_under_every_placement(trained: dict[str, Path]
     texts = {}
     for name, placement, processes in (("one", "replicated", 1), ("streamed", "streamed", 1), ("tensor", "tensor_parallel", 2)):
         output = tmp_path / f"{name}.jsonl"
-        command = ["-m", "lst_scale.cli", "predict", str(run), str(inputs), f"backbone.placement={placement}", "--output", str(output)]
-        done = launch(command, processes=processes, launcher="torchrun" if processes > 1 else "python")
+        command = ["predict", run, inputs, f"backbone.placement={placement}", "--output", output]
+        done = ranks.run(programs.command, *command, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
         texts[name] = output.read_text()
     assert texts["one"].count("\n") == 5 and texts["streamed"] == texts["one"] == texts["tensor"]
@@ -233,39 +233,48 @@ def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_d
 # Failures: every rank ends, within a minute, and says why
 
 
-def start_ranks(recipe_of_rank: Callable[[int], Path], count: int, **environment: Callable[[int], str]) -> list[subprocess.Popen[str]]:
+def start_ranks(recipe_of_rank: Callable[[int], Path], count: int, **environment: Callable[[int], str]) -> list[Rank]:
     """Start ranks by hand, as Slurm does: no launcher that would end the others."""
-    port = str(29400 + os.getpid() % 150)
-    processes = []
-    for rank in range(count):
-        env = fresh() | {name: of_rank(rank) for name, of_rank in environment.items()}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(recipe_of_rank(rank)), "--overwrite"]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    return processes
+    return ranks.start(
+        programs.train, lambda rank: ["--recipe", recipe_of_rank(rank), "--overwrite"], processes=count, environment_of=environment
+    )
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 60) -> list[tuple[int, list[str]]]:
+def finish(started: list[Rank]) -> list[tuple[int, list[str]]]:
     """Return each rank's exit status and its error lines."""
     found = []
-    for process in processes:
-        _, text = process.communicate(timeout=timeout)
-        assert "Traceback" not in text and process.returncode != -signal.SIGABRT, f"{process.returncode}: {text[-3000:]}"
-        found.append((process.returncode, [line for line in text.splitlines() if line.startswith("error:")]))
+    for rank in started:
+        status, text = rank.wait(), rank.stderr
+        assert "Traceback" not in text and status != -signal.SIGABRT, f"{status}: {text[-3000:]}"
+        found.append((status, [line for line in text.splitlines() if line.startswith("error:")]))
     return found
 
 
 @pytest.mark.parametrize("placement", ["tensor_parallel", "zero3", "streamed"])
 def test_a_killed_rank_ends_the_others(placement: str, tmp_path: Path, tiny_t5_dir: Path) -> None:
     recipe = recipe_writer(tmp_path, tiny_t5_dir)("killed", backbone__placement=placement, training__epochs=5000)
-    processes = start_ranks(lambda _: recipe, 2)
+    started = start_ranks(lambda _: recipe, 2)
     metrics = tmp_path / "runs" / "killed-kind-seed0" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGKILL)
-    (status, lines), _ = finish(processes)
+    with ranks.ended(started):
+        ranks.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 4, started)
+        started[1].kill()
+        (status, lines), _ = finish(started)
     assert status == 1 and len(lines) == 1 and "rank 0 lost contact with another rank" in lines[0]
+
+
+def test_an_interpreter_that_ends_after_another_rank_did_does_not_abort(tmp_path: Path, tiny_t5_dir: Path) -> None:
+    """Forked ranks are not torn down at their end; these are."""
+    recipe = recipe_writer(tmp_path, tiny_t5_dir)("ended", backbone__placement="zero3", training__epochs=5000)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(recipe)]
+    each = [fresh() | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    first, second = (subprocess.Popen(command, cwd=ROOT, env=one, stderr=subprocess.PIPE, text=True) for one in each)
+    metrics = tmp_path / "runs" / "ended-kind-seed0" / "metrics.jsonl"
+    ranks.wait_for(lambda: metrics.exists() or first.poll() is not None)
+    second.kill()
+    _, said = first.communicate(timeout=ranks.PATIENCE)
+    second.communicate()
+    assert first.returncode == 1 and "rank 0 lost contact with another rank" in said and "Traceback" not in said
 
 
 def _without_a_shard(folder: Path) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.launchers import fresh
-from helpers.paths import ROOT
+from helpers import programs, ranks
+from helpers.ranks import Finished
 from lst_scale import distributed
 from lst_scale.backbone.place import load_placed
 from lst_scale.backbone.precision import quantized_linear, sized_quantized_linear
@@ -35,9 +33,8 @@ def planned(recipe: Recipe, setting: Setting = SMALL) -> Footprint:
     return footprint(recipe, shape, setting)
 
 
-def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "lst_scale.cli", "plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=120, check=False)
+def plan(*arguments: str) -> Finished:
+    return ranks.run(programs.command, "plan", *arguments)
 
 
 @pytest.mark.slow
@@ -53,10 +50,9 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=str,
 )
 def test_a_real_step_needs_what_was_planned(overrides: list[str], batches: tuple[int, int]) -> None:
-    script = ["benchmarks/planned.py", "--one", "quickstart"]
     for rows in batches:
-        command = [sys.executable, "-W", "ignore", *script, str(rows), "--set", "backbone.precision=fp32", *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=fresh(), capture_output=True, text=True, timeout=300, check=False)
+        own = ["--set", "backbone.precision=fp32", *overrides]
+        done = ranks.run(programs.script, "benchmarks/planned.py", "--one", "quickstart", str(rows), *own)
         assert done.returncode == 0, done.stderr[-2000:]
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         assert found["planned"] == pytest.approx(found["measured"], rel=0.05), found

@@ -16,16 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from helpers.launchers import launch
+from helpers import programs, ranks
 from helpers.models import make_t5
 from helpers.paths import ROOT
 from helpers.recipes import recipe_writer
-from helpers.runs import final_weights, losses
+from helpers.runs import final_weights, last_step, losses
+from lst_scale.cli import app
+from lst_scale.errors import LstScaleError
 
 pytestmark = pytest.mark.slow
+PATIENCE = 600  # seconds after which something hangs, on a machine however busy
 ON_TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--time", "60")
+ON_TWO_NODES_WITH_ONE_RANK_EACH = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "60")
 ON_ONE_CORE = ("--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "60", "--memory", "1000M")
+LONG = {"training__epochs": 100, "training__evaluate_every": 200}  # 400 steps, whose weights no evaluation changes
 MINI_SLURM = ROOT / "tests" / "mini_slurm.sh"
 
 
@@ -60,7 +66,7 @@ class Cluster:
             time.sleep(0.3)
         raise AssertionError(f"waited {seconds} s for {what}\n{self('squeue')}\n{self('sinfo', '-N')}")
 
-    def wait_until_idle(self, seconds: float = 240) -> None:
+    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
         self.wait(lambda: not self.queue(), seconds, "an empty queue")
 
 
@@ -90,11 +96,20 @@ def recipe(tmp_path: Path, t5: Path) -> Callable[..., Path]:
     return recipe_writer(tmp_path, t5)
 
 
+@pytest.fixture(scope="module")
+def in_one_go(tmp_path_factory: pytest.TempPathFactory, t5: Path) -> Path:
+    """The folder of LONG on four ranks, without Slurm and without interruption."""
+    folder = tmp_path_factory.mktemp("one-go")
+    done = ranks.run(programs.train, "--recipe", recipe_writer(folder, t5)("one-go", **LONG), processes=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "one-go-kind-seed0"
+
+
 @pytest.fixture(autouse=True)
 def leave_nothing_running(cluster: Cluster) -> Iterator[None]:
     yield
     cluster("scancel", "--me")
-    cluster.wait_until_idle(60)
+    cluster.wait_until_idle()
 
 
 def states(cluster: Cluster, runs: Path) -> dict[str, str]:
@@ -106,7 +121,7 @@ def states(cluster: Cluster, runs: Path) -> dict[str, str]:
 def reference(recipe: Path, folder: Path, *overrides: str, processes: int = 1) -> dict[str, torch.Tensor]:
     """Run the recipe without Slurm and without interruption, in another folder, and return its final weights."""
     changed = ["--recipe", str(recipe), f"output_dir={folder / 'reference'}", *overrides]
-    done = launch(["lst_scale/train.py", *changed], processes=processes, launcher="torchrun")
+    done = ranks.run(programs.train, *changed, processes=processes)
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (path for path in (folder / "reference").iterdir() if path.is_dir())
     return final_weights(run)
@@ -118,24 +133,17 @@ def assert_identical(run: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return (
-        max((json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")), default=0) if path.exists() else 0
-    )
-
-
-def test_a_recipe_on_two_nodes_with_two_ranks_each(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("two")
+def test_a_recipe_on_two_nodes_with_two_ranks_each(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:
+    path = recipe("two", **LONG)
     assert "two-kind-seed0: job " in cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES)
     assert "in the queue as" in cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES)
     cluster.wait_until_idle()
     run = tmp_path / "runs" / "two-kind-seed0"
     result = json.loads((run / "result.json").read_text())
     assert result["world_size"] == 4 and states(cluster, tmp_path / "runs") == {"two-kind-seed0": "DONE"}
-    assert_identical(run, reference(path, tmp_path, processes=4))
+    assert_identical(run, final_weights(in_one_go))
     log = cluster.script("status", "two", "--logs", "--output-dir", str(tmp_path / "runs")).split("\t")[1].strip()
-    assert "step 8" in Path(log).read_text()
+    assert "step 400" in Path(log).read_text()
     assert "finished\nnothing to submit" in cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES)
 
 
@@ -155,8 +163,15 @@ def test_a_sweep_of_four_with_two_at_once_and_its_table(cluster: Cluster, recipe
 
 
 def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("shared", training__epochs=40, training__evaluate_every=80, training__save_every_steps=10, data__shuffle_seed=0)
-    sweep = ("seed=0,1", "optimizer.learning_rate=1e-2,3e37", "method.reduction_factor=2,4", "--together", "4")
+    path = recipe(
+        "shared",
+        optimizer__weight_decay=0.1,
+        training__epochs=40,
+        training__evaluate_every=80,
+        training__save_every_steps=10,
+        data__shuffle_seed=0,
+    )
+    sweep = ("seed=0,1", "optimizer.learning_rate=1e-2,1000", "method.reduction_factor=2,4", "--together", "4")
     said = cluster.script("sweep", "--recipe", str(path), *sweep, "--at-most", "1", *ON_ONE_CORE)
     jobs = re.findall(r": job (\S+)", said)
     assert len(jobs) == 8 and len(set(jobs)) == 2
@@ -164,33 +179,50 @@ def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, re
     runs = {
         (seed, rate): root / f"shared-learning_rate-{rate}-reduction_factor-4-kind-seed{seed}"
         for seed in (0, 1)
-        for rate in ("1e-2", "3e37")
+        for rate in ("1e-2", "1000")
     }
     assert "too: name them as well" in cluster.script("cancel", "seed0", "learning_rate-1e-2", "--output-dir", str(root), check=False)
-    cluster.wait(lambda: last_step(runs[0, "1e-2"]) > 20, 90, "step 20")
+    cluster.wait(lambda: last_step(runs[0, "1e-2"]) > 20, PATIENCE, "step 20")
     assert "in the queue as" in cluster.script("sweep", "--recipe", str(path), *sweep, *ON_ONE_CORE)
     cluster("scontrol", "requeue", jobs[0])
     cluster.wait_until_idle()
     assert starts(runs[0, "1e-2"])[1] >= 10
     text = cluster.script("status", "--output-dir", str(root))
     assert len(re.findall(r"learning_rate-1e-2-\S+ +DONE", text)) == 4, text
-    assert len(re.findall(r"learning_rate-3e37-\S+ +FAILED .*the loss of step \d is not finite on rank 0", text)) == 4, text
+    assert len(re.findall(r"learning_rate-1000-\S+ +FAILED .*the gradient of step \d+ is not finite", text)) == 4, text
     alone = ["method.reduction_factor=4", "optimizer.learning_rate=1e-2", "seed=1"]
     assert_identical(runs[1, "1e-2"], reference(path, tmp_path, *alone))
     again = re.findall(r": job (\S+)", cluster.script("resubmit", "--output-dir", str(root)))
     assert len(again) == 4 and len(set(again)) == 2
 
 
-def test_the_time_limit_requeues_and_the_weights_are_those_of_one_go(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("limit", training__epochs=250, training__evaluate_every=500)
-    # Slurm warns 70 s before the two minutes are over, or up to half a minute earlier: while it trains, even on a busy machine.
-    cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES[:-1], "2", "--signal-delay", "70")
+def test_the_time_limit_requeues_and_the_weights_are_those_of_one_go(
+    cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path
+) -> None:
+    """Slurm looks at limits twice a minute. It warns so early that it does so at its next look, till when the ranks stand still."""
+    path = recipe("limit", **LONG)
+    job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES, "--signal-delay", "600").split()[-1]
     run = tmp_path / "runs" / "limit-kind-seed0"
-    cluster.wait(lambda: (run / "slurm" / "starts.jsonl").exists() and len(starts(run)) > 1, 200, "a second start")
-    assert 0 < starts(run)[1] < 1000
-    cluster("scontrol", "update", f"jobid={next(iter(cluster.queue()))}", "timelimit=60")
+    cluster.wait(lambda: last_step(run) > 20, PATIENCE, "step 20")
+    stopped = [number for number, command in processes_of(cluster, job) if "-m submitit.core._submit" in command and "srun" not in command]
+    for number in stopped:
+        os.kill(number, signal.SIGSTOP)
+    cluster("scontrol", "update", f"jobid={job}", "timelimit=10")
+    cluster.wait(lambda: all(is_pending(number, signal.SIGUSR2) for number in stopped), PATIENCE, "the warning")
+    for number in stopped:
+        os.kill(number, signal.SIGCONT)
+    cluster.wait(lambda: len(starts(run)) > 1, PATIENCE, "a second start")
+    assert 20 < starts(run)[1] < 400
+    cluster("scontrol", "update", f"jobid={job}", "timelimit=60")
     cluster.wait_until_idle()
-    assert_identical(run, reference(path, tmp_path, processes=4))
+    assert_identical(run, final_weights(in_one_go))
+
+
+def is_pending(process: int, number: int) -> bool:
+    """Whether a signal waits for a process that is stopped."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def starts(run: Path) -> list[int]:
@@ -198,31 +230,32 @@ def starts(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "slurm" / "starts.jsonl").read_text().splitlines()]
 
 
-def test_a_requeue_in_the_middle_of_evaluation(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("requeued", data__max_eval_rows=480, evaluation__batch_size=2, evaluation__max_new_tokens=16, evaluation__num_beams=4)
+def test_a_requeue_in_the_middle_of_evaluation(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:
+    path = recipe(
+        "requeued", **LONG, data__max_eval_rows=240, evaluation__batch_size=2, evaluation__max_new_tokens=16, evaluation__num_beams=4
+    )
     job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES).split()[-1]
     run = tmp_path / "runs" / "requeued-kind-seed0"
-    cluster.wait(lambda: last_step(run) == 4, 60, "step 4, after which comes an evaluation")
-    time.sleep(1)
+    cluster.wait(lambda: last_step(run) == 200, PATIENCE, "step 200, after which comes an evaluation")
     assert '"validation"' not in (run / "metrics.jsonl").read_text(), "too late: the evaluation is over"
     cluster("scontrol", "requeue", job)
-    cluster.wait(lambda: len(starts(run)) > 1, 60, "a second start")
+    cluster.wait(lambda: len(starts(run)) > 1, PATIENCE, "a second start")
     cluster.wait_until_idle()
-    assert starts(run) == [0, 4], "the step before the evaluation was saved"
-    assert_identical(run, reference(path, tmp_path, processes=4))
-    assert losses(run) == losses(tmp_path / "reference" / "requeued-kind-seed0")
+    assert starts(run) == [0, 200], "the step before the evaluation was saved"
+    assert_identical(run, final_weights(in_one_go))
+    assert losses(run) == losses(in_one_go), "no step is there twice"
 
 
-def test_a_dead_node_requeues(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("node", training__epochs=100, training__evaluate_every=400, training__save_every_steps=20)
+def test_a_dead_node_requeues(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:
+    path = recipe("node", **LONG, training__save_every_steps=20)
     cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES)
     run = tmp_path / "runs" / "node-kind-seed0"
-    cluster.wait(lambda: last_step(run) > 40, 60, "step 40")
+    cluster.wait(lambda: last_step(run) > 40, PATIENCE, "step 40")
     kill_node(cluster, "127.0.0.3")
-    cluster.wait(lambda: len(starts(run)) > 1, 90, "a second start")
+    cluster.wait(lambda: len(starts(run)) > 1, PATIENCE, "a second start")
     cluster.wait_until_idle()
     assert starts(run)[1] >= 40
-    assert_identical(run, reference(path, tmp_path, processes=4))
+    assert_identical(run, final_weights(in_one_go))
 
 
 def kill_node(cluster: Cluster, node: str) -> None:
@@ -237,7 +270,7 @@ def kill_node(cluster: Cluster, node: str) -> None:
             if environment.exists() and node in environment.read_text(errors="replace"):
                 os.kill(int(number), signal.SIGKILL)
     cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
-    time.sleep(3)
+    cluster.wait(lambda: "down" in cluster("sinfo", "--noheader", f"--nodes={node}", "--format=%t"), PATIENCE, "the node to be down")
     cluster(f"/usr/sbin/{'slurmd'}", "-N", node)
     cluster("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
@@ -267,38 +300,38 @@ def test_failures_are_told_in_one_line_then_resubmitted_then_cancelled(
 
     endless = recipe("endless", training__epochs=100000)
     cluster.script("submit", "--recipe", str(endless), *ON_ONE_CORE)
-    cluster.wait(lambda: "RUNNING" in cluster.queue().values(), 60, "a running job")
+    cluster.wait(lambda: "RUNNING" in cluster.queue().values(), PATIENCE, "a running job")
     assert "cancelled 1 job" in cluster.script("cancel", "endless", "--output-dir", str(tmp_path / "runs"))
     cluster.wait_until_idle()
     assert states(cluster, tmp_path / "runs")["endless-kind-seed0"] == "CANCELLED"
     assert "nothing to resubmit" in cluster.script("resubmit", "--output-dir", str(tmp_path / "runs")), "what was cancelled was meant to be"
 
 
-def test_a_sweep_of_twelve_with_three_killed_ends_with_twelve_results(
-    cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = recipe("dozen", backbone__checkpoint="embedded:tiny-t5", training__epochs=12, training__save_every_steps=5)
-    sweep = ("seed=0,1,2", "method.reduction_factor=4,8", "optimizer.learning_rate=1e-3,3e-3", "method.side_layers=[1,3]")
+def test_a_sweep_of_six_with_three_killed_ends_with_six_results(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("six", backbone__checkpoint="embedded:tiny-t5", training__epochs=12, training__save_every_steps=5)
+    sweep = ("seed=0,1,2", "method.reduction_factor=4,8", "method.side_layers=[1,3]")
     jobs = re.findall(r"job (\S+)", cluster.script("sweep", "--recipe", str(path), *sweep, "--at-most", "3", *ON_ONE_CORE))
-    assert len(jobs) == 12
+    assert len(jobs) == 6
     root = tmp_path / "runs"
-    runs = {json.loads((run / "slurm/jobs.jsonl").read_text())["job"]: run for run in root.glob("dozen-*")}
+    runs = {json.loads((run / "slurm/jobs.jsonl").read_text())["job"]: run for run in root.glob("six-*")}
     first, second, third = jobs[:3]
     for job in (first, second, third):
-        cluster.wait(lambda j=job: last_step(runs[j]) >= 6, 90, f"step 6 of {job}")
+        cluster.wait(lambda j=job: last_step(runs[j]) >= 6, PATIENCE, f"step 6 of {job}")
         # A rank, as the kernel does when memory runs out; the job's srun; its batch script.
         wanted = {first: "-m submitit.core._submit", second: "srun --unbuffered", third: "slurm_script"}[job]
         found = [(number, command) for number, command in processes_of(cluster, job) if wanted in command]
         os.kill(min(number for number, command in found if job == second or "srun" not in command), signal.SIGKILL)
-    cluster.wait(lambda: all(state == "PENDING" or job not in jobs[:3] for job, state in cluster.queue().items()), 200, "the three to end")
-    cluster.wait_until_idle(400)
+    cluster.wait(
+        lambda: all(state == "PENDING" or job not in jobs[:3] for job, state in cluster.queue().items()), PATIENCE, "the three to end"
+    )
+    cluster.wait_until_idle()
     found = states(cluster, root)
-    assert sum(state == "DONE" for state in found.values()) == 9, found
+    assert sum(state == "DONE" for state in found.values()) == 3, found
     assert cluster.script("resubmit", "--output-dir", str(root), "--time", "60").count(": job ") == 3
-    cluster.wait_until_idle(200)
-    assert list(states(cluster, root).values()) == ["DONE"] * 12
+    cluster.wait_until_idle()
+    assert list(states(cluster, root).values()) == ["DONE"] * 6
     table = cluster.script("collect", "--output-dir", str(root), "--format", "markdown").splitlines()
-    assert len(table) == 2 + 4 and all("| 3 |" in line for line in table[2:]), table
+    assert len(table) == 2 + 2 and all("| 3 |" in line for line in table[2:]), table
 
 
 def processes_of(cluster: Cluster, job: str) -> list[tuple[int, str]]:
@@ -317,24 +350,20 @@ def processes_of(cluster: Cluster, job: str) -> list[tuple[int, str]]:
     return found
 
 
-def test_twenty_random_signals_end_bit_identical(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("signals", training__epochs=300, training__evaluate_every=600, training__save_every_steps=50)
+def test_a_signal_of_every_kind_ends_bit_identical(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Each kind once while it trains, and some while it starts; fifty more, at random, meet ranks without Slurm in test_interrupted.py."""
+    path = recipe("signals", training__epochs=200, training__evaluate_every=400, training__save_every_steps=50)
     patient = tmp_path / "cluster.yaml"  # signals may come faster than ranks start
     patient.write_text("max_starts_without_progress: 30\n")
-    job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES, "--cluster", str(patient)).split()[-1]
+    job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES_WITH_ONE_RANK_EACH, "--cluster", str(patient)).split()[-1]
     run = tmp_path / "runs" / "signals-kind-seed0"
-    draw = random.Random(0)
-    kinds = ["USR1", "USR2", "TERM", "requeue"] * 5
-    kinds[10] = "node"
-    draw.shuffle(kinds)
-    for kind in kinds:
-        cluster.wait(lambda: cluster.queue().get(job) == "RUNNING", 90, "the job to run again")
-        if draw.random() < 0.3:  # while it starts and loads
-            time.sleep(draw.uniform(0.5, 6.0))
-        else:  # while it trains
+    kinds = [("USR1", 1), ("requeue", 1), ("USR2", 2), ("node", 1), ("TERM", 1), ("USR2", 0), ("requeue", 0), ("USR1", 1)]
+    random.Random(0).shuffle(kinds)
+    for kind, times in kinds:
+        cluster.wait(lambda: cluster.queue().get(job) == "RUNNING", PATIENCE, "the job to run again")
+        if times:  # while it trains; 0: while it starts and loads
             before = starts(run)[-1] if (run / "slurm" / "starts.jsonl").exists() else 0
-            cluster.wait(lambda b=before: last_step(run) > b, 90, f"a step past {before}")
-            time.sleep(draw.uniform(0.0, 1.5))
+            cluster.wait(lambda b=before: last_step(run) > b, PATIENCE, f"a step past {before}")
         assert not (run / "result.json").exists(), "the run ended before the last signal: make it longer"
         if kind == "requeue":
             cluster("scontrol", "requeue", job, check=False)
@@ -342,17 +371,14 @@ def test_twenty_random_signals_end_bit_identical(cluster: Cluster, recipe: Calla
             kill_node(cluster, "127.0.0.3")
         elif kind == "TERM":  # as before a requeue: Slurm then kills, here an administrator requeues
             cluster("scancel", "--signal=TERM", job, check=False)
-            time.sleep(draw.uniform(0, 2))
             cluster("scontrol", "requeue", job, check=False)
         else:
-            cluster("scancel", f"--signal={kind}", job, check=False)
-            if draw.random() < 0.5:  # and once more, during the save
-                time.sleep(draw.uniform(0, 0.3))
+            for _ in range(max(times, 1)):  # twice: once more, during the save
                 cluster("scancel", f"--signal={kind}", job, check=False)
-    cluster.wait_until_idle(300)
+    cluster.wait_until_idle()
     assert (run / "result.json").exists(), cluster.script("status", "--output-dir", str(tmp_path / "runs"))
-    assert len(starts(run)) > 10 and len(set(starts(run))) > 5
-    assert_identical(run, reference(path, tmp_path, processes=4))
+    assert len(starts(run)) > 5 and len(set(starts(run))) > 3
+    assert_identical(run, reference(path, tmp_path, processes=2))
 
 
 def test_a_job_that_gets_nowhere_stops_and_says_so(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -361,7 +387,7 @@ def test_a_job_that_gets_nowhere_stops_and_says_so(cluster: Cluster, recipe: Cal
     options = tmp_path / "cluster.yaml"
     options.write_text("gpus_per_node: 0\ntasks_per_node: 1\ncpus_per_task: 1\nmax_starts_without_progress: 1\n")
     job = cluster.script("submit", "--recipe", str(path), "--cluster", str(options)).split()[-1]
-    cluster.wait(lambda: (run / "slurm/starts.jsonl").exists(), 60, "a start")
+    cluster.wait(lambda: (run / "slurm/starts.jsonl").exists(), PATIENCE, "a start")
     cluster("scontrol", "requeue", job)
     cluster.wait_until_idle()
     text = cluster.script("status", "--output-dir", str(tmp_path / "runs"))
@@ -397,13 +423,31 @@ def test_dry_run_prints_the_script_and_writes_nothing(cluster: Cluster, recipe: 
         (["status", "--output-dir", "/tmp"], "/tmp holds no runs: give the output_dir of the recipe"),
     ],
 )
-def test_wrong_options_are_named_with_what_to_write(cluster: Cluster, arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_options_are_named_with_what_to_write(
+    cluster: Cluster, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, *rest = arguments
     extra = [f"output_dir={tmp_path}"] if name != "status" else []
-    text = cluster.script(name, *rest, *extra, check=False)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    text = in_process("slurm", name, *rest, *extra)
     assert message in " ".join(text.replace("│", " ").split()), text
     assert "Traceback" not in text and not cluster.queue()
     assert not list(tmp_path.glob("*/recipe.yaml")) or "sbatch" in message
+
+
+def in_process(*arguments: str) -> str:
+    """Return what the command says, from this process: starting Python takes longer than finding a mistake."""
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    if isinstance(done.exception, LstScaleError):
+        return f"error: {done.exception}"
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+@pytest.mark.parametrize("start", [["slurm/submit.py"], ["-m", "lst_scale.cli", "slurm", "submit"]], ids=["file", "command"])
+def test_a_wrong_option_is_one_line_of_the_real_command_too(cluster: Cluster, start: list[str]) -> None:
+    text = cluster(sys.executable, *start, "--recipe", "t5-bas", check=False)
+    assert "Did you mean 't5-base'?" in text and text.count("\n") == 1
 
 
 def test_local_runs_a_sweep_without_slurm(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -424,14 +468,14 @@ def test_the_members_of_a_submitted_recipe_are_runs_like_any_other(cluster: Clus
     assert "--together 2: the recipe has members of its own" in text
 
 
-def test_the_plain_sbatch_script_runs_and_requeues(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    path = recipe("plain", training__epochs=100, training__evaluate_every=400)
+def test_the_plain_sbatch_script_runs_and_requeues(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:
+    path = recipe("plain", **LONG)
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=1000M", f"--output={tmp_path}/%j.log")
     command = ("sbatch", "--parsable", *options, "slurm/train.sbatch", "--recipe", str(path))
     job = cluster("env", f"PYTHON={sys.executable}", "DS_ACCELERATOR=cpu", *command).strip()
     run = tmp_path / "runs" / "plain-kind-seed0"
-    cluster.wait(lambda: last_step(run) > 20, 60, "step 20")
+    cluster.wait(lambda: last_step(run) > 20, PATIENCE, "step 20")
     cluster("scancel", "--signal=USR2", job)
-    cluster.wait(lambda: cluster.queue().get(job) == "PENDING", 60, "the requeue")
+    cluster.wait(lambda: cluster.queue().get(job) == "PENDING", PATIENCE, "the requeue")
     cluster.wait_until_idle()
-    assert_identical(run, reference(path, tmp_path, processes=4))
+    assert_identical(run, final_weights(in_one_go))

@@ -6,9 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.launchers import fresh, launch
+from helpers import programs, ranks
+from helpers.launchers import launch
 from helpers.models import make_t5
-from helpers.paths import ROOT
 from helpers.recipes import recipe_writer
-from helpers.runs import final_weights, losses
+from helpers.runs import final_weights, last_step, losses, newest_step
 from helpers.training import train
 
 pytestmark = pytest.mark.slow
@@ -106,7 +103,7 @@ def test_python_torchrun_and_deepspeed_all_start_it(launcher: str, write_recipe:
 
 def test_a_checkpoint_of_one_world_resumes_in_another(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     stop = write_recipe("moved", training__deepspeed="zero3", training__save_every_steps=3, training__keep_checkpoints=9)
-    assert launch(["lst_scale/train.py", "--recipe", str(stop)], processes=2).returncode == 0
+    assert ranks.run(programs.train, "--recipe", stop, processes=2).returncode == 0
     folder = tmp_path / "runs" / "moved-kind-seed0"
     whole = final_weights(folder)
     for path in sorted((folder / "checkpoints").glob("step-*"))[1:]:  # back to step 3
@@ -114,7 +111,7 @@ def test_a_checkpoint_of_one_world_resumes_in_another(write_recipe: Callable[...
             file.unlink()
         path.rmdir()
     again = write_recipe("moved", training__deepspeed="zero1", training__save_every_steps=3, training__keep_checkpoints=9)
-    done = launch(["-m", "lst_scale.train", "--recipe", str(again), "--resume"], launcher="python")
+    done = ranks.run(programs.train, "--recipe", again, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming at step 3" in done.stderr
     for name, weight in final_weights(folder).items():  # the tolerance of two processes against one, above
@@ -129,33 +126,22 @@ def test_kill_9_at_ten_random_moments_and_resume_ends_bit_identical(write_recipe
         "method__dropout": 0.1,
         "training__micro_batch_size": 6,
     }
-    reference = write_recipe("whole", **changes)
-    assert launch(["-m", "lst_scale.train", "--recipe", str(reference)], launcher="python").returncode == 0
+    train(write_recipe("whole", **changes))
     victim = write_recipe("killed", **changes)
     folder = tmp_path / "runs" / "killed-kind-seed0"
-    draw, kills = random.Random(0), 0
-    command = [sys.executable, "-m", "lst_scale.train", "--recipe", str(victim), "--resume"]
-    deadline = time.monotonic() + 400
-    while kills < 10:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=fresh(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        before = _newest_step(folder)
-        while _newest_step(folder) <= before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.4))
-        assert process.poll() is None, "the run ended before it could be killed: make it longer"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        assert time.monotonic() < deadline
-    assert launch(["-m", "lst_scale.train", "--recipe", str(victim), "--resume"], launcher="python").returncode == 0
+    draw = random.Random(0)
+    for number in range(10):
+        seen = (newest_step, last_step)[number % 2]  # a checkpoint has just been finished, or a step has and its checkpoint has not
+        (rank,) = ranks.start(programs.train, ["--recipe", victim, "--resume"])
+        with ranks.ended([rank]):
+            goal = newest_step(folder) + draw.randint(1, 3)
+            ranks.wait_for(lambda goal=goal, seen=seen: seen(folder) >= goal, [rank])
+            assert rank.poll() is None, "the run ended before it could be killed: make it longer"
+            rank.kill()
+            assert rank.wait() == -signal.SIGKILL
+    assert ranks.run(programs.train, "--recipe", victim, "--resume").returncode == 0
     expected = final_weights(tmp_path / "runs" / "whole-kind-seed0")
     found = final_weights(folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert losses(folder) == losses(tmp_path / "runs" / "whole-kind-seed0")
-
-
-def _newest_step(folder: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 
 from lst_scale import cli, distributed
@@ -19,6 +20,12 @@ def command(arguments: list[str]) -> None:
     """The command `lst-scale`."""
     sys.argv = ["lst-scale", *arguments]
     cli.main()
+
+
+def script(arguments: list[str]) -> None:
+    """A file, as Python runs it; arguments: its path, and its own."""
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def recipes(arguments: list[str]) -> None:

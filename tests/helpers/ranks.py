@@ -18,11 +18,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from helpers.launchers import free_port, fresh
 from helpers.paths import ROOT, TESTS
@@ -96,7 +98,11 @@ class Finished:
 
 
 def start(
-    program: Program, arguments: Sequence[str | Path] | Callable[[int], Sequence[str | Path]], *, processes: int = 1, **environment: str
+    program: Program,
+    arguments: Sequence[str | Path] | Callable[[int], Sequence[str | Path]],
+    *,
+    processes: int = 1,
+    environment_of: Mapping[str, Callable[[int], str]] = MappingProxyType({}),
 ) -> list[Rank]:
     """Start the ranks of one world, as a launcher would, but one that does not end the others when one fails.
 
@@ -104,12 +110,14 @@ def start(
         program: a function of a module, called with the arguments; it returns the exit status.
         arguments: its arguments, or a function from a rank to those of that rank.
         processes: 1 starts it as plain Python does, without a rank in the environment.
+        environment_of: further variables, each by a function of the rank.
     """
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(processes):
         own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        ranks.append(Rank(program, arguments(rank) if callable(arguments) else arguments, **own | environment))
+        own |= {name: of_rank(rank) for name, of_rank in environment_of.items()}
+        ranks.append(Rank(program, arguments(rank) if callable(arguments) else arguments, **own))
     return ranks
 
 
@@ -119,6 +127,16 @@ def finish(ranks: Sequence[Rank], seconds: float = PATIENCE) -> Finished:
         codes = [rank.wait(seconds) for rank in ranks]
     stdout, stderr = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
     return Finished(next((code for code in codes if code), 0), stdout, stderr)
+
+
+def wait_for(condition: Callable[[], object], alive: Sequence[Rank] = (), seconds: float = PATIENCE) -> None:
+    """Wait until the condition holds, and fail at once when one of the ranks that must bring it about has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for rank in alive:
+            assert rank.poll() is None or condition(), f"a rank ended with {rank.poll()}\n{rank.stderr[-3000:]}"
+        assert time.monotonic() < deadline, f"waited {seconds} s\n" + "".join(rank.stderr[-3000:] for rank in alive)
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -131,9 +149,9 @@ def ended(ranks: Sequence[Rank]) -> Iterator[None]:
             rank.kill()
 
 
-def run(program: Program, *arguments: str | Path, processes: int = 1, **environment: str) -> Finished:
+def run(program: Program, *arguments: str | Path, processes: int = 1) -> Finished:
     """Run a program on so many ranks to its end."""
-    return finish(start(program, arguments, processes=processes, **environment))
+    return finish(start(program, arguments, processes=processes))
 
 
 def _start_server() -> None:

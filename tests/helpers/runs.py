@@ -26,6 +26,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint, 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*")), default=0)
+
+
 def last_step(folder: Path) -> int:
     return max((line["step"] for line in metrics(folder)), default=0)
 
