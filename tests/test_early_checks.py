@@ -15,7 +15,8 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from conftest import ROOT, fresh
+from helpers.launchers import fresh
+from helpers.paths import ROOT
 from lst_scale import train
 from lst_scale.errors import ArgumentError, BackboneError, LadderError, NotReady, RecipeError, tell
 from lst_scale.folder import check_folder
