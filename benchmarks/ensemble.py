@@ -18,9 +18,9 @@ import methods
 import yaml
 from methods import TASKS, prepare, recipe
 
-from lst_scale.ensemble import score_together
-from lst_scale.recipe import Recipe, parse_recipe
-from lst_scale.run import run
+from lst_scale.inference.ensemble import score_together
+from lst_scale.recipe.schema import Recipe, parse_recipe
+from lst_scale.training.run import run
 
 RATES = {"lst-norm": {"kind": 3e-3, "speech": 3e-3, "tweets": 1e-3}, "lst": {"kind": 1e-3, "speech": 1e-3, "tweets": 1e-3}}
 SIZES = (2, 4, 8)

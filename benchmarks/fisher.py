@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale.backbone import assemble
-from lst_scale.backbone.checkpoint import open_checkpoint
-from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
+from lst_scale.backbone.weights import assemble
+from lst_scale.backbone.weights.checkpoint import open_checkpoint
+from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
 
 CASES = ("pass", "pass, stored and read")
 

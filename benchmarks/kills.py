@@ -31,8 +31,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lst_scale import ensemble, predict, run, train
-from lst_scale.training import loop
+from lst_scale import train
+from lst_scale.inference import ensemble, predict
+from lst_scale.training import loop, run
 
 FORK = multiprocessing.get_context("fork")
 KINDS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lst_scale.assets import resolve
 from lst_scale.side.count import Shape, shape_of
+from lst_scale.system.assets import resolve
 
 SHARD_BYTES = 1 << 30
 

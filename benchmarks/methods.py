@@ -38,10 +38,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lst_scale.assets import resolve
 from lst_scale.errors import LstScaleError
-from lst_scale.recipe import Recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import Recipe
+from lst_scale.system.assets import resolve
+from lst_scale.training.run import run
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 RATES = {"full": (3e-4, 1e-3, 3e-3), "prompt": (3e-2, 1e-1, 3e-1)}

@@ -22,7 +22,7 @@ import methods
 
 from lst_scale.plan.footprint import Footprint, footprint
 from lst_scale.plan.report import setting_of
-from lst_scale.recipe import load_recipe
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.side.count import shape_of
 
 # The paper's T5-base recipe that a method varies, and how.

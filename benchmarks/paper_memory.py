@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from lst_scale.plan.footprint import footprint
 from lst_scale.plan.report import setting_of
-from lst_scale.recipe import load_recipe
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.side.count import shape_of
 
 # Sung et al. 2022, tables 1 and 2 and the supplement: training memory, in the paper's "GB".

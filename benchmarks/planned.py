@@ -29,15 +29,15 @@ def measure(name: str, rows: int, overrides: list[str]) -> dict[str, Any]:
     """Run two steps of a recipe and return the second one's peak, and the planned one."""
     from transformers.initialization import no_init_weights
 
-    from lst_scale import distributed
-    from lst_scale.assets import load_ds_config
-    from lst_scale.backbone.precision import held_tensors
+    from lst_scale.backbone.weights.precision import held_tensors
     from lst_scale.plan import fake
     from lst_scale.plan.footprint import footprint
     from lst_scale.plan.measure import peak_bytes
     from lst_scale.plan.report import setting_of
-    from lst_scale.recipe import load_recipe
+    from lst_scale.recipe.schema import load_recipe
     from lst_scale.side.count import shape_of
+    from lst_scale.system import distributed
+    from lst_scale.system.assets import load_ds_config
     from lst_scale.training.engine import build_engine
 
     recipe = load_recipe(name, [*overrides, f"training.global_batch_size={rows}", "training.micro_batch_size=null"])

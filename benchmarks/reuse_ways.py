@@ -35,13 +35,13 @@ def make_batches(options: argparse.Namespace, device: torch.device) -> list[Batc
 
 def open_backbone(options: argparse.Namespace, way: str, precision: str, folder: Path) -> Any:
     """Return the backbone as `way` holds it."""
-    from lst_scale import distributed
-    from lst_scale.backbone.place import load_placed
-    from lst_scale.backbone.remembered import load_caching
+    from lst_scale.backbone.cache.load import load_caching
+    from lst_scale.backbone.placement.load import load_placed
     from lst_scale.methods.lst import ladder_config
-    from lst_scale.recipe import CacheRecipe
-    from lst_scale.recipe_backbone import BackboneRecipe
+    from lst_scale.recipe.backbone import BackboneRecipe
+    from lst_scale.recipe.schema import CacheRecipe
     from lst_scale.side.network import SideNetwork
+    from lst_scale.system import distributed
 
     recipe, world = BackboneRecipe.model_validate({"checkpoint": str(options.checkpoint), "precision": precision}), distributed.connect()
     if way not in CACHED:
@@ -52,7 +52,7 @@ def open_backbone(options: argparse.Namespace, way: str, precision: str, folder:
 
 
 def ladder_recipe(options: argparse.Namespace, precision: str) -> Any:
-    from lst_scale.recipe import LstRecipe
+    from lst_scale.recipe.schema import LstRecipe
 
     layers: Any = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
     return LstRecipe(

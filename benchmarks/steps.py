@@ -77,9 +77,9 @@ def copy_all(conveyor: Any) -> Step:
 
 def ladder_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """Return (loss function, trainable parameters, the model's own tensors) of the ladder, or of its backbone's forward pass alone."""
-    from lst_scale.backbone.precision import held_tensors
+    from lst_scale.backbone.weights.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
-    from lst_scale.recipe import LstRecipe
+    from lst_scale.recipe.schema import LstRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
     layers = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
@@ -116,13 +116,13 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
 
 def open_backbone(options: argparse.Namespace, method: str, precision: str, recipe: Any) -> tuple[Any, Callable[[], None]]:
     """Return the backbone as a case holds it, and what to do before each step."""
-    from lst_scale import distributed
-    from lst_scale.backbone.place import load_placed
-    from lst_scale.backbone.remembered import load_caching
+    from lst_scale.backbone.cache.load import load_caching
+    from lst_scale.backbone.placement.load import load_placed
     from lst_scale.methods.lst import ladder_config
-    from lst_scale.recipe import CacheRecipe
-    from lst_scale.recipe_backbone import BackboneRecipe
+    from lst_scale.recipe.backbone import BackboneRecipe
+    from lst_scale.recipe.schema import CacheRecipe
     from lst_scale.side.network import SideNetwork
+    from lst_scale.system import distributed
 
     placement = "streamed" if method in ("lst-streamed", "transfer") else "replicated"
     wanted = BackboneRecipe.model_validate({"checkpoint": str(options.checkpoint), "precision": precision, "placement": placement})
@@ -151,11 +151,11 @@ def forget_pages(folder: Path) -> None:
 
 def whole_model_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """The same for methods that train inside the backbone."""
-    from lst_scale import distributed
-    from lst_scale.backbone.place import load_placed
+    from lst_scale.backbone.placement.load import load_placed
     from lst_scale.data.batches import Batch
     from lst_scale.methods import build_trainee
-    from lst_scale.recipe import Recipe
+    from lst_scale.recipe.schema import Recipe
+    from lst_scale.system import distributed
 
     name, _, checkpointed = method.partition("-")
     tree = {

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import yaml
 
-from lst_scale.compare import compare, find_results
-from lst_scale.grid import expand
-from lst_scale.recipe import load_recipe, to_yaml
+from lst_scale.recipe.grid import expand
+from lst_scale.recipe.schema import load_recipe, to_yaml
+from lst_scale.runs.compare import compare, find_results
 
 GRID = ("optimizer.learning_rate=3e-4,1e-3,3e-3,1e-2", "method.reduction_factor=4,8", "seed=0,1,2,3")
 ALONE = (0, 13, 18, 31)  # one a learning rate, one a seed, two of each reduction factor

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lst_scale.assets import resolve
+from lst_scale.system.assets import resolve
 
 
 def main() -> None:

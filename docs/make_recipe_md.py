@@ -1,7 +1,7 @@
 """Write docs/recipe.md, the reference of everything that a recipe can say: python docs/make_recipe_md.py
 
 Names, defaults and allowed values come from the schema; the meaning of a key is the comment at its line, or above it, in
-lst_scale/recipe*.py. `tests/test_recipe_reference.py` keeps the page fresh and every key explained.
+lst_scale/recipe/*.py. `tests/test_recipe_reference.py` keeps the page fresh and every key explained.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lst_scale import recipe, recipe_backbone, recipe_task
+from lst_scale.recipe import backbone as recipe_backbone
+from lst_scale.recipe import schema as recipe
+from lst_scale.recipe import task as recipe_task
 
 PAGE = Path(__file__).parent / "recipe.md"
 SECTIONS = {  # by the key that they stand under
@@ -37,8 +39,8 @@ SECTIONS = {  # by the key that they stand under
 }
 INTRODUCTION = """# What a recipe can say
 
-Made by `python docs/make_recipe_md.py` from the classes in [recipe.py](../lst_scale/recipe.py),
-[recipe_task.py](../lst_scale/recipe_task.py) and [recipe_backbone.py](../lst_scale/recipe_backbone.py): change it there.
+Made by `python docs/make_recipe_md.py` from the classes in [schema.py](../lst_scale/recipe/schema.py),
+[task.py](../lst_scale/recipe/task.py) and [backbone.py](../lst_scale/recipe/backbone.py): change it there.
 On the command line a key is written with its section: `training.max_steps=100`, `method.reduction_factor=4`.
 `lst-scale train RECIPE --print-recipe` shows a recipe with every default filled in.
 """
@@ -65,7 +67,7 @@ def meanings(name: str) -> dict[str, str]:
     """Return the comment of each field of a class and of those that it inherits from."""
     found: dict[str, str] = {}
     for kind in reversed(_class(name).__mro__):
-        if not kind.__module__.startswith("lst_scale.recipe"):
+        if not kind.__module__.startswith("lst_scale.recipe."):
             continue
         above: list[str] = []
         for line in inspect.getsource(kind).splitlines():

@@ -14,7 +14,7 @@ __all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import lst_scale.recipe` stays free of torch and a wrong recipe is reported in well under a second.
+    # Lazy, so that `import lst_scale.recipe.schema` stays free of torch and a wrong recipe is reported in well under a second.
     if name == "LadderConfig":
         from lst_scale.side.config import LadderConfig
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lst_scale import preemption
+from lst_scale.system import preemption
 
 
 def main() -> None:
     preemption.leave_on_ctrl_c()
-    from lst_scale import cli
+    from lst_scale.cli import main as cli
 
     cli.main()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lst_scale import preemption
+from lst_scale.system import preemption
 
 if __name__ == "__main__":
     preemption.leave_on_ctrl_c()
@@ -24,11 +24,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from lst_scale import __version__
-from lst_scale.assets import available_recipes
 from lst_scale.errors import ArgumentError, LstScaleError, tell
-from lst_scale.members import each_of
-from lst_scale.preflight import check_before_start
-from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.recipe.members import each_of
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.system.assets import available_recipes
+from lst_scale.training.preflight import check_before_start
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -102,8 +102,8 @@ def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = Fals
     check_before_start(recipes, resume=resume, overwrite=overwrite)
     preemption.listen()
     with _importing():
-        from lst_scale import distributed
-        from lst_scale.run import run_together
+        from lst_scale.system import distributed
+        from lst_scale.training.run import run_together
 
     rank = os.environ.get("RANK", "0")
     if "RANK" not in os.environ:  # alone, and nothing is begun
@@ -129,7 +129,7 @@ def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = Fals
 
 def describe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML with the trainable count as a comment; needs no weights and no torch."""
-    from lst_scale.recipe import to_yaml
+    from lst_scale.recipe.schema import to_yaml
     from lst_scale.side.count import describe_count
 
     return f"{to_yaml(recipe)}# {describe_count(recipe)}"

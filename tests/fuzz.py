@@ -66,7 +66,7 @@ def forked(arguments: tuple[str, ...], folder: Path) -> Outcome:
             os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             sys.argv = ["lst-scale", *arguments]
-            from lst_scale.cli import main
+            from lst_scale.cli.main import main
 
             main()
             status = 0
@@ -381,10 +381,10 @@ def warm_up() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import lst_scale.cli
-    import lst_scale.ensemble
-    import lst_scale.predict
-    import lst_scale.run  # noqa: F401
+    import lst_scale.cli.main
+    import lst_scale.inference.ensemble
+    import lst_scale.inference.predict
+    import lst_scale.training.run  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from lst_scale.backbone.check import check_quantization
-from lst_scale.backbone.checkpoint import open_checkpoint
-from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.precision import QuantizedLinear
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
+from lst_scale.backbone.weights.checkpoint import open_checkpoint
+from lst_scale.backbone.weights.precision import QuantizedLinear
 from lst_scale.errors import BackboneError
 from lst_scale.side.count import shape_of
 

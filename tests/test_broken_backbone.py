@@ -12,8 +12,8 @@ from transformers import T5ForConditionalGeneration
 
 from helpers.models import make_t5
 from lst_scale.errors import BackboneError, TrainingError
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.training.run import run
 
 LORA, FULL = {"name": "lora", "rank": 2}, {"name": "full"}
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lst_scale.backbone.cache_key import CacheKey
-from lst_scale.backbone.claim import Claim
-from lst_scale.backbone.tap_cache import TapCache, encoder_digest
-from lst_scale.cli import app
+from lst_scale.backbone.cache.claim import Claim
+from lst_scale.backbone.cache.key import CacheKey
+from lst_scale.backbone.cache.store import TapCache, encoder_digest
+from lst_scale.cli.main import app
 from lst_scale.errors import BackboneError, LstScaleError
 
 KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")

@@ -15,10 +15,10 @@ from helpers.models import make_t5
 from helpers.recipes import recipe_writer
 from helpers.tiny import tiny_t5
 from lst_scale import LadderConfig, LadderModel
-from lst_scale.cli import app
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.cli.main import app
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.side.card import licence_of
+from lst_scale.training.run import run
 
 CONFIG = LadderConfig(reduction_factor=4, side_layers=[0, 2])
 FEW = {"training__max_steps": 1, "training__micro_batch_size": 6, "data__max_eval_rows": 2, "training__patience": None}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lst_scale.durable import sha256_of
 from lst_scale.errors import CheckpointError
-from lst_scale.logs import Logger
+from lst_scale.runs.logs import Logger
+from lst_scale.system.durable import sha256_of
 from lst_scale.training import checkpoint
 from lst_scale.training.checkpoint import Progress, Resuming, load_latest, remove_old_checkpoints, save_checkpoint, update_progress
 from lst_scale.training.engine import Snapshot

@@ -16,10 +16,10 @@ import lst_scale
 from helpers.launchers import fresh
 from helpers.paths import ROOT
 from lst_scale import train
-from lst_scale.cli import app
+from lst_scale.cli.main import app
 from lst_scale.errors import ArgumentError, RecipeError
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.training.run import run
 
 
 def told(*arguments: str) -> str:
@@ -96,6 +96,6 @@ def test_an_extra_that_is_missing_is_told_before_anything_is_loaded(
 
 def test_deepspeed_has_nothing_to_say_before_a_run_begins() -> None:
     environment = {name: value for name, value in fresh().items() if name != "DS_ACCELERATOR"}
-    script = "from lst_scale import distributed; distributed.connect(); distributed.disconnect()"
+    script = "from lst_scale.system import distributed; distributed.connect(); distributed.disconnect()"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout + done.stderr == ""

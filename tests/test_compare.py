@@ -14,11 +14,11 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from helpers.paths import ROOT
-from lst_scale.cli import app
-from lst_scale.compare import _score_name, compare, find_results, plot, rows
+from lst_scale.cli.main import app
 from lst_scale.errors import ArgumentError
-from lst_scale.finished import read_finished
-from lst_scale.pictures import figure, label_points
+from lst_scale.runs.compare import _score_name, compare, find_results, plot, rows
+from lst_scale.runs.finished import read_finished
+from lst_scale.runs.pictures import figure, label_points
 
 
 def write(folder: Path, **changes: Any) -> None:

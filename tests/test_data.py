@@ -18,7 +18,7 @@ from lst_scale.data.metrics import METRICS
 from lst_scale.data.scores import majority_score, score
 from lst_scale.data.tasks import GLUE, Row, TaskData, file_source, glue_row, split_glue
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.recipe_task import FileTask
+from lst_scale.recipe.task import FileTask
 
 
 def split_of(count: int) -> EncodedSplit:

@@ -18,8 +18,8 @@ from lst_scale.data.files import load_records
 from lst_scale.data.scores import majority_score
 from lst_scale.data.tasks import Row, TaskData, file_source, load_task
 from lst_scale.errors import DataError, RecipeError
-from lst_scale.recipe import Recipe, parse_recipe
-from lst_scale.recipe_task import FileTask
+from lst_scale.recipe.schema import Recipe, parse_recipe
+from lst_scale.recipe.task import FileTask
 
 RECIPE = "{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst, side_layers: [1, 2]}}"
 AS_CSV = [{"x": "a, b", "y": "0"}, {"x": "c", "y": "1"}]

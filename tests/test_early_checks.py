@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from helpers.launchers import fresh
 from helpers.paths import ROOT
 from lst_scale import train
+from lst_scale.backbone.model_config import find_config, read_config
+from lst_scale.cli.slurm import app as slurm_app
 from lst_scale.errors import ArgumentError, BackboneError, LadderError, NotReady, RecipeError, tell
-from lst_scale.folder import check_folder
-from lst_scale.model_config import find_config, read_config
-from lst_scale.preflight import check_before_start
-from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.runs.folder import check_folder
 from lst_scale.side.count import shape_of
-from lst_scale.slurm.cli import app as slurm_app
+from lst_scale.training.preflight import check_before_start
 
 ROWS = [{"x": "a", "y": "no"}, {"x": "b", "y": "yes"}]
 
@@ -138,7 +138,7 @@ def test_each_mistake_of_many_recipes_is_told_once(files: Path, write_recipe: Ca
 EARLY = """
 import sys
 from lst_scale import train
-from lst_scale.slurm import cli
+from lst_scale.cli import slurm as cli
 if sys.argv[1] == "slurm":
     try:
         cli.main()
@@ -290,8 +290,8 @@ def test_a_start_that_fails_leaves_no_folder_and_the_mended_one_goes_on(
         reached.append(folder)
         raise Reached("the member would be built now")
 
-    monkeypatch.setattr("lst_scale.run.Member", stop)
-    monkeypatch.setattr("lst_scale.preemption.listen", lambda: None)
+    monkeypatch.setattr("lst_scale.training.run.Member", stop)
+    monkeypatch.setattr("lst_scale.system.preemption.listen", lambda: None)
     folder = tmp_path / "runs" / "r-t-seed0"
     for changes, message in (
         ({"task": own_task(files, target="nope")}, "has no field 'nope'"),

@@ -17,10 +17,10 @@ from helpers.models import make_t5
 from helpers.tiny import batch, tiny_ladder
 from helpers.training import train
 from lst_scale import LadderEnsemble, LadderModel
-from lst_scale.compare import compare
-from lst_scale.ensemble import score_together
 from lst_scale.errors import ArgumentError, LadderError
-from lst_scale.recipe import load_recipe
+from lst_scale.inference.ensemble import score_together
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.runs.compare import compare
 
 
 def ladders() -> list[LadderModel]:

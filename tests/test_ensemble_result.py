@@ -11,11 +11,11 @@ import pytest
 
 from helpers.models import make_t5
 from helpers.recipes import recipe_writer
-from lst_scale.compare import rows
-from lst_scale.ensemble import score_together
 from lst_scale.errors import LstScaleError
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.inference.ensemble import score_together
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.runs.compare import rows
+from lst_scale.training.run import run
 
 OF_A_RUN_ALONE = ("best_step", "validation_score", "steps", "tokens_per_second", "peak_memory_bytes_by_rank", "mark")
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from lst_scale import LadderConfig, LadderModel, distributed
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale import LadderConfig, LadderModel
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.data.batches import collate
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import Row
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.methods.lst import SharedPasses
-from lst_scale.recipe import EvaluationRecipe
+from lst_scale.recipe.schema import EvaluationRecipe
+from lst_scale.system import distributed
 from lst_scale.training.evaluation import answers, label_scores
 from lst_scale.training.sessions import run_alone
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.training import member
+from lst_scale.training.run import run
 
 
 def weights_of(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lst_scale.errors import LONGEST_REASON, DataError, LstScaleError, RecipeError, fence
-from lst_scale.preemption import Interrupted, Request
+from lst_scale.system.preemption import Interrupted, Request
 
 
 def deep() -> None:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
 from helpers.models import make_t5
-from lst_scale.backbone import fisher
-from lst_scale.backbone.checkpoint import open_checkpoint
-from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
+from lst_scale.backbone.weights import fisher
+from lst_scale.backbone.weights.checkpoint import open_checkpoint
+from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
 
 
 def examples(count: int) -> list[Example]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lst_scale import LadderConfig, LadderModel
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 
 LADDERS = {
     "all layers": {"side_layers": [0, 1, 2]},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
-from lst_scale.recipe import parse_recipe
+from lst_scale.recipe.schema import parse_recipe
 
 
 def test_imports_go_one_way() -> None:
@@ -23,7 +23,7 @@ def test_only_one_file_touches_each_of_torch_distributed_bitsandbytes_and_yaml()
     owners = {
         r"torch\.distributed|import torch\.distributed": {"distributed.py", "engine.py"},  # engine: ZeRO-3's own process group
         r"from bitsandbytes|import bitsandbytes": {"precision.py"},
-        r"^import yaml|^from yaml": {"decode.py", "recipe.py"},
+        r"^import yaml|^from yaml": {"decode.py", "schema.py"},
         r"trust_remote_code=True|pickle\.load|torch\.load": set(),
     }
     for pattern, allowed in owners.items():
@@ -46,7 +46,7 @@ def test_nobody_asks_which_kind_of_backbone_there_is() -> None:
     words = {
         r"isinstance\([^()]*Backbone\b|AnyBackbone|object\.__setattr__": {"backbone/__init__.py"},
         # What DeepSpeed hangs on parameters, and what a configuration of transformers may leave out.
-        r"hasattr\(": {"training/engine.py", "methods/whole.py", "backbone/families/t5/model.py"},
+        r"hasattr\(": {"training/engine.py", "methods/full.py", "backbone/families/t5/model.py"},
     }
     package = ROOT / "lst_scale"
     for word, allowed in words.items():
@@ -80,7 +80,7 @@ def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
 
 def test_what_only_some_runs_need_is_imported_where_it_is_used() -> None:
     optional = ("datasets", "evaluate", "sklearn", "pandas", "rouge_score", "sacrebleu", "matplotlib", "submitit", "tensorboard")
-    program = f"import sys, lst_scale.run; print([name for name in {optional} if name in sys.modules])"
+    program = f"import sys, lst_scale.training.run; print([name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr + done.stdout
 
@@ -109,7 +109,7 @@ def test_a_wheel_installed_elsewhere_finds_recipes_deepspeed_files_and_the_embed
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     script = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import lst_scale; from lst_scale import assets, recipe; from pathlib import Path;"
+        f"import sys; sys.path.insert(0, {str(site)!r}); import lst_scale; from lst_scale import recipe; from lst_scale.system import assets; from pathlib import Path;"
         f"assert lst_scale.__file__.startswith({str(site)!r}), lst_scale.__file__;"
         "assert len(assets.available_recipes()) >= 6; recipe.load_recipe('quickstart'); assets.load_ds_config('zero3');"
         "assert (Path(assets.resolve('embedded:tiny-t5')) / 'model.safetensors').exists(); assets.resolve('embedded:wordnet/test.jsonl')"

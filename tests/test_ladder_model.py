@@ -11,9 +11,9 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from lst_scale import LadderConfig, LadderModel
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError
-from lst_scale.recipe import LstRecipe, load_recipe
+from lst_scale.recipe.schema import LstRecipe, load_recipe
 from lst_scale.side.count import backbone_parameters, shape_of, trainable_parameters
 from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.network import SideNetwork
@@ -163,7 +163,7 @@ def test_recipes_train_the_papers_counts_less_its_unused_gates(recipe: str, coun
 def test_every_recipe_builds_on_the_meta_device_with_the_counted_parameters(recipe: str) -> None:
     from transformers import T5Config
 
-    from lst_scale.backbone.checkpoint import spec_of
+    from lst_scale.backbone.weights.checkpoint import spec_of
     from lst_scale.methods.lst import ladder_config
 
     loaded = load_recipe(recipe)

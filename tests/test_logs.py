@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lst_scale.logs import LOG, Logger
+from lst_scale.runs.logs import LOG, Logger
 
 
 def test_lines_of_several_runs_say_on_the_console_whose_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,12 @@ import yaml
 from helpers import ending_members, programs, ranks
 from helpers.runs import final_weights, losses
 from helpers.training import train
-from lst_scale import decode
 from lst_scale.errors import RecipeError, TrainingError
-from lst_scale.grid import grid_as_lines
-from lst_scale.members import members_of, share_passes
-from lst_scale.recipe import load_recipe, parse_recipe, to_yaml
-from lst_scale.run import run_together
+from lst_scale.recipe import decode
+from lst_scale.recipe.grid import grid_as_lines
+from lst_scale.recipe.members import members_of, share_passes
+from lst_scale.recipe.schema import load_recipe, parse_recipe, to_yaml
+from lst_scale.training.run import run_together
 
 MEMBERS = [
     "seed=0 optimizer.learning_rate=1e-2",

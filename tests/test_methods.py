@@ -19,12 +19,12 @@ from helpers.models import make_t5
 from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, losses
 from helpers.training import train
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.data.batches import Batch
 from lst_scale.errors import BackboneError
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import Trainee, trained_parameters
-from lst_scale.recipe import Recipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import shape_of, trainable_parameters
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
-from lst_scale import shared
 from lst_scale.data.measures import MEASURES
 from lst_scale.data.metrics import METRICS as EVALUATE_METRICS
 from lst_scale.data.scores import majority_score, only_answer, score, try_own_metrics
 from lst_scale.data.tasks import Row, TaskData
-from lst_scale.distributed import connect
 from lst_scale.errors import LstScaleError, RecipeError
-from lst_scale.logs import Logger
-from lst_scale.recipe import Recipe, load_recipe
-from lst_scale.recipe_task import METRICS, metrics_misfit
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.recipe.task import METRICS, metrics_misfit
+from lst_scale.runs.logs import Logger
+from lst_scale.system.distributed import connect
+from lst_scale.training import shared
 
 TEXTS = ["the cat sat on the mat", "a dog barks .", "all of them ran home quickly"]
 
@@ -204,7 +204,7 @@ def test_a_metric_beside_the_recipe_is_found_by_the_run_s_own_recipe_too(own_rec
 def test_a_wrong_metric_of_one_s_own_is_told_before_any_weight_is_read(
     metric: str, message: str, own_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "_backbone", None)  # not to be reached
+    monkeypatch.setattr(shared, "load_placed", None)  # not to be reached
     with pytest.raises(RecipeError, match=re.escape(message)):
         shared.load_shared([own_recipe(metric)], connect(), Logger(None))
 

@@ -23,12 +23,12 @@ from helpers.ranks import Rank
 from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, losses
 from helpers.training import train
-from lst_scale.backbone import streamed
-from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.place import load_placed
-from lst_scale.backbone.precision import Int8Linear
+from lst_scale.backbone.placement import streamed
+from lst_scale.backbone.placement.load import load_placed
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe_backbone import BackboneRecipe
+from lst_scale.backbone.weights.precision import Int8Linear
+from lst_scale.recipe.backbone import BackboneRecipe
 
 pytestmark = pytest.mark.slow
 DISK = {"name": "streamed", "source": "disk"}
@@ -160,7 +160,7 @@ def test_predictions_are_the_same_under_every_placement(trained: dict[str, Path]
 
 
 def load(folder: Path, placement: Any, precision: str = "fp32") -> LocalBackbone:
-    from lst_scale import distributed
+    from lst_scale.system import distributed
 
     recipe = BackboneRecipe.model_validate({"checkpoint": str(folder), "precision": precision, "placement": placement})
     return load_placed(recipe, distributed.connect())

@@ -14,15 +14,15 @@ from torch import nn
 
 from helpers import programs, ranks
 from helpers.ranks import Finished
-from lst_scale import distributed
-from lst_scale.backbone.place import load_placed
-from lst_scale.backbone.precision import quantized_linear, sized_quantized_linear
+from lst_scale.backbone.placement.load import load_placed
+from lst_scale.backbone.weights.precision import quantized_linear, sized_quantized_linear
 from lst_scale.errors import ArgumentError
 from lst_scale.plan import depth, picture, report
 from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint
 from lst_scale.plan.live import LiveBytes
-from lst_scale.recipe import Recipe, load_recipe
+from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.side.count import shape_of
+from lst_scale.system import distributed
 
 SMALL = Setting(rows=4, source=32, target=8, on_gpu=False)
 

@@ -23,16 +23,16 @@ from typer.testing import CliRunner
 
 from helpers.models import make_t5
 from helpers.recipes import recipe_writer
-from lst_scale import predict
-from lst_scale.cli import app
+from lst_scale.cli.main import app
 from lst_scale.data.files import load_records
 from lst_scale.data.scores import score
 from lst_scale.data.tasks import load_task
 from lst_scale.errors import ArgumentError, LstScaleError
-from lst_scale.json_lines import LinesFile, as_json, lines_file
-from lst_scale.predict import predict_file
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.inference import predict
+from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
+from lst_scale.inference.predict import predict_file
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.training.run import run
 from lst_scale.training.sessions import Moment, Session
 
 ROWS = [{"word": "cat", "definition": "a feline"}, {"word": "run", "definition": "to move fast on one's feet"}]

@@ -10,12 +10,12 @@ import torch
 
 from helpers.cached import REQUEST, batches, opened
 from helpers.recipes import recipe_writer
-from lst_scale import distributed
 from lst_scale.backbone.taps import Taps
 from lst_scale.data.encode import encode
 from lst_scale.data.tasks import load_task
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.recipe import load_recipe
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.system import distributed
 from lst_scale.training.loop import Trainer, make_plan
 
 

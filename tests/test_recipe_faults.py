@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lst_scale.assets import load_ds_config
 from lst_scale.errors import RecipeError
-from lst_scale.grid import expand
-from lst_scale.members import load_members, members_of, read_list
-from lst_scale.names import LONGEST_NAME, fitting_name
-from lst_scale.recipe import load_recipe, parse_recipe
+from lst_scale.recipe.grid import expand
+from lst_scale.recipe.members import load_members, members_of, read_list
+from lst_scale.recipe.schema import load_recipe, parse_recipe
+from lst_scale.system.assets import load_ds_config
+from lst_scale.system.names import LONGEST_NAME, fitting_name
 
 RECIPE = """
 name: t

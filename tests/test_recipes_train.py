@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from helpers.models import make_t5
 from helpers.runs import final_weights, losses
 from helpers.training import train
-from lst_scale.recipe import load_recipe, to_yaml
+from lst_scale.recipe.schema import load_recipe, to_yaml
 
 pytestmark = pytest.mark.slow
 RIVALS = ("t5-base-full", "t5-base-adapters", "t5-base-lora", "t5-base-bitfit", "t5-base-prompt")

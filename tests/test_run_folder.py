@@ -18,14 +18,15 @@ from torch import zeros
 
 from helpers.launchers import fresh
 from helpers.paths import ROOT
-from lst_scale import durable, lock
-from lst_scale.durable import append_line, write_directory, write_file
 from lst_scale.errors import ArgumentError, RecipeError, StorageError
-from lst_scale.folder import check_folder, prepare_folder
-from lst_scale.lock import locked
-from lst_scale.overwrite import remove_run
-from lst_scale.recipe import Recipe, load_recipe, parse_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import Recipe, load_recipe, parse_recipe
+from lst_scale.runs import lock
+from lst_scale.runs.folder import check_folder, prepare_folder
+from lst_scale.runs.lock import locked
+from lst_scale.runs.overwrite import remove_run
+from lst_scale.system import durable
+from lst_scale.system.durable import append_line, write_directory, write_file
+from lst_scale.training.run import run
 
 RECIPE = "{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst}}"
 OF_A_RUN = [
@@ -180,9 +181,12 @@ def test_nothing_that_a_run_writes_is_taken_for_somebody_else_s(method: str, wri
 @contextlib.contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that works in a folder."""
-    script = (
-        f"from lst_scale.lock import locked\nfrom pathlib import Path\nwith locked(Path({str(folder)!r})): print(1, flush=True); input()"
+    lines = (
+        "from lst_scale.runs.lock import locked",
+        "from pathlib import Path",
+        f"with locked(Path({str(folder)!r})): print(1, flush=True); input()",
     )
+    script = "\n".join(lines)
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, env=fresh(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

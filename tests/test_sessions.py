@@ -12,16 +12,16 @@ import torch
 
 from helpers.cached import REQUEST, batches, opened
 from helpers.recipes import recipe_writer
-from lst_scale import distributed
-from lst_scale.backbone.claim import Claim
-from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.tap_cache import TapCache
+from lst_scale.backbone.cache.claim import Claim
+from lst_scale.backbone.cache.store import TapCache
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.data.batches import Batch
 from lst_scale.errors import DataError, LstScaleError, TrainingError
-from lst_scale.preemption import Interrupted
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.system import distributed
+from lst_scale.system.preemption import Interrupted
 from lst_scale.training import sessions
+from lst_scale.training.run import run
 from lst_scale.training.sessions import (
     CLOSING,
     EVALUATION,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lst_scale.side import attention
-from lst_scale.side.attention import Dropout, kept, side_attention, with_cheap_dropout
+from lst_scale.side.designs import attention
+from lst_scale.side.designs.attention import Dropout, kept, side_attention, with_cheap_dropout
 
 MODULE = nn.Module()
 

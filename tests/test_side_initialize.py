@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from helpers.tiny import tiny_t5
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.errors import LadderError
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_by_pruning, initialize_random

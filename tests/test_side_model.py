@@ -13,7 +13,7 @@ from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.side import files
 from lst_scale.side.model import save_side_network

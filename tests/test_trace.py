@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lst_scale import distributed
 from lst_scale.errors import RecipeError
 from lst_scale.methods.lst import LadderTrainee
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.system import distributed
+from lst_scale.training.run import run
 
 
 def test_the_steps_that_a_recipe_names_are_traced_once_for_all_members(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_and_moves_every_weight(trained: dict[tuple[int
 
 def test_a_run_leaves_recipe_result_metrics_and_a_side_network_that_loads(trained: dict[tuple[int, str], Path]) -> None:
     from lst_scale import LadderModel
-    from lst_scale.recipe import load_recipe
+    from lst_scale.recipe.schema import load_recipe
 
     folder = trained[2, "zero3"]
     result = json.loads((folder / "result.json").read_text())

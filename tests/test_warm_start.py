@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from helpers.models import make_t5
 from helpers.recipes import recipe_writer
 from lst_scale.errors import ArgumentError, CheckpointError, LadderError, LstScaleError
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.training.run import run
 
 LORA = {"name": "lora", "rank": 2, "dropout": 0.0}
 FEW = {"training__max_steps": 2, "training__micro_batch_size": 6, "evaluation__method": "likelihood", "data__max_eval_rows": 2}

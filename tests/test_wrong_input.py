@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from helpers.paths import ROOT
-from lst_scale.assets import available_recipes, load_ds_config
 from lst_scale.data.tasks import load_task
 from lst_scale.errors import DataError, LstScaleError, RecipeError
-from lst_scale.recipe import load_recipe, parse_recipe, to_yaml
+from lst_scale.recipe.schema import load_recipe, parse_recipe, to_yaml
+from lst_scale.system.assets import available_recipes, load_ds_config
 
 RECIPE = """
 name: t

@@ -14,7 +14,7 @@ def as_backbone(model: Any) -> Backbone:
     if isinstance(model, str | Path):
         return load_backbone(str(model), revision=None, precision="fp32")
     from lst_scale.backbone import taps
-    from lst_scale.backbone.local import LocalBackbone
+    from lst_scale.backbone.placement.replicated import LocalBackbone
 
     if isinstance(model, taps.Backbone):
         return model
@@ -25,7 +25,7 @@ def load_backbone(checkpoint: str, *, revision: str | None, precision: str) -> B
     """Load a checkpoint by name on the device of this process: CUDA when there is one."""
     import torch
 
-    from lst_scale.backbone.local import LocalBackbone
+    from lst_scale.backbone.placement.replicated import LocalBackbone
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return LocalBackbone.load(checkpoint, precision=precision, device=device, revision=revision)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.assemble import filled
-from lst_scale.backbone.checkpoint import open_checkpoint, read_to
 from lst_scale.backbone.families import BlockRef
-from lst_scale.backbone.local import LocalBackbone
 from lst_scale.backbone.masks import causal_mask, padding_mask
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
+from lst_scale.backbone.weights.assemble import filled
+from lst_scale.backbone.weights.checkpoint import open_checkpoint, read_to
 from lst_scale.errors import BackboneError
 
 # Relative error of the last states on T5-large with planted outlier channels was 0.04 for int8 and 0.28 to 0.32 for nf4 (0.03 and 0.2

@@ -12,7 +12,7 @@ from typing import Any
 from lst_scale.data.encode import EncodedSplit, answer_in, written_target
 from lst_scale.data.tasks import TaskData
 from lst_scale.errors import DataError, fence, printable
-from lst_scale.recipe import DataRecipe, EvaluationRecipe
+from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe
 
 TOLD = 3  # labels that a message names
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lst_scale.assets import resolve
 from lst_scale.errors import DataError, did_you_mean, fence, printable
+from lst_scale.system.assets import resolve
 
 HUB = "hub:"
 Record = Mapping[str, Any]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lst_scale.recipe_task import POSITIVE
+from lst_scale.recipe.task import POSITIVE
 
 UNPARSABLE = -1.0
 LARGEST = 1e100  # what larger numbers count as, so that their squares stay finite

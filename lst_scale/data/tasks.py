@@ -15,9 +15,9 @@ from typing import Any, cast
 
 from lst_scale.data import files
 from lst_scale.errors import DataError, printable
-from lst_scale.recipe import Recipe
-from lst_scale.recipe_task import FileTask, metrics_misfit
-from lst_scale.template import fill
+from lst_scale.recipe.schema import Recipe
+from lst_scale.recipe.task import FileTask, metrics_misfit
+from lst_scale.recipe.template import fill
 
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000

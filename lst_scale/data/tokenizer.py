@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lst_scale.assets import resolve
 from lst_scale.errors import DataError, fence
+from lst_scale.system.assets import resolve
 
 VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 SETTINGS = "tokenizer_config.json"

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
-from lst_scale.recipe import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
-from lst_scale.recipe_backbone import QUANTIZED
+from lst_scale.recipe.backbone import QUANTIZED
+from lst_scale.recipe.schema import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
 from lst_scale.side.count import check_targets, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lst_scale.backbone.local import LocalBackbone
+    from lst_scale.backbone.placement.replicated import LocalBackbone
     from lst_scale.methods.base import Trainee
 
 
@@ -60,9 +60,9 @@ def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance:
 
 
 def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
+    from lst_scale.methods.full import WholeModelTrainee
     from lst_scale.methods.inside import add_adapters, add_biases
-    from lst_scale.methods.whole import WholeModelTrainee
-    from lst_scale.methods.with_peft import PeftTrainee, with_lora, with_prompt
+    from lst_scale.methods.peft import PeftTrainee, with_lora, with_prompt
 
     method, model, family, checkpoint = recipe.method, backbone.take_model(), backbone.family, recipe.backbone.checkpoint
     kind: type[Any] = WholeModelTrainee

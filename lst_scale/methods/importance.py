@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lst_scale import distributed
-from lst_scale.assets import cache_folder
-from lst_scale.backbone.checkpoint import open_checkpoint
-from lst_scale.backbone.fisher import Example, fisher_importance, stored_importance
 from lst_scale.backbone.taps import Backbone
+from lst_scale.backbone.weights.checkpoint import open_checkpoint
+from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
 from lst_scale.data.encode import EncodedSplit
-from lst_scale.distributed import World
-from lst_scale.recipe import LstRecipe, Recipe
+from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.system import distributed
+from lst_scale.system.assets import cache_folder
+from lst_scale.system.distributed import World
 
 
 def task_importance(recipe: Recipe, split: EncodedSplit, backbone: Backbone, world: World) -> Callable[[str], Tensor] | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family
-from lst_scale.backbone.precision import replace
+from lst_scale.backbone.weights.precision import replace
 
 ADAPTER_STD = 0.01
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected, where_not_finite
 from lst_scale.data.batches import Batch
-from lst_scale.recipe import LstRecipe
+from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.files import refuse_config_of_another
 from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initialize_random

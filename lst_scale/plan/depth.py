@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, worst_of
-from lst_scale.recipe import LstRecipe, Recipe
-from lst_scale.recipe_backbone import Replicated
+from lst_scale.recipe.backbone import Replicated
+from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side.count import Shape
 
 SHALLOWEST = 2  # the first block of a stack, which holds the position table, and one like all the others

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.assemble import compute_dtype
 from lst_scale.backbone.families import family_of
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity
+from lst_scale.backbone.weights import precision as precisions
+from lst_scale.backbone.weights.assemble import compute_dtype
 from lst_scale.data.batches import Batch
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee
-from lst_scale.recipe import LstRecipe, Recipe
-from lst_scale.side import attention as side_attention
+from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side import loss
 from lst_scale.side.count import Shape
+from lst_scale.side.designs import attention as side_attention
 
 
 def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lst_scale.assets import load_ds_config
-from lst_scale.backbone.local import LocalBackbone
-from lst_scale.backbone.precision import held_tensors
+from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, stored
+from lst_scale.backbone.weights.precision import held_tensors
 from lst_scale.data.batches import Batch
 from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
 from lst_scale.plan.packed import pack
-from lst_scale.recipe import LstRecipe, Recipe
-from lst_scale.recipe_backbone import Streamed, TensorParallel, Zero3
+from lst_scale.recipe.backbone import Streamed, TensorParallel, Zero3
+from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side.count import Shape
+from lst_scale.system.assets import load_ds_config
 
 # The parts of a step, in the order in which a table shows them.
 WEIGHTS, TRAINED, OPTIMIZER = "backbone weights", "trained weights", "optimizer and engine"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone import precision as precisions
-from lst_scale.backbone.local import LocalBackbone
+from lst_scale.backbone.placement.replicated import LocalBackbone
+from lst_scale.backbone.weights import precision as precisions
 
 
 class PackedLinear(nn.Module):
@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
     def __init__(self, like: nn.Linear, precision: str) -> None:
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight = None  # as in lst_scale/backbone/precision.py
+        self.weight = None  # as in lst_scale/backbone/weights/precision.py
         self.held = precisions.sized_quantized_linear(like, precision)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lst_scale.pictures import figure, save
 from lst_scale.plan.footprint import BACKWARD, FORWARD, GRADIENTS, METHOD, OPTIMIZER, PARTS, SAVED, STEP, TAPS, TRAINED, WEIGHTS
 from lst_scale.plan.report import Line
+from lst_scale.runs.pictures import figure, save
 
 COLOURS = {
     WEIGHTS: "#7F7F7F",

@@ -8,9 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from lst_scale.assets import resolve
 from lst_scale.errors import ArgumentError
-from lst_scale.members import members_of
 from lst_scale.plan.depth import planned
 from lst_scale.plan.footprint import (
     BACKWARD,
@@ -26,10 +24,12 @@ from lst_scale.plan.footprint import (
     Footprint,
     Setting,
 )
-from lst_scale.recipe import CacheRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe
-from lst_scale.recipe_backbone import Replicated
-from lst_scale.recipe_task import FileTask
+from lst_scale.recipe.backbone import Replicated
+from lst_scale.recipe.members import members_of
+from lst_scale.recipe.schema import CacheRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe
+from lst_scale.recipe.task import FileTask
 from lst_scale.side.count import Shape
+from lst_scale.system.assets import resolve
 
 # Training rows of GLUE (Wang et al. 2019, as on the Hugging Face hub).
 GLUE_ROWS = {"cola": 8551, "mnli": 392702, "mrpc": 3668, "qnli": 104743, "qqp": 363846, "rte": 2490, "sst2": 67349, "stsb": 5749}
@@ -225,7 +225,7 @@ def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
 def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, int, bool]:
     """Return training rows, the bytes of their taps on disk at most (every row at full length), and whether the rows are really known."""
     assert isinstance(recipe.method, LstRecipe)
-    from lst_scale.backbone.cache_key import CacheKey
+    from lst_scale.backbone.cache.key import CacheKey
 
     layers = tuple(range(shape.spec.depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
     key = CacheKey(

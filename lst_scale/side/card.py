@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lst_scale.assets import EMBEDDED, resolve
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.side.config import LadderConfig
+from lst_scale.system.assets import EMBEDDED, resolve
 
 LIVE = "live model"  # what a backbone is called that was given as an object without a name
 # Of the models in these families that their makers publish.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.families import Numbers, numbers_of
+from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.spec import BackboneSpec
 from lst_scale.errors import BackboneError, did_you_mean, fence
-from lst_scale.model_config import find_config, read_config
-from lst_scale.recipe import LoraRecipe, Method, Recipe
+from lst_scale.recipe.schema import LoraRecipe, Method, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
 

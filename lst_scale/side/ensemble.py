@@ -20,9 +20,9 @@ from lst_scale.backbone import as_backbone
 from lst_scale.backbone.taps import DecoderState, FrozenHead, StackTaps, TapRequest, selected_stack, union
 from lst_scale.errors import LadderError
 from lst_scale.side.cache import part_of
+from lst_scale.side.designs.parts import SideEncoderState
 from lst_scale.side.model import Ladder, LadderModel
 from lst_scale.side.network import SideNetwork
-from lst_scale.side.parts import SideEncoderState
 
 
 class SideNetworks(nn.Module):

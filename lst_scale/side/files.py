@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import numbers_of
 from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec
-from lst_scale.durable import write_directory
 from lst_scale.errors import LadderError, fence
 from lst_scale.side.card import card_of_side_network
 from lst_scale.side.config import LadderConfig
+from lst_scale.system.durable import write_directory
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "side_network.safetensors", "ladder_config.json", "README.md"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import BlockRef, Sublayer, family_of
 from lst_scale.errors import LadderError
+from lst_scale.side.designs.parts import narrowing
 from lst_scale.side.network import Gate, SideNetwork, TwoStepDownsample
-from lst_scale.side.parts import narrowing
 
 WeightSource = Callable[[str], Tensor]
 LADDER_STD = 0.01  # of downsamples and upsample, the release's

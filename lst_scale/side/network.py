@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import BackboneSpec, DecoderState, FrozenHead, StackTaps, TapRequest, Taps
-from lst_scale.side.adapter import AdapterStack
 from lst_scale.side.config import LadderConfig
-from lst_scale.side.cross_attention import CrossAttentionStack
-from lst_scale.side.parts import Gate, SideEncoderState, TwoStepDownsample
-from lst_scale.side.transformer import TransformerStack
+from lst_scale.side.designs.adapter import AdapterStack
+from lst_scale.side.designs.cross_attention import CrossAttentionStack
+from lst_scale.side.designs.parts import Gate, SideEncoderState, TwoStepDownsample
+from lst_scale.side.designs.transformer import TransformerStack
 
 STACKS: dict[str, type[Any]] = {"transformer": TransformerStack, "cross_attention": CrossAttentionStack, "adapter": AdapterStack}
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lst_scale.durable import write_file
 from lst_scale.errors import LstScaleError, MembersFailed
-from lst_scale.folder import RECIPE, RESULT
+from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.slurm import runs
 from lst_scale.slurm.records import append, read
+from lst_scale.system.durable import write_file
 
 
 class TrainJob:
@@ -33,7 +33,7 @@ class TrainJob:
         self.max_starts_without_progress = max_starts_without_progress
 
     def __call__(self) -> None:
-        # submitit's own handler, which requeues; from now on signals only set a flag (lst_scale/preemption.py).
+        # submitit's own handler, which requeues; from now on signals only set a flag (lst_scale/system/preemption.py).
         requeue = signal.getsignal(signal.SIGUSR2)
         export_ranks(cpu=self.cpu, threads=self.threads)
         rank = int(os.environ["RANK"])
@@ -45,7 +45,7 @@ class TrainJob:
         try:
             if rank == 0:
                 self._note_start(unfinished)
-            from lst_scale.recipe import load_recipe
+            from lst_scale.recipe.schema import load_recipe
             from lst_scale.train import carry_out
 
             again = (lambda: requeue(signal.SIGUSR2, None)) if callable(requeue) else None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RESULT, write_recipe
-from lst_scale.recipe import Recipe
+from lst_scale.recipe.schema import Recipe
+from lst_scale.runs.folder import RESULT, write_recipe
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import ClusterOptions
 from lst_scale.slurm.submission import job_of

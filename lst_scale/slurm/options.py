@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from lst_scale import decode
-from lst_scale.decode import Count, Section
 from lst_scale.errors import ArgumentError, fence
-from lst_scale.names import Line
+from lst_scale.recipe import decode
+from lst_scale.recipe.decode import Count, Section
+from lst_scale.system.names import Line
 
 DEFAULT_FILE = "~/.config/lst_scale/slurm.yaml"
 CODE = ("setup", "python", "sbatch")  # what runs, or changes what runs: never taken from a run's folder, which others may write to

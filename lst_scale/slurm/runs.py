@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lst_scale import folder
 from lst_scale.errors import ArgumentError
-from lst_scale.recipe import Recipe
+from lst_scale.recipe.schema import Recipe
+from lst_scale.runs import folder
 from lst_scale.slurm.records import Fields, count, finite, job_id, mapping, read, text
 
 JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lst_scale import assets
+from lst_scale.system import assets
 
 _SKIPPED = ("__pycache__", "embedded")  # the embedded model and data are no code: linked to, not copied
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lst_scale.errors import LstScaleError
-from lst_scale.folder import METRICS, RESULT
+from lst_scale.runs.folder import METRICS, RESULT
 from lst_scale.slurm import runs
 from lst_scale.slurm.records import Fields, count, finite, mapping, number, read, read_one, text
 

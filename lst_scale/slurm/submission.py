@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.folder import RECIPE, RESULT, holds_training, write_recipe
-from lst_scale.names import has_control_character, shown
-from lst_scale.recipe import Recipe, to_yaml
+from lst_scale.recipe.schema import Recipe, to_yaml
+from lst_scale.runs.folder import RECIPE, RESULT, holds_training, write_recipe
 from lst_scale.slurm import runs, snapshot
 from lst_scale.slurm.job import TrainJob
 from lst_scale.slurm.options import ClusterOptions
 from lst_scale.slurm.records import append
+from lst_scale.system.names import has_control_character, shown
 
 MAX_TIMEOUTS = 1000  # submitit gives up after these; long trainings meet their time limit often
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.data.tasks import GLUE
-from lst_scale.recipe import LoraRecipe, LstRecipe, PromptRecipe, Recipe
+from lst_scale.recipe.schema import LoraRecipe, LstRecipe, PromptRecipe, Recipe
 from lst_scale.side import card
 
 MOST_LABELS = 60  # that are listed
@@ -95,7 +95,7 @@ def _columns(recipe: Recipe) -> list[str]:
 def _text(recipe: Recipe) -> str:
     return "\n".join(
         [
-            "from lst_scale.template import fill",
+            "from lst_scale.recipe.template import fill",
             "",
             f"row = {dict.fromkeys(_columns(recipe), '...')!r}",
             f"text = fill({_template(recipe)!r}, row)",
@@ -110,7 +110,7 @@ def _loading(recipe: Recipe, identity: BackboneIdentity, folder: Path) -> list[s
     if isinstance(recipe.method, PromptRecipe) or (isinstance(recipe.method, LoraRecipe) and not recipe.method.bitfit):
         revision = "" if identity.revision is None else f", revision={identity.revision!r}"
         return [
-            "from lst_scale.assets import resolve",
+            "from lst_scale.system.assets import resolve",
             "from peft import PeftModel",
             "from transformers import AutoModelForSeq2SeqLM",
             "",

@@ -27,8 +27,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lst_scale.durable import sha256_of, write_directory, write_file, writing
 from lst_scale.errors import CheckpointError, fence
+from lst_scale.system.durable import sha256_of, write_directory, write_file, writing
 from lst_scale.training.engine import MOMENTS as MOMENT_NAMES
 from lst_scale.training.engine import Snapshot
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lst_scale.errors import RecipeError, fence
 from lst_scale.methods.base import trained_parameters
-from lst_scale.recipe import OptimizerRecipe
+from lst_scale.recipe.schema import OptimizerRecipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

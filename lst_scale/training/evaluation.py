@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lst_scale import distributed
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
 from lst_scale.data.encode import EncodedSplit, answer_in, written_target
-from lst_scale.distributed import World
 from lst_scale.errors import ArgumentError
 from lst_scale.methods.base import Answerer, Scoring
-from lst_scale.recipe import EvaluationRecipe
+from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.side.loss import shift_right
+from lst_scale.system import distributed
+from lst_scale.system.distributed import World
 from lst_scale.training.sessions import EVALUATION, Ask, Moment, Session, Want
 
 T = TypeVar("T")

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale import distributed, preemption
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
-from lst_scale.distributed import World
 from lst_scale.errors import BackboneError, LstScaleError, TrainingError
-from lst_scale.logs import Logger
 from lst_scale.methods.base import Trainee
-from lst_scale.preemption import Interrupted
-from lst_scale.recipe import Recipe
+from lst_scale.recipe.schema import Recipe
+from lst_scale.runs.logs import Logger
+from lst_scale.system import distributed, preemption
+from lst_scale.system.distributed import World
+from lst_scale.system.preemption import Interrupted
 from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint, update_progress
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate

@@ -9,19 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lst_scale import distributed
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import only_answer, score
-from lst_scale.durable import write_directory, write_file
 from lst_scale.errors import LadderError, LstScaleError
-from lst_scale.logs import Logger
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
-from lst_scale.preemption import Interrupted
-from lst_scale.recipe import LstRecipe, Recipe
-from lst_scale.shared import Shared
+from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.runs.logs import Logger
 from lst_scale.side.files import CARD
+from lst_scale.system import distributed
+from lst_scale.system.durable import write_directory, write_file
+from lst_scale.system.preemption import Interrupted
 from lst_scale.training.card import card_of_run
 from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, let_go, restore_moments
@@ -29,7 +28,8 @@ from lst_scale.training.evaluation import answers
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 from lst_scale.training.result import closing_sentence, only_answer_sentence, result_of, weights_sha256, write_result
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
-from lst_scale.warm_start import start_folder
+from lst_scale.training.shared import Shared
+from lst_scale.training.warm_start import start_folder
 
 
 class Member:

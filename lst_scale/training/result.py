@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from lst_scale import distributed
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import majority_score
-from lst_scale.distributed import World
-from lst_scale.durable import sha256_of, write_file
-from lst_scale.finished import Finished
-from lst_scale.folder import RESULT
-from lst_scale.recipe import Recipe
-from lst_scale.shared import Shared, peak_memory_bytes
+from lst_scale.recipe.schema import Recipe
+from lst_scale.runs.finished import Finished
+from lst_scale.runs.folder import RESULT
+from lst_scale.system import distributed
+from lst_scale.system.distributed import World
+from lst_scale.system.durable import sha256_of, write_file
 from lst_scale.training.checkpoint import Progress
+from lst_scale.training.shared import Shared, peak_memory_bytes
 
 
 def result_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lst_scale.recipe import OptimizerRecipe
+from lst_scale.recipe.schema import OptimizerRecipe
 
 
 def warmup_steps(optimizer: OptimizerRecipe, total_steps: int) -> int:

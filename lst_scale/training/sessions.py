@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from lst_scale.data.batches import Batch
 from lst_scale.errors import LstScaleError
-from lst_scale.preemption import Interrupted
+from lst_scale.system.preemption import Interrupted
 
 T = TypeVar("T")
 EVALUATION, TRAINING, CLOSING = range(3)  # what a session does at a step, in this order

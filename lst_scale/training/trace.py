@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lst_scale.distributed import World
 from lst_scale.errors import TrainingError, fence
+from lst_scale.system.distributed import World
 
 MEMORY_EVENTS = 1_000_000
 

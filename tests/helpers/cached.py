@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lst_scale import distributed
-from lst_scale.backbone.caching import CachingBackbone
-from lst_scale.backbone.remembered import load_caching
+from lst_scale.backbone.cache.backbone import CachingBackbone
+from lst_scale.backbone.cache.load import load_caching
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe import CacheRecipe
-from lst_scale.recipe_backbone import BackboneRecipe
+from lst_scale.recipe.backbone import BackboneRecipe
+from lst_scale.recipe.schema import CacheRecipe
+from lst_scale.system import distributed
 
 REQUEST = TapRequest(layers=(0, 2), decoder_final=True)
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -7,9 +7,9 @@ import json
 import weakref
 from typing import Any
 
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.training import member
+from lst_scale.training.run import run
 
 
 def train_and_tell(arguments: list[str]) -> None:

@@ -7,10 +7,10 @@ import json
 import torch
 import yaml
 
-from lst_scale import distributed
-from lst_scale.backbone.place import load_placed
+from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.recipe_backbone import BackboneRecipe
+from lst_scale.recipe.backbone import BackboneRecipe
+from lst_scale.system import distributed
 
 LAYERS = (0, 1, 2)
 

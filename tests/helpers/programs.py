@@ -5,10 +5,11 @@ from __future__ import annotations
 import runpy
 import sys
 
-from lst_scale import cli, distributed
 from lst_scale import train as entry
-from lst_scale.recipe import load_recipe
-from lst_scale.run import run
+from lst_scale.cli.main import main as cli
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.system import distributed
+from lst_scale.training.run import run
 
 
 def train(arguments: list[str]) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lst_scale.backbone.cache_key import CacheKey
-from lst_scale.backbone.tap_cache import TapCache, encoder_digest
+from lst_scale.backbone.cache.key import CacheKey
+from lst_scale.backbone.cache.store import TapCache, encoder_digest
 
 KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")
 

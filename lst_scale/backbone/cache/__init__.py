@@ -1,0 +1,1 @@
+"""Taps remembered on disk."""

@@ -1,0 +1,1 @@
+"""Where the frozen backbone's blocks are: on one device, divided over many, streamed."""

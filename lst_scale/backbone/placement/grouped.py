@@ -1,0 +1,94 @@
+"""A backbone whose matrices are divided over a group of ranks, which runs the rows of all of them (placement `tensor_parallel`).
+
+`tensor_parallel.py` divides the blocks; here are the groups, and the way from a rank's rows to its taps.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lst_scale.backbone.placement import tensor_parallel
+from lst_scale.backbone.placement.opened import Opened, finish
+from lst_scale.backbone.placement.replicated import LocalBackbone
+from lst_scale.backbone.taps import Replica, StackTaps, TapRequest, Taps
+from lst_scale.backbone.weights import assemble
+from lst_scale.backbone.weights import precision as precisions
+from lst_scale.errors import ArgumentError
+from lst_scale.recipe.backbone import TensorParallel
+from lst_scale.system import distributed
+from lst_scale.system.assets import load_ds_config
+from lst_scale.system.distributed import Group, World
+
+
+class GroupedBackbone(LocalBackbone):
+    """A backbone whose matrices are divided over a group. The group gathers token ids, runs all rows, and each rank keeps its own."""
+
+    group: Group
+
+    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
+        S, T = input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]
+        pad = self.spec.pad_token_id
+        all_ids, own = self.group.gather_rows(input_ids_BS, pad)
+        all_mask, _ = self.group.gather_rows(attention_mask_BS, 0)
+        all_decoder_ids, _ = self.group.gather_rows(decoder_input_ids_BT, pad)
+        taps = super().__call__(all_ids, all_mask, all_decoder_ids, request)
+        final = taps.decoder_final_BTD
+        return Taps(
+            encoder=_rows(taps.encoder, own, S),
+            decoder=_rows(taps.decoder, own, T),
+            attention_mask_BS=attention_mask_BS,
+            decoder_final_BTD=None if final is None else final[own, :T].clone(),
+        )
+
+
+def load_grouped(opened: Opened, placement: TensorParallel, size: int, world: World) -> LocalBackbone:
+    """Fill the blocks, divide each over groups of `size` ranks, and return the backbone. All ranks must call it."""
+    checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
+    options = load_ds_config(placement.deepspeed)
+    group = distributed.consecutive_group(world, size)
+    # Blocks are divided in the arithmetic's precision and quantized afterwards, each rank its own shards.
+    dtype = assemble.compute_dtype(identity.precision)
+    whole = "fp32" if identity.precision == "fp32" else "bf16"
+    for ref in assemble.block_refs(checkpoint):
+        block = ref.get(model)
+        assemble.fill_block(block, ref.path, checkpoint, whole, world.device)
+        if size > 1:
+            summed = checkpoint.family.summed(ref)
+            block = tensor_parallel.shard_block(block, checkpoint.config, group, options, dtype, summed)
+        if identity.precision in precisions.QUANTIZED:
+            tensor_parallel.quantize_shards(block, group, identity.precision)
+        ref.put(model, block)
+    backbone = finish(GroupedBackbone, opened, world, replica=Replica(index=world.rank // size, count=world.size // size))
+    backbone.group = group
+    return backbone
+
+
+def group_size(placement: TensorParallel, world: World) -> int:
+    """Return how many ranks share one backbone.
+
+    Raises:
+        ArgumentError: that does not divide the number of ranks, or a group would span machines.
+    """
+    size = placement.size or world.size
+    if world.size % size:
+        raise distributed.same_everywhere(
+            ArgumentError(
+                f"backbone.placement.size {size} must divide the number of ranks, {world.size}: start {size} ranks, or a multiple of it"
+            )
+        )
+    names = distributed.nodes(world)
+    spanning = [first for first in range(0, world.size, size) if len(set(names[first : first + size])) > 1]
+    if spanning and not placement.across_nodes:
+        raise distributed.same_everywhere(
+            ArgumentError(
+                f"ranks {spanning[0]} to {spanning[0] + size - 1} would share one backbone but run on different machines: lower "
+                "backbone.placement.size to a divisor of the ranks a machine has, or write backbone.placement.across_nodes=true"
+            )
+        )
+    return size
+
+
+def _rows(taps: StackTaps, own: slice, length: int) -> StackTaps:
+    # Copies: a view would keep the other ranks' rows alive until backward.
+    hidden = tuple(tap[own, :length].clone() for tap in taps.hidden)
+    return StackTaps(layers=taps.layers, embedding=taps.embedding[own, :length].clone(), hidden=hidden)

@@ -1,0 +1,195 @@
+"""The backbone in one process: transformers' own model, run forward with hooks on the blocks that a ladder reads.
+
+Hooks and not `output_hidden_states`: that keeps every block's output alive, and its last entry is post-norm, wrong for the last block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lst_scale.backbone.families import Family, family_of, family_of_live
+from lst_scale.backbone.placement.prefetch import Conveyor
+from lst_scale.backbone.taps import (
+    BackboneIdentity,
+    BackboneSpec,
+    DecoderState,
+    EncoderState,
+    Replica,
+    StackTaps,
+    Tap,
+    TapRequest,
+    Taps,
+    joined,
+    stored,
+)
+from lst_scale.backbone.weights import assemble
+from lst_scale.backbone.weights import precision as precisions
+from lst_scale.backbone.weights.checkpoint import fingerprint_of, open_checkpoint
+from lst_scale.errors import BackboneError
+
+
+class LocalBackbone:
+    """A model of some family, frozen, whole in this process. No nn.Module on purpose: nothing can train or save it by accident."""
+
+    def __init__(
+        self,
+        model: Any,
+        spec: BackboneSpec,
+        identity: BackboneIdentity,
+        weight_source: Callable[[str], Tensor],
+        num_parameters: int,
+        *,
+        replica: Replica | None = None,
+        conveyor: Conveyor | None = None,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self.spec, self.identity, self.weight_source = spec, identity, weight_source
+        self.replica, self.conveyor = replica or Replica(), conveyor
+        self.num_parameters = num_parameters  # as published, whatever they are held in; a tied head counts once
+        self.family = family_of(spec.model_type, identity.checkpoint)
+        self.head = self.family.head(model, spec)
+
+    @classmethod
+    def load(cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None) -> LocalBackbone:
+        """Read a checkpoint into place, tensor by tensor: beside the model itself only one stored tensor is ever in memory.
+
+        Raises:
+            BackboneError: the checkpoint or the precision can't be used.
+        """
+        precisions.check(precision)
+        checkpoint = open_checkpoint(name, revision)
+        model = assemble.empty_model(checkpoint)
+        num_parameters = assemble.count_parameters(model, checkpoint)
+        assemble.check_shapes(model, checkpoint)
+        assemble.fill_ends(model, checkpoint, precision, torch.device(device))
+        for ref in assemble.block_refs(checkpoint):
+            assemble.fill_block(ref.get(model), ref.path, checkpoint, precision, torch.device(device))
+        identity = BackboneIdentity(checkpoint=name, revision=revision, precision=precision, fingerprint=checkpoint.fingerprint())
+        return cls(model, checkpoint.spec, identity, checkpoint.tensor, num_parameters)
+
+    @classmethod
+    def wrap(cls, model: Any) -> LocalBackbone:
+        """Freeze a live model of transformers; it stays the caller's object.
+
+        Raises:
+            BackboneError: it is another kind of model, or in fp16.
+        """
+        spec = family_of_live(model).spec(model.config)
+        dtype = model.get_input_embeddings().weight.dtype
+        if dtype == torch.float16:
+            raise BackboneError(precisions.FP16_REASON)
+        name = str(getattr(model.config, "_name_or_path", "") or "live model")
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        identity = BackboneIdentity(checkpoint=name, revision=None, precision=precision, fingerprint=_live_fingerprint(model, spec))
+        return cls(model, spec, identity, _live_weight_source(model), sum(p.numel() for p in model.parameters()))
+
+    def take_model(self) -> Any:
+        """Return the model itself, for methods that train inside it."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        return self.family.embedding(self._model).device
+
+    @property
+    def blocks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The blocks that run on the source and on the target."""
+        return self.family.stack_of(self._model, target=False), self.family.stack_of(self._model, target=True)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings of token ids."""
+        embeddings: Tensor = self._model.get_input_embeddings()(ids)
+        return embeddings
+
+    def weight_bytes(self) -> int:
+        """Bytes on this rank's device that hold weights, shared ones once; blocks that come and go count as their slots."""
+        tensors = {t.data_ptr(): t.numel() * t.element_size() for t in precisions.held_tensors(self._model)}
+        return sum(tensors.values()) + (self.conveyor.resident_bytes if self.conveyor is not None else 0)
+
+    @torch.no_grad()
+    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState:
+        """Run the encoder on token ids (B, S); mask 1 = token, 0 = padding."""
+        embedding_BSD = self.embed(input_ids_BS)
+        with _capture(self.blocks[0], request, self.family) as hidden:
+            final_BSD = self.family.read(self._model, embedding_BSD, attention_mask_BS)
+        taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
+        return EncoderState(taps=taps, final_BSD=final_BSD, attention_mask_BS=attention_mask_BS)
+
+    @torch.no_grad()
+    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
+        """Run the decoder on token ids (B, T); with a cache, on the new positions only. Blocks that nobody reads are not run."""
+        embedding_BTD, blocks = self.embed(decoder_input_ids_BT), self.blocks[1]
+        needed = len(blocks) if request.decoder_final else request.layers[-1] + 1
+        with _capture(blocks, request, self.family) as hidden:
+            final_BTD = self.family.extend(
+                self._model, embedding_BTD, encoder.final_BSD, encoder.attention_mask_BS, cache, num_blocks=needed
+            )
+        taps = StackTaps(layers=request.layers, embedding=embedding_BTD, hidden=tuple(hidden))
+        return DecoderState(taps=taps, final_BTD=final_BTD if request.decoder_final else None)
+
+    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
+        """Return all that a side network reads of one batch."""
+        encoder = self.encode(input_ids_BS, attention_mask_BS, request)
+        decoder = self.decode(decoder_input_ids_BT, encoder, request)
+        return joined(encoder, decoder)
+
+    @torch.no_grad()
+    def each_target(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
+    ) -> Iterator[Taps]:
+        encoder = self.encode(input_ids_BS, attention_mask_BS, request)
+        for decoder_input_ids_BT in targets:
+            yield joined(encoder, self.decode(decoder_input_ids_BT, encoder, request))
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Do nothing: nobody waits for it."""
+
+    reads_ahead = False
+
+    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+        """Do nothing: what is run is not read."""
+
+
+@contextlib.contextmanager
+def _capture(blocks: nn.ModuleList, request: TapRequest, family: Family) -> Iterator[list[Tap]]:
+    """Collect the outputs that are asked for, in order, while the body runs one forward pass."""
+    hidden: list[Tap] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        # At once: the block's own output lives only until the next has read it.
+        hidden.append(stored(family.state(output), request.storage))
+
+    handles = [blocks[layer].register_forward_hook(keep) for layer in request.layers]
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def read(name: str) -> Tensor:
+        parameter = parameters[name]
+        if not parameter.is_floating_point():
+            raise BackboneError(
+                f"{name} of this live model is quantized: load the backbone by name for full-precision weights, or initialize at random"
+            )
+        tensor: Tensor = parameter.detach()
+        return tensor
+
+    return read
+
+
+def _live_fingerprint(model: Any, spec: BackboneSpec) -> str:
+    parameters = dict(model.named_parameters())
+    return fingerprint_of(spec, parameters, parameters.__getitem__)

@@ -1,0 +1,1 @@
+"""Checkpoint files to tensors in place, in a precision."""

@@ -1,0 +1,1 @@
+"""The command `lst-scale`: one file a group of commands, no logic."""

@@ -1,0 +1,148 @@
+"""The command `lst-scale`. Heavy imports happen inside the commands, so that --help and mistakes answer at once."""
+
+from __future__ import annotations
+
+from lst_scale.system import preemption
+
+if __name__ == "__main__":
+    preemption.leave_on_ctrl_c()
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lst_scale import __version__, train
+from lst_scale.cli.cache import app as cache_app
+from lst_scale.cli.plan import plan_command
+from lst_scale.cli.slurm import app as slurm_app
+from lst_scale.errors import LstScaleError, tell
+from lst_scale.system import assets
+
+app = typer.Typer(
+    help="Fine-tune large encoder-decoders with a small side network and a backbone that runs forward only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and stop")] = False,
+) -> None:
+    pass
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes and DeepSpeed files that ship with the package."""
+    typer.echo("recipes:    " + ", ".join(assets.available_recipes()))
+    typer.echo("ds_configs: " + ", ".join(assets.available_ds_configs()))
+
+
+@app.command("train")
+def train_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [key=value]...", help="a shipped recipe's name or a YAML file, and changes to it"),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="the recipe, where it does not stand first")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest whole checkpoint, or start")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what the run's folder holds")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="print the resolved recipe and the trainable count, and stop")
+    ] = False,
+) -> None:
+    """Train, score and save a side network in one process (several: deepspeed lst_scale/train.py ...)."""
+    train.start(recipe, words or [], resume=resume, overwrite=overwrite, print_recipe=print_recipe)
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    inputs: Annotated[Path, typer.Argument(help="a .csv, .jsonl or .parquet file with the run's source fields")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="changes to the run's recipe")] = None,
+    output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
+    others: Annotated[list[Path] | None, typer.Option("--with", help="a further run on the same backbone; they answer as one")] = None,
+    column: Annotated[str, typer.Option(help="what the answer is called in the output")] = "prediction",
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="also write how likely each label is, as a field of that name")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="rows answered at once (default: the run's)")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="of beam search (default: the run's)")] = None,
+) -> None:
+    """Answer a file of inputs with a finished run, in the way that scored it (evaluation.method=... changes that).
+
+    A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
+    """
+    preemption.listen("start it again")
+    from lst_scale.inference.predict import predict_file
+
+    options = {"evaluation.batch_size": batch_size, "evaluation.num_beams": num_beams}
+    changes = [*(overrides or ()), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    runs = [run, *(others or ())]
+    count = predict_file(runs, inputs, output, changes, column=column, probabilities=probabilities, say=lambda s: typer.echo(s, err=True))
+    typer.echo(f"{count} predictions in {output}")
+
+
+@app.command("ensemble")
+def ensemble_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs on one backbone and task: seeds, sizes, designs")],
+    name: Annotated[str, typer.Option(help="of the run that holds the result")] = "ensemble",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what its folder holds")] = False,
+) -> None:
+    """Score several side networks as one: the mean of their probabilities, on one pass of the backbone."""
+    preemption.listen("start it again with --overwrite")
+    from lst_scale.inference.ensemble import score_together
+
+    folder, result = score_together(runs, name, overwrite=overwrite)
+    alone = result["scores_alone"]
+    typer.echo(f"{folder}: score {result['scores']['score']:.2f}; alone {', '.join(f'{each:.2f}' for each in alone)}")
+
+
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders with finished runs, at any depth")],
+    style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
+    plot: Annotated[Path | None, typer.Option(help="also draw score against memory into this .png or .svg")] = None,
+) -> None:
+    """Make the table of finished runs: score over seeds, trainable share, peak memory, time, size on disk."""
+    from lst_scale.runs.compare import compare, find_results
+    from lst_scale.runs.compare import plot as draw
+    from lst_scale.runs.pictures import check_picture
+
+    if plot is not None:
+        check_picture(plot)
+    folders, odd = find_results(runs), list[str]()
+    typer.echo(compare(folders, style, odd))
+    for line in odd:
+        typer.echo(line, err=True)
+    if plot is not None:
+        draw(folders, plot)
+
+
+app.command("plan")(plan_command)
+app.add_typer(slurm_app, name="slurm")
+app.add_typer(cache_app, name="cache")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 1."""
+    preemption.leave_on_ctrl_c()
+    try:
+        app()
+    except LstScaleError as error:
+        tell(error)
+        sys.exit(preemption.exit_status(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""`lst-scale slurm ...`, and the scripts in slurm/ of a checkout, which are these commands one by one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lst_scale.errors import ArgumentError, LstScaleError, fence
+from lst_scale.recipe.grid import expand
+from lst_scale.recipe.members import each_of, load_members, read_list, share_passes
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.runs.compare import compare
+from lst_scale.runs.folder import RECIPE, RESULT
+from lst_scale.slurm import runs
+from lst_scale.slurm.options import CODE, ClusterOptions, load_options
+from lst_scale.system.names import shown
+from lst_scale.training.preflight import check_before_start
+
+app = typer.Typer(
+    help="Submit recipes to Slurm, watch them, resubmit what failed, collect the table.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="a shipped recipe's name or a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")]
+Cluster = Annotated[Path | None, typer.Option("--cluster", help="a site's defaults (YAML); ~/.config/lst_scale/slurm.yaml when it exists")]
+Names = Annotated[list[str] | None, typer.Argument(help="parts of run names; all runs when none is given")]
+Output = Annotated[Path, typer.Option("--output-dir", help="where the runs are")]
+
+
+MOST_RUNS = 10_000  # of a sweep
+
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(name, help=text, rich_help_panel="What a job asks for")
+
+
+Nodes = Annotated[int | None, _option("--nodes", "machines")]
+Gpus = Annotated[int | None, _option("--gpus-per-node", "GPUs of a machine; one process each")]
+Tasks = Annotated[int | None, _option("--tasks-per-node", "processes of a machine, where it is not one a GPU")]
+Cpus = Annotated[int | None, _option("--cpus-per-task", "CPU cores of a process")]
+Memory = Annotated[str | None, _option("--memory", "memory of a machine, such as 64G")]
+Time = Annotated[str | None, _option("--time", "limit: minutes, HH:MM:SS or D-HH:MM:SS")]
+Partition = Annotated[str | None, _option("--partition", "")]
+Account = Annotated[str | None, _option("--account", "")]
+Qos = Annotated[str | None, _option("--qos", "")]
+Constraint = Annotated[str | None, _option("--constraint", "")]
+Sbatch = Annotated[list[str] | None, _option("--sbatch", "a further sbatch option, such as --sbatch=--exclusive; may be repeated")]
+Setup = Annotated[list[str] | None, _option("--setup", "a shell command before the job, such as 'module load cuda'; may be repeated")]
+Delay = Annotated[int | None, _option("--signal-delay", "seconds between the warning and the time limit")]
+Local = Annotated[bool, typer.Option("--local", help="run on this machine, without Slurm")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and stop")]
+Snapshot = Annotated[bool, typer.Option("--snapshot/--no-snapshot", help="run a copy of the code as it is now")]
+AtMost = Annotated[int, typer.Option("--at-most", min=1, help="how many may run at once")]
+
+
+@app.command("submit")
+def submit_command(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    cpus_per_task: Cpus = None,
+    memory: Memory = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
+    signal_delay: Delay = None,
+    cluster: Cluster = None,
+    local: Local = False,
+    dry_run: DryRun = False,
+    snapshot: Snapshot = True,
+) -> None:
+    """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
+    options = load_options(_given(locals()), cluster)
+    _carry_out([each_of(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot)
+
+
+@app.command("sweep")
+def sweep_command(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    list_file: Annotated[Path | None, typer.Option("--list", help="a file with one member's overrides a line")] = None,
+    at_most: AtMost = 8,
+    together: Annotated[int, typer.Option("--together", min=1, help="how many members one job trains, on one backbone pass")] = 1,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    cpus_per_task: Cpus = None,
+    memory: Memory = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
+    signal_delay: Delay = None,
+    cluster: Cluster = None,
+    local: Local = False,
+    dry_run: DryRun = False,
+    snapshot: Snapshot = True,
+) -> None:
+    """Submit every combination of `key=a,b key2=c,d` as a job array. What is finished or in the queue is left alone.
+
+    Each is a job of its own, or, with --together, up to so many share one job and its backbone passes.
+    """
+    options = load_options(_given(locals()), cluster)
+    lines = [[]] if list_file is None else _read_list(list_file)
+    _refuse_too_many(overrides or [], len(lines))
+    members = [[*line, *rest] for line in lines for rest in expand(overrides or [])]
+    loaded = load_members(recipe, members)
+    if together > 1 and any(each.members for each in loaded):
+        raise ArgumentError(f"--together {together}: the recipe has members of its own, which train in one job: leave one of the two out")
+    groups = share_passes(loaded, together) if together > 1 else [each_of(each) for each in loaded]
+    _carry_out(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
+
+
+def _read_list(path: Path) -> list[list[str]]:
+    if not path.is_file():
+        raise ArgumentError(f"--list {path}: there is no such file")
+    with fence(ArgumentError, f"--list {path}"):
+        return read_list(path.read_text(encoding="utf-8"))
+
+
+def _refuse_too_many(overrides: Sequence[str], lines: int) -> None:
+    """Count a sweep before it is written out.
+
+    Raises:
+        ArgumentError: no cluster would take it, and naming it would take minutes.
+    """
+    count = lines
+    for override in overrides:
+        count *= len(expand([override]))
+        if count > MOST_RUNS:
+            raise ArgumentError(f"the sweep has more than {MOST_RUNS:,} members: sweep fewer values, or in parts")
+
+
+@app.command("status")
+def status_command(
+    names: Names = None,
+    output_dir: Output = Path("runs"),
+    watch: Annotated[float | None, typer.Option("--watch", help="look again every so many seconds")] = None,
+    logs: Annotated[bool, typer.Option("--logs", help="show where each run's log is")] = False,
+) -> None:
+    """Show every run: state, step, loss, score, time left, node, and why it failed."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from lst_scale.slurm.status import look, printable, table
+
+    folders, odd = runs.find_runs(output_dir, names or []), list[str]()
+    if logs:
+        for folder in folders:
+            job = runs.last_job(folder, odd)
+            typer.echo(f"{printable(folder.name)}\t{printable(job['log'] if job else str(folder / 'log.txt'))}")
+        _tell_odd(odd)
+        return
+    # Piped into a file or another program, lines must not be cut at 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=250)
+    if watch is None:
+        console.print(table(look(folders, odd)))
+        _tell_odd(odd)
+        return
+    with Live(table(look(folders)), console=console) as live:
+        while True:
+            time.sleep(watch)
+            live.update(table(look(runs.find_runs(output_dir, names or []))))
+
+
+@app.command("resubmit")
+def resubmit_command(
+    names: Names = None,
+    output_dir: Output = Path("runs"),
+    at_most: AtMost = 8,
+    time: Time = None,
+    memory: Memory = None,
+    partition: Partition = None,
+    sbatch: Sbatch = None,
+    setup: Setup = None,
+    cluster: Cluster = None,
+    dry_run: DryRun = False,
+    snapshot: Snapshot = True,
+) -> None:
+    """Submit again what failed, ran out of time or was lost; it continues from its newest checkpoint. Options can be changed.
+
+    Setup commands, the way to start Python and further sbatch options are the site's and the command line's, never a run folder's.
+    """
+    from lst_scale.slurm.status import look
+
+    odd: list[str] = []
+    lost = [status.run for status in look(runs.find_runs(output_dir, names or []), odd) if status.needs_resubmission]
+    changes = _given(locals())
+    groups: dict[ClusterOptions, dict[str, list[Recipe]]] = {}
+    for run in lost:
+        job = runs.last_job(run)
+        assert job is not None, "only submitted runs are lost"
+        try:
+            options = _again(job["options"], changes, cluster, run)
+            recipe = load_recipe(str(run / RECIPE))
+        except LstScaleError as error:
+            odd.append(f"{run} left out: {error}")
+            continue
+        # What shared a job shares one again.
+        groups.setdefault(options, {}).setdefault(job["job"], []).append(recipe)
+    _tell_odd(odd)
+    if not groups:
+        typer.echo("nothing to resubmit")
+    for options, by_job in groups.items():
+        _carry_out(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
+
+
+def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | None, run: Path) -> ClusterOptions:
+    """Return a submission's options with `changes`. What is code in them comes from the site's file and the command line alone.
+
+    Raises:
+        LstScaleError: the options in the run's folder, or the site's, are none.
+    """
+    needs = {key: value for key, value in _as_written(recorded).items() if key not in CODE}
+    options = load_options(needs | changes, cluster)
+    for key in CODE:
+        now, then = getattr(options, key), _as_written(recorded).get(key)
+        if then and then != now:
+            typer.echo(
+                f"{run.name}: {key} at submission, {shown(str(then))}, is not taken from the run's folder: "
+                f"write it into the cluster file{' or on the command line' if key != 'python' else ''}",
+                err=True,
+            )
+    return options
+
+
+@app.command("cancel")
+def cancel_command(names: Names = None, output_dir: Output = Path("runs")) -> None:
+    """Cancel the jobs of these runs, pending and running. Runs that share a job end together."""
+    queue = runs.queue() or {}
+    folders = runs.find_runs(output_dir, names or [])
+    jobs = sorted({job["job"] for run in folders if (job := runs.last_job(run)) and job["job"] in queue})
+    others = [run for run in runs.find_runs(output_dir, []) if run not in folders and (runs.last_job(run) or {}).get("job") in jobs]
+    if others:
+        raise ArgumentError(f"these jobs train {', '.join(run.name for run in others)} too: name them as well")
+    if jobs:
+        subprocess.run(["scancel", *jobs], check=True)
+    typer.echo(f"cancelled {len(jobs)} job{'' if len(jobs) == 1 else 's'}")
+
+
+@app.command("collect")
+def collect_command(
+    names: Names = None,
+    output_dir: Output = Path("runs"),
+    style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
+) -> None:
+    """Make the table of all finished runs: mean and deviation over seeds."""
+    odd: list[str] = []
+    folders = [run for run in runs.find_runs(output_dir, names or []) if (run / RESULT).exists()]
+    typer.echo(compare(folders, style, odd))
+    _tell_odd(odd)
+
+
+def _tell_odd(odd: list[str]) -> None:
+    """Name on stderr what was left out of a table, and why."""
+    for line in dict.fromkeys(odd):
+        typer.echo(line, err=True)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the command line's options under the names of ClusterOptions."""
+    given = {name: values[name] for name in ClusterOptions.model_fields if values.get(name) is not None}
+    return _as_written(given)
+
+
+def _as_written(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _carry_out(
+    groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, local: bool, dry_run: bool, snapshot: bool
+) -> None:
+    from lst_scale.slurm import local as local_jobs
+    from lst_scale.slurm import submission
+
+    plan = submission.plan(groups)
+    for recipe, why in plan.skipped:
+        typer.echo(f"{recipe.run_name}: {why}")
+    check_before_start([recipe for group in plan.new for recipe in group], resume=True, together=False)
+    if not plan.new:
+        typer.echo("nothing to submit")
+    elif dry_run:
+        typer.echo("\n".join(f"# {', '.join(recipe.run_name for recipe in group)}" for group in plan.new))
+        typer.echo(submission.script(plan.new, options, at_most=at_most, use_snapshot=snapshot))
+    elif local:
+        failed = local_jobs.run(plan.new, options, at_most=at_most)
+        for folder in failed:
+            typer.echo(f"{folder.name}: {runs.first_failure(folder) or 'failed'}", err=True)
+        raise typer.Exit(1 if failed else 0)
+    else:
+        jobs = submission.submit(plan.new, options, at_most=at_most, use_snapshot=snapshot)
+        for group, job in zip(plan.new, jobs, strict=True):
+            for recipe in group:
+                typer.echo(f"{recipe.run_name}: job {job}")
+
+
+def main(command: str | None = None) -> None:
+    """Run `app`, or one command of it for a script in slurm/."""
+    arguments = [command, *sys.argv[1:]] if command else sys.argv[1:]
+    try:
+        app(arguments, prog_name=f"slurm/{command}.py" if command else "lst-scale slurm")
+    except LstScaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

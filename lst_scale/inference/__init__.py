@@ -1,0 +1,1 @@
+"""Finished side networks to answers."""

@@ -1,0 +1,125 @@
+"""How a finished run answers: what its recipe and its result.json say of that, read back and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lst_scale.data.tasks import GLUE
+from lst_scale.errors import ArgumentError, fence
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.runs.folder import RECIPE, RESULT
+from lst_scale.system.durable import sha256_of
+
+WITH_EFFECT = ("backbone", "evaluation", "data.max_source_length", "task.source", "task.prefix", "task.template", "task.target_prefix")
+LONGEST = 1_000_000  # tokens that a target has at most, to tell a number from damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """A finished run as `predict` uses it."""
+
+    recipe: Recipe
+    kind: str  # classification, regression, text
+    labels: tuple[str, ...] | None
+    longest: int | None  # tokens of the longest training target; None: a run of an earlier version, which did not keep it
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The fields that the source text is made of."""
+        task = self.recipe.task
+        return [column for _, column in GLUE[task].fields] if isinstance(task, str) else task.source
+
+    @property
+    def target_prefix(self) -> str:
+        return "" if isinstance(self.recipe.task, str) else self.recipe.task.target_prefix or ""
+
+
+def read_answering(run: Path, overrides: Sequence[str] = ()) -> Answering:
+    """Read how a finished run answers; `overrides` change its recipe.
+
+    Raises:
+        ArgumentError: it is no finished run, its files are damaged, or an override has no effect on answers.
+        RecipeError: its recipe or an override can't be meant.
+    """
+    if not (run / RECIPE).is_file():
+        raise ArgumentError(f"{run} is no run: give a folder that holds {RECIPE} and {RESULT}")
+    _refuse_without_effect(overrides)
+    recipe = load_recipe(str(run / RECIPE), overrides)
+    result = read_result(run)
+    if "ensemble_of" in result:
+        raise ArgumentError(f"{run} is an ensemble, which answers by its members: give one of them, and the others by --with")
+    with fence(ArgumentError, f"{run / RESULT} is damaged"):
+        return Answering(recipe=recipe, kind=_kind(recipe), labels=_labels(recipe, result), longest=_longest(result))
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """Return what a finished run's result.json holds.
+
+    Raises:
+        ArgumentError: there is none, or it is no JSON object.
+    """
+    if not (run / RESULT).is_file():
+        raise ArgumentError(f"{run} is no finished run: it holds no {RESULT}")
+    with fence(ArgumentError, f"{run / RESULT} is damaged"):
+        found = json.loads((run / RESULT).read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    return found
+
+
+def refuse_changed_weights(run: Path, folder: str) -> None:
+    """Compare the weights in a folder of a finished run with the digests that its result.json keeps (not of an earlier version).
+
+    Raises:
+        ArgumentError: a file of weights is another than the run wrote, or is gone.
+    """
+    digests = read_result(run).get("saved_sha256", {})
+    with fence(ArgumentError, f"{run / RESULT} is damaged"):
+        wanted = {name: digest for name, digest in digests.items() if Path(name).name == name}
+    for name, digest in wanted.items():
+        file = run / folder / name
+        with fence(ArgumentError, f"{file} is damaged"):
+            if sha256_of(file) != digest:
+                raise ValueError("it is not what the run wrote")
+
+
+def _refuse_without_effect(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == known or key.startswith(f"{known}.") for known in WITH_EFFECT):
+            raise ArgumentError(f"{key} has no effect on predictions: remove it (what has: {', '.join(WITH_EFFECT)})")
+
+
+def _kind(recipe: Recipe) -> str:
+    if isinstance(recipe.task, str):
+        return "regression" if GLUE[recipe.task].labels is None else "classification"
+    kind: str = recipe.task.kind
+    return kind
+
+
+def _labels(recipe: Recipe, result: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return the labels that the run was trained with, which its recipe may not list."""
+    if _kind(recipe) != "classification":
+        return None
+    listed = GLUE[recipe.task].labels if isinstance(recipe.task, str) else recipe.task.labels
+    if "labels" not in result:  # an earlier version wrote it
+        return listed
+    labels = result["labels"]
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
+        raise ValueError("'labels' is no list of labels")
+    if len(set(labels)) < len(labels):
+        raise ValueError("'labels' names one twice")
+    if listed is not None and tuple(labels) != listed:
+        raise ValueError("'labels' are not those of the run's recipe")
+    return tuple(labels)
+
+
+def _longest(result: dict[str, Any]) -> int | None:
+    longest = result.get("longest_target")
+    if longest is not None and (type(longest) is not int or not 0 < longest <= LONGEST):
+        raise ValueError(f"'longest_target' is {longest!r}, no number of tokens")
+    return longest

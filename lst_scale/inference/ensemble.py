@@ -1,0 +1,142 @@
+"""`lst-scale ensemble`: several finished runs on one backbone, scored as one model that averages their probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lst_scale.data.scores import only_answer, score
+from lst_scale.errors import ArgumentError
+from lst_scale.inference.answering import read_result, refuse_changed_weights
+from lst_scale.methods.lst import LadderTrainee
+from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.runs.finished import Finished, read_finished
+from lst_scale.runs.folder import RECIPE, RESULT, check_folder, folder_of, prepare_folder
+from lst_scale.runs.lock import locked
+from lst_scale.runs.logs import Logger
+from lst_scale.side import files
+from lst_scale.side.ensemble import LadderEnsemble
+from lst_scale.side.model import LadderModel
+from lst_scale.system import distributed
+from lst_scale.training.evaluation import answers
+from lst_scale.training.result import ensemble_result, only_answer_sentence, write_result
+from lst_scale.training.sessions import run_alone
+from lst_scale.training.shared import load_shared
+
+
+def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Score finished runs as an ensemble on the split that they were scored on, and write a run of its own: RUNS/NAME-TASK-seedN.
+
+    Its recipe is the first one's under another name; what its side networks cost together is the sum of what each cost.
+
+    Raises:
+        LstScaleError: a run is not finished, is no ladder, or differs in backbone, task, text or way of answering.
+    """
+    recipes, members, split = _read(runs)
+    recipe = recipes[0].renamed(name)
+    folder = folder_of(recipe)
+    if folder.resolve() in [run.resolve() for run in runs]:
+        raise ArgumentError(f"--name {name} is that of {folder}, a run of the ensemble itself: write another name")
+    world = distributed.connect()
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> str | None:
+            check_folder(folder, resume=False, overwrite=overwrite)
+            stack.enter_context(locked(folder))
+            return prepare_folder(folder, recipe, resume=False, overwrite=overwrite)
+
+        said = distributed.on_main_rank(world, prepare)
+        logger = stack.enter_context(Logger(folder if world.is_main else None))
+        if said is not None:
+            logger.say(said)
+        shared = load_shared(recipes, world, logger)
+        sides = [LadderModel.from_pretrained(run / LadderTrainee.FOLDER, shared.backbone).side for run in runs]
+        model = LadderEnsemble(shared.backbone, sides)
+        start = time.perf_counter()
+        asked = answers(
+            model,
+            shared.splits[split],
+            shared.tokenizer,
+            recipe.evaluation,
+            shared.task.labels,
+            world,
+            shared.task.target_prefix,
+            longest=shared.splits["train"].longest_target,
+        )
+        texts = run_alone(asked, shared.passes)
+        shared.close()
+        expected = [row.target for row in shared.splits[split].rows]
+        scores, only = score(shared.task, texts, expected), only_answer(texts, expected)
+        result = ensemble_result(
+            recipe,
+            shared,
+            scores,
+            split=split,
+            only_answer=only,
+            members=dict(zip(runs, members, strict=True)),
+            seconds_to_answer=time.perf_counter() - start,
+        )
+        alone = result["scores_alone"]
+        distributed.on_main_rank(world, lambda: write_result(folder, result))
+        logger.say(
+            f"{split} score {scores['score']:.2f} of {len(runs)} side networks together; alone {min(alone):.2f} to {max(alone):.2f}, "
+            f"mean {sum(alone) / len(alone):.2f}; saved in {folder}"
+        )
+        if only is not None:
+            logger.say(only_answer_sentence(only, split, len(expected)))
+    return folder, result
+
+
+def refuse_what_can_not_answer_together(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
+    """Compare runs with the first of them.
+
+    Raises:
+        ArgumentError: one is no ladder, or has another value of one of `keys`.
+    """
+    for run, recipe in zip(runs, recipes, strict=True):
+        if recipe.method.name != "lst":
+            raise ArgumentError(f"{run} trained method {recipe.method.name}, which shares no backbone with others: give runs of lst")
+        for key in keys:
+            if _asked(recipe, key) != _asked(recipes[0], key):
+                raise ArgumentError(f"{run} has another {key} than {runs[0]}: an ensemble answers one question on one backbone")
+
+
+def _asked(recipe: Recipe, key: str) -> object:
+    """Return a section of a recipe without what only training depends on."""
+    return recipe.data.model_copy(update={"shuffle_seed": None, "max_train_rows": None}) if key == "data" else getattr(recipe, key)
+
+
+def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[Finished], str]:
+    """Return recipes and results of runs that can answer together, and the split that they were scored on; changes nothing.
+
+    Raises:
+        LstScaleError: they can't, or what one of them holds is damaged.
+    """
+    if len(runs) < 2:
+        raise ArgumentError("an ensemble needs two runs or more: give their folders")
+    splits = [_split_of(run) for run in runs]
+    for run, split in zip(runs, splits, strict=True):
+        if split != splits[0]:
+            raise ArgumentError(f"{run} was scored on {split} rows, {runs[0]} on {splits[0]} rows: an ensemble answers one question")
+    recipes = [load_recipe(str(run / RECIPE)) for run in runs]
+    task = recipes[0].task
+    if splits[0] == "test" and not isinstance(task, str) and task.test is None:
+        raise ArgumentError(f"{runs[0] / RESULT} is damaged: 'split' is test, and its recipe has no task.test")
+    refuse_what_can_not_answer_together(runs, recipes, ("task", "backbone", "data", "evaluation"))
+    for run in runs:
+        files.read(run / LadderTrainee.FOLDER)
+        refuse_changed_weights(run, LadderTrainee.FOLDER)
+    return recipes, [read_finished(run) for run in runs], splits[0]
+
+
+def _split_of(run: Path) -> str:
+    result = read_result(run)
+    if "ensemble_of" in result:
+        raise ArgumentError(f"{run} is an ensemble itself: give the runs that it is made of")
+    split = result.get("split")
+    if split not in ("validation", "test"):
+        raise ArgumentError(f"{run / RESULT} is damaged: 'split' is {split!r}, neither validation nor test")
+    return str(split)

@@ -1,0 +1,205 @@
+"""`lst-scale predict`: answers for a file of inputs, given in the way that scored the run.
+
+What can be wrong with the run, the inputs and the place of the answers is found before the backbone is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lst_scale.backbone.placement.load import load_placed
+from lst_scale.data import files
+from lst_scale.data.answers import cuts
+from lst_scale.data.batches import Batch
+from lst_scale.data.encode import EncodedSplit, encode_sources
+from lst_scale.data.measures import number_in
+from lst_scale.data.tasks import GLUE, file_source, refuse_bad_cells, source_text
+from lst_scale.errors import ArgumentError, DataError, fence
+from lst_scale.inference.answering import Answering, read_answering, refuse_changed_weights
+from lst_scale.inference.ensemble import refuse_what_can_not_answer_together
+from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
+from lst_scale.methods import build_trainee, check_method
+from lst_scale.methods.base import Answerer
+from lst_scale.methods.full import WholeModelTrainee
+from lst_scale.methods.lst import LadderTrainee, SharedPasses
+from lst_scale.recipe.schema import Recipe
+from lst_scale.side import files as side_files
+from lst_scale.side.ensemble import LadderEnsemble
+from lst_scale.system import distributed
+from lst_scale.system.assets import resolve
+from lst_scale.system.distributed import World
+from lst_scale.training.evaluation import each_row, generated, label_scores
+from lst_scale.training.sessions import Moment, Passes, Session, run_alone
+from lst_scale.training.shared import load_tokenizer_of
+
+PREDICTION, PROBABILITIES = "prediction", "probabilities"
+BATCHES_AT_ONCE = 16  # of each copy of the backbone, sorted by length together; then their answers are written
+
+
+def predict_file(
+    runs: Sequence[Path],
+    source: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    column: str = PREDICTION,
+    probabilities: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> int:
+    """Answer every row of `source` with what a finished run trained, and write JSON lines; return how many.
+
+    Each line of the output holds the row's fields and the answer: a text; for a regression a number, or null when it is none. Several
+    ranks share the rows. Several runs of ladders on one backbone answer as an ensemble.
+
+    Args:
+        overrides: change the run's recipe, for instance backbone.placement=streamed or evaluation.num_beams=4.
+        column: what the answer is called.
+        probabilities: also write how likely each label is beside the others, as "probabilities".
+        say: is told what is worth knowing, such as how many rows were cut.
+
+    Raises:
+        LstScaleError: the run, the file, a row or the output can't be used.
+    """
+    asked = _asked(runs, overrides, probabilities=probabilities)
+    names = [column, PROBABILITIES] if probabilities else [column]
+    if not column or len(set(names)) < len(names):
+        raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
+    records = files.load_records(str(source), "test", where="inputs")
+    texts = [_text(asked, record, str(source), number) for number, record in enumerate(records, start=1)]
+    plain = [_with_room(record, names, str(source), number) for number, record in enumerate(records, start=1)]
+    _refuse_inputs_as_output(source, output)
+    world = distributed.connect()
+    with _written(output, world) as write:
+        tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
+        split = encode_sources(texts, tokenizer, asked.recipe.data.max_source_length)
+        sentence = cuts({"inputs": split}, asked.recipe.data)
+        if sentence is not None:
+            say(sentence)
+        with _model(runs, asked.recipe, world) as (model, passes):
+            rows = iter(plain)
+            for answers in _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities):
+                # zip asks for an answer first, so that no row is taken in vain.
+                write([row | dict(zip(names, said, strict=True)) for said, row in zip(answers, rows, strict=False)])
+    return len(plain)
+
+
+def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> Answering:
+    """Return how the runs answer, which must be one way for all.
+
+    Raises:
+        LstScaleError: a run is not finished or damaged, or they can't answer so, or not together.
+    """
+    each = [read_answering(run, overrides) for run in runs]
+    recipe, labels = each[0].recipe, each[0].labels
+    if len(runs) > 1:
+        refuse_what_can_not_answer_together(runs, [one.recipe for one in each], ("task", "backbone", "data", "evaluation"))
+        other = next((run for run, one in zip(runs, each, strict=True) if one.labels != labels), None)
+        if other is not None:
+            raise ArgumentError(f"{other} was trained with other labels than {runs[0]}: an ensemble answers one question")
+    if probabilities and labels is None:
+        raise ArgumentError(f"--probabilities are those of labels, which {runs[0]} has not (kind {each[0].kind}): remove it")
+    if recipe.evaluation.method == "likelihood" and labels is None:
+        raise ArgumentError(f"evaluation.method=likelihood compares labels, which {runs[0]} has not: write evaluation.method=generation")
+    if recipe.evaluation.method == "generation" and recipe.evaluation.max_new_tokens is None and any(one.longest is None for one in each):
+        raise ArgumentError(f"{runs[0]} does not say how long its targets were: write evaluation.max_new_tokens=64, or what they need")
+    check_method(recipe)
+    for run in runs:
+        _refuse_without_weights(run, recipe)
+    longest = max((one.longest for one in each if one.longest is not None), default=None)
+    return Answering(recipe=recipe, kind=each[0].kind, labels=labels, longest=longest)
+
+
+def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
+    """Find a run that lacks what it trained, or holds damaged weights, before its backbone is loaded."""
+    if recipe.method.name == "lst":
+        side_files.read(run / LadderTrainee.FOLDER)
+        refuse_changed_weights(run, LadderTrainee.FOLDER)
+    elif not (run / WholeModelTrainee.FOLDER).is_dir():
+        raise ArgumentError(f"{run} holds no {WholeModelTrainee.FOLDER}/: give the folder of a finished run")
+    else:
+        refuse_changed_weights(run, WholeModelTrainee.FOLDER)
+
+
+def _text(asked: Answering, record: files.Record, path: str, number: int) -> str:
+    """Return a row's source text, written as in training."""
+    refuse_bad_cells(record, asked.columns, path, number)
+    task = asked.recipe.task
+    return source_text(task, GLUE[task].fields, record) if isinstance(task, str) else file_source(task, record)
+
+
+def _with_room(record: files.Record, names: Sequence[str], path: str, number: int) -> dict[str, Any]:
+    """Return a row as JSON has it, which must have room for the answer."""
+    for name in names:
+        if name in record:
+            mend = f"write --column NAME for another, or rename {name}" if name == names[0] else f"rename {name}"
+            raise DataError(f"{path}: row {number} has a field {name!r} already, where the answer would stand: {mend}")
+    return as_json(record, f"{path}: row {number}")
+
+
+def _refuse_inputs_as_output(source: Path, output: Path) -> None:
+    with fence(ArgumentError, f"{output} can't be written"):
+        inputs = Path(resolve(str(source)))
+        if output.exists() and inputs.exists() and output.samefile(inputs):
+            raise ArgumentError(f"--output {output} is the file of inputs: write another name")
+
+
+@contextlib.contextmanager
+def _written(output: Path, world: World) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """Give a function that writes lines on rank 0, into a file that is whole at the end. All ranks must call it."""
+    opened: list[LinesFile] = []
+    with contextlib.ExitStack() as stack:
+        distributed.on_main_rank(world, lambda: opened.append(stack.enter_context(lines_file(output))))
+        yield lambda records: distributed.on_main_rank(world, lambda: opened[0].write(records))
+        distributed.on_main_rank(world, lambda: opened[0].finish())
+
+
+def _answers(
+    model: Answerer, passes: Passes, split: EncodedSplit, tokenizer: Any, asked: Answering, world: World, *, probabilities: bool
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the answers of many rows at a time, in order: each the answer, and with `probabilities` those of the labels."""
+
+    def reply(batch: Batch | None, moment: Moment) -> Session[list[tuple[Any, ...]]]:
+        return _reply(model, batch, tokenizer, asked, moment, probabilities=probabilities)
+
+    evaluation = asked.recipe.evaluation
+    size = BATCHES_AT_ONCE * evaluation.batch_size * model.replica.count
+    for first in range(0, len(split.rows), size):
+        yield run_alone(each_row(model, split.part(first, first + size), evaluation, world, reply), passes)
+
+
+def _reply(
+    model: Answerer, batch: Batch | None, tokenizer: Any, asked: Answering, moment: Moment, *, probabilities: bool
+) -> Session[list[tuple[Any, ...]]]:
+    evaluation, labels, prefix = asked.recipe.evaluation, asked.labels or (), asked.target_prefix
+    scores_BL = None
+    if probabilities or evaluation.method == "likelihood":
+        scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, at=moment)
+    if scores_BL is not None and evaluation.method == "likelihood":
+        texts = [labels[int(best)] for best in scores_BL.argmax(-1)]
+    else:
+        texts = yield from generated(model, batch, tokenizer, evaluation, asked.longest or 1, prefix, at=moment)
+    answers = [number_in(text) for text in texts] if asked.kind == "regression" else texts
+    if not probabilities:
+        return [(each,) for each in answers]
+    assert scores_BL is not None, "probabilities are those of labels"
+    shares = scores_BL.double().softmax(-1).tolist()
+    return [(each, dict(zip(labels, row, strict=True))) for each, row in zip(answers, shares, strict=True)]
+
+
+@contextlib.contextmanager
+def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple[Answerer, SharedPasses]]:
+    """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
+    if len(runs) > 1:
+        folders = [run / LadderTrainee.FOLDER for run in runs]
+        ensemble = LadderEnsemble.from_pretrained(folders, load_placed(recipe.backbone, world))
+        yield ensemble, SharedPasses(backbone=ensemble.backbone, request=ensemble.side.request)
+        return
+    method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
+    recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
+    backbone = load_placed(recipe.backbone, world)
+    trainee = build_trainee(recipe, backbone, zero_stage=0)
+    with trainee.answering(trainee.load(runs[0] / trainee.FOLDER)) as model:
+        yield model, SharedPasses(backbone=backbone, request=trainee.request)

@@ -1,0 +1,85 @@
+"""What a recipe says of the backbone: which checkpoint, in which precision, and how it is placed. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lst_scale.recipe import decode
+from lst_scale.recipe.decode import Count, Section
+from lst_scale.system.names import PathText
+
+QUANTIZED = ("int8", "nf4")  # precisions in which layers run forward only
+FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(FP16_REASON)
+    return value
+
+
+NotFp16 = BeforeValidator(_refuse_fp16)  # of any precision in which T5 computes
+
+
+class Replicated(Section):
+    """One copy a rank."""
+
+    name: Literal["replicated"]  # the whole backbone on every rank
+
+
+class TensorParallel(Section):
+    """Every matrix divided over groups of `size` consecutive ranks (DeepSpeed inference, AutoTP)."""
+
+    name: Literal["tensor_parallel"]  # divided within blocks
+    size: Count | None = None  # None: all ranks
+    across_nodes: bool = False  # whether a group may span machines
+    deepspeed: PathText = "inference"  # a file of ds_configs/, or a path
+
+
+class Zero3(Section):
+    """Every block divided over all ranks and gathered just before it runs."""
+
+    name: Literal["zero3"]  # divided and gathered
+
+
+class Streamed(Section):
+    """Blocks in host memory or on disk; two on the device, the next one copied while one runs."""
+
+    name: Literal["streamed"]  # brought block by block
+    source: Literal["host", "disk"] = "host"  # where the blocks are
+    folder: PathText | None = None  # of the block files for source: disk; None: ~/.cache/lst_scale/blocks
+
+    @model_validator(mode="after")
+    def _folder_needs_disk(self) -> Streamed:
+        if self.folder is not None and self.source != "disk":
+            raise ValueError(f"folder has no effect on source {self.source}: remove it or write source: disk")
+        return self
+
+
+PLACEMENTS: dict[str, type[Section]] = {
+    "replicated": Replicated,
+    "tensor_parallel": TensorParallel,
+    "zero3": Zero3,
+    "streamed": Streamed,
+}
+
+if TYPE_CHECKING:
+    Placement = Replicated | TensorParallel | Zero3 | Streamed
+else:
+    Placement = decode.tagged(**PLACEMENTS)
+
+
+class BackboneRecipe(Section):
+    checkpoint: PathText  # a name of the hub, a folder, or embedded:tiny-t5
+    revision: PathText | None = None  # of the hub's
+    precision: Annotated[Literal["fp32", "bf16", "int8", "nf4"], NotFp16] = "bf16"  # in which it is held
+    max_quantization_error: float | None = Field(default=None, gt=0)  # the largest accepted error of taps; None: the precision's own
+    placement: Placement = Replicated(name="replicated")  # how it is held, by name or with its settings
+
+    @model_validator(mode="after")
+    def _threshold_needs_quantization(self) -> BackboneRecipe:
+        if self.max_quantization_error is not None and self.precision in ("fp32", "bf16"):
+            raise ValueError(f"max_quantization_error has no effect on precision {self.precision}: remove it or write int8 or nf4")
+        return self

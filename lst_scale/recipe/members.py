@@ -1,0 +1,161 @@
+"""Many recipes out of one: lists of overrides, and a name for each that says what distinguishes it. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+
+from lst_scale.errors import RecipeError
+from lst_scale.recipe.grid import MOST_MEMBERS
+from lst_scale.recipe.schema import Recipe, load_recipe, parse_recipe, to_yaml
+from lst_scale.system.names import fitting_name, shown
+
+_IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
+
+
+def read_list(text: str) -> list[list[str]]:
+    """Return the members of a list file: one a line, overrides divided by spaces; empty lines and # comments are skipped."""
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [words_of(line, f"line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def words_of(line: str, where: str) -> list[str]:
+    """Return the overrides of one member, written as a shell divides words.
+
+    Raises:
+        RecipeError: a quote is not closed.
+    """
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {shown(line)}: {str(error).lower()}") from error
+
+
+def load_members(recipe: str, members: Sequence[Sequence[str]]) -> list[Recipe]:
+    """Return every member of a shipped recipe or a file, named by what distinguishes it.
+
+    Raises:
+        RecipeError: the mistakes of all members, each said once.
+    """
+    return _named(members, lambda member: load_recipe(recipe, member))
+
+
+def members_of(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes that `members:` of one recipe stands for.
+
+    Raises:
+        RecipeError: the mistakes of all members, or members that can't share a backbone pass.
+    """
+    assert recipe.members is not None
+    text = to_yaml(recipe.model_copy(update={"members": None}))
+    if len(recipe.members) > MOST_MEMBERS:
+        raise RecipeError(f"members: {len(recipe.members):,} of them, and {MOST_MEMBERS:,} are the most")
+    found = _named([words_of(line, "members") for line in recipe.members], lambda member: parse_recipe(text, "members", member))
+    refuse_what_can_not_share(found)
+    return found
+
+
+def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Recipe]) -> list[Recipe]:
+    swept = _swept_keys(members)
+    found: list[Recipe] = []
+    problems: list[str] = []
+    for member in members:
+        try:
+            loaded = _alone(load(member))
+        except RecipeError as error:
+            problems += [line for line in str(error).split("\n") if line.strip() not in (seen.strip() for seen in problems)]
+            continue
+        values = dict(override.split("=", 1) for override in member)
+        parts = [f"{_short(key, swept)}-{values[key]}" for key in swept if key in values]
+        name = "-".join([loaded.name, *parts])
+        found.append(loaded.renamed(fitting_name(name)))
+    if problems:
+        raise RecipeError("\n       ".join(line.strip() for line in problems))
+    return found
+
+
+def _alone(member: Recipe) -> Recipe:
+    if member.members is not None:
+        raise RecipeError("members: a member has no members of its own: write each as a line")
+    return member
+
+
+def each_of(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes that one recipe stands for: its members, or itself."""
+    return [recipe] if recipe.members is None else members_of(recipe)
+
+
+def share_passes(recipes: Sequence[Recipe], most: int) -> list[list[Recipe]]:
+    """Put recipes that can train on the same taps together, `most` (two or more) at once, in order.
+
+    Raises:
+        RecipeError: no two of them can; says why the first two can't.
+    """
+    groups: list[list[Recipe]] = []
+    for recipe in recipes:
+        fitting = (group for group in groups if len(group) < most and not _differences(group[0], recipe))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([recipe])
+        else:
+            group.append(recipe)
+    if len(recipes) > 1 and len(groups) == len(recipes):
+        refuse_what_can_not_share(recipes[:2])
+    return groups
+
+
+def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
+    """Members train on the same taps: what taps and batches depend on must be one value for all.
+
+    Raises:
+        RecipeError: says which value is not.
+    """
+    problems = [f"members: {problem}" for member in members for problem in _differences(members[0], member)]
+    folders = [member.run_name for member in members]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    problems += [f"members: two of them would share the folder {folder}: write name= for one" for folder in twice]
+    if problems:
+        raise RecipeError("\n       ".join(dict.fromkeys(problems)))
+
+
+def _differences(first: Recipe, other: Recipe) -> list[str]:
+    """Return why two recipes can't share a backbone pass; nothing when they can."""
+
+    def shared(member: Recipe) -> dict[str, object]:
+        return {
+            "task": member.task,
+            "backbone": member.backbone,
+            "data": member.data,
+            "cache": member.cache,
+            "evaluation": member.evaluation,
+            "training.global_batch_size": member.training.global_batch_size,
+            "training.micro_batch_size": member.training.micro_batch_size,
+            "method.tap_storage": getattr(member.method, "tap_storage", None),
+            "training.deepspeed": member.training.deepspeed,
+        }
+
+    problems = [f"{key} must be the same for all" for key, value in shared(other).items() if value != shared(first)[key]]
+    for method in dict.fromkeys((first.method.name, other.method.name)):
+        if method != "lst":
+            problems.append(f"method {method} changes the backbone and can't share its pass: write method.name=lst")
+    if other.seed != first.seed and other.data.shuffle_seed is None:
+        problems.append("seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
+    return problems
+
+
+def _swept_keys(members: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys that do not have one value for all members and that no folder name shows otherwise."""
+    values: dict[str, set[str | None]] = {}
+    for member in members:
+        for override in member:
+            values.setdefault(override.partition("=")[0], set())
+    for key in values:
+        for member in members:
+            values[key].add(dict(o.partition("=")[::2] for o in member).get(key))
+    return [key for key, seen in values.items() if len(seen) > 1 and key not in _IN_THE_FOLDER_NAME_ALREADY]
+
+
+def _short(key: str, swept: Sequence[str]) -> str:
+    """Return the last part of a dotted key, or more of it where two would look the same."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in swept) == 1 else key

@@ -1,0 +1,154 @@
+"""What a recipe says of data: the name of a GLUE task, or the fields of one's own files. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from lst_scale.errors import did_you_mean
+from lst_scale.recipe.decode import Section
+from lst_scale.recipe.template import fields_in
+from lst_scale.system.names import Name, PathText
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+OF_CLASSES = ("f1", "macro_f1", "matthews")
+ERRORS = ("mae", "rmse")  # in the targets' unit, less is better
+OF_NUMBERS = ("pearson", "spearman", *ERRORS)
+OF_TEXTS = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rouge_l", "bleu", "chrf")
+METRICS = (*OF_CLASSES, *OF_NUMBERS, *OF_TEXTS)
+POSITIVE = "1"  # the label that F1 looks for
+_OWN_METRIC = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|.+\.py):[A-Za-z_]\w*")
+
+
+def _known_metric(name: str) -> str:
+    if name in METRICS or _OWN_METRIC.fullmatch(name):
+        return name
+    own = " One's own is written module:function." if ":" in name else did_you_mean(name, METRICS)
+    raise ValueError(f"{name!r} is not valid.{own}")
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
+
+
+class FileTask(Section):
+    """One's own data: a local .csv, .jsonl or .parquet file, "embedded:..." or "hub:owner/name[:config][:split]" for each split."""
+
+    name: Name = "custom"  # part of the run's folder
+    kind: Literal["classification", "regression", "text"]  # a label, a number, or any text
+    train: PathText  # rows to learn from
+    validation: PathText  # rows that the best step is chosen by
+    test: PathText | None = None  # rows that the result is scored on; None: validation
+    source: tuple[str, ...] = Field(min_length=1)  # columns that the text is made of
+    target: str  # the column of the answer
+    prefix: str | None = None  # the first words of the text
+    template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
+    target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
+    labels: tuple[str, ...] | None = None  # the classes; None: those of the training rows
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None  # of METRICS, or one's own as module:function
+
+    @model_validator(mode="after")
+    def _template_names_the_source(self) -> FileTask:
+        if self.template is None:
+            return self
+        named = set(fields_in(self.template))
+        if named != set(self.source):
+            wrong = sorted(named ^ set(self.source))
+            raise ValueError(f"template and source must name the same fields, but {wrong[0]!r} is only in one of them")
+        if self.prefix is not None:
+            raise ValueError("prefix has no effect beside template: write it into the template")
+        return self
+
+    @model_validator(mode="after")
+    def _each_metric_once(self) -> FileTask:
+        for metric in self.metrics or ():
+            if (self.metrics or ()).count(metric) > 1:
+                raise ValueError(f"metrics names {metric} twice: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit_the_kind(self) -> FileTask:
+        if self.labels is not None and self.kind != "classification":
+            raise ValueError(f"labels has no effect on kind {self.kind}: remove it or write kind: classification")
+        for label in self.labels or ():
+            if not label.strip():
+                raise ValueError(f"labels: {label!r} is empty: a label is a text that can be written")
+            if self.labels is not None and self.labels.count(label) > 1:
+                raise ValueError(f"labels: {label!r} is there twice: write each label once")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_told_apart(self) -> FileTask:
+        if self.target in self.source:
+            raise ValueError(f"source holds {self.target!r}, which is the target: the answer would stand in the question; remove it there")
+        twice = [field for field in self.source if self.source.count(field) > 1]
+        if twice:
+            raise ValueError(f"source names {twice[0]!r} twice: write each field once (template may repeat it)")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> FileTask:
+        misfit = metrics_misfit(self.kind, self.metrics or (), self.labels)
+        if misfit:
+            raise ValueError(misfit)
+        return self
+
+    def with_metrics_of(self, folder: Path) -> FileTask:
+        """Return the task with each metric of one's own that is a file in `folder` named by that file's whole path."""
+        if self.metrics is None:
+            return self
+        return self.model_copy(update={"metrics": tuple(_metric_in(folder, metric) for metric in self.metrics)})
+
+
+def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | None) -> str | None:
+    """Return why a metric would always say the same of such a task, and what to write instead; None: they fit.
+
+    Args:
+        labels: of a classification, as far as they are known.
+    """
+    for name in metrics:
+        if name in OF_CLASSES and kind != "classification":
+            return f"metrics: {name} compares classes, which kind {kind} lacks: write {_instead(kind)}"
+        if name in OF_TEXTS and kind == "regression":
+            return f"metrics: {name} compares texts, and 0.20 is another text than 0.2: write {_instead(kind)}"
+        if name in OF_NUMBERS and kind == "text":
+            return f"metrics: {name} compares numbers, which kind text lacks: write kind: regression, or {_instead(kind)}"
+        if kind == "classification" and labels is not None:
+            words = sorted(label for label in labels if not _is_number(label))
+            if name in OF_NUMBERS and words:
+                return f"metrics: {name} compares numbers, and labels such as {words[0]!r} are none: write {_instead(kind)}"
+            if name == "f1" and not (len(labels) == 2 and POSITIVE in labels):
+                return (
+                    f"metrics: f1 is of two classes, of which {POSITIVE!r} is the positive one: call the labels '0' and '1', "
+                    f"or write {_instead(kind)}"
+                )
+            if name == "matthews" and len(labels) < 2:
+                return f"metrics: matthews is 0 for a single label, and there is {min(labels, default='')!r} alone: write {_instead(kind)}"
+    return None
+
+
+def _instead(kind: str) -> str:
+    return {
+        "classification": "accuracy, macro_f1 or matthews",
+        "regression": "pearson, spearman, mae or rmse",
+        "text": "exact_match, rougeL, bleu or chrf",
+    }[kind]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _metric_in(folder: Path, metric: str) -> str:
+    module, colon, function = metric.rpartition(":")
+    if not colon:
+        return metric
+    file = folder / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
+    return f"{file.resolve()}:{function}" if file.is_file() else metric

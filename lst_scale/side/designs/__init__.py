@@ -1,0 +1,1 @@
+"""The three designs of a side network, and what they share."""

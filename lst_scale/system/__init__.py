@@ -1,0 +1,1 @@
+"""Processes, signals, disk, and the files that ship with the package."""

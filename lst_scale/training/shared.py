@@ -1,0 +1,244 @@
+"""What the members of a run share: data, and one backbone or its tap cache. Filling that cache ahead of a run is here too.
+
+Data comes first: a wrong file is found before any weight is read, and before the run's folder is touched.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lst_scale.backbone.cache.backbone import CachingBackbone
+from lst_scale.backbone.cache.load import load_caching
+from lst_scale.backbone.check import check_quantization
+from lst_scale.backbone.model_config import find_config, read_config
+from lst_scale.backbone.placement.load import load_placed
+from lst_scale.backbone.placement.replicated import LocalBackbone
+from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
+from lst_scale.backbone.weights.precision import QUANTIZED
+from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
+from lst_scale.data.batches import collate, evaluation_batches
+from lst_scale.data.encode import EncodedSplit, encode
+from lst_scale.data.scores import try_own_metrics
+from lst_scale.data.tasks import TaskData, load_task
+from lst_scale.data.tokenizer import load_tokenizer, refuse_misfit, refuse_unknown_text
+from lst_scale.errors import BackboneError
+from lst_scale.methods import check_method
+from lst_scale.methods.lst import SharedPasses, ladder_config
+from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.runs.logs import Logger
+from lst_scale.side.loss import shift_right
+from lst_scale.side.network import SideNetwork
+from lst_scale.system import distributed
+from lst_scale.system.distributed import World
+
+CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error, little memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all members of a run have in common: data, and one backbone."""
+
+    world: World
+    task: TaskData
+    tokenizer: Any
+    splits: dict[str, EncodedSplit]
+    backbone: Backbone
+    loading: dict[str, Any]
+    passes: SharedPasses
+
+    def close(self) -> None:
+        """Let other runs write to the tap cache."""
+        self.backbone.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads before any weight: rows, the tokenizer, ids, and what there is to say of them."""
+
+    task: TaskData
+    tokenizer: Any
+    splits: dict[str, EncodedSplit]
+    sentences: tuple[str, ...]
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Read and encode the rows, and refuse what can't be trained on. It changes nothing, so it comes before the run's folder.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    task = load_task(recipe)
+    try_own_metrics(task)
+    tokenizer, unknown = load_fitting_tokenizer(recipe, task)
+    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer))
+    return Data(task=task, tokenizer=tokenizer, splits=splits, sentences=tuple(sentence for sentence in said if sentence is not None))
+
+
+def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: Data | None = None) -> Shared:
+    """Load the data if need be, then the backbone, for recipes that differ in their side networks alone. All ranks must call it.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line.
+    """
+    recipe = recipes[0]
+    data = data or load_data(recipe)
+    task, tokenizer, splits = data.task, data.tokenizer, data.splits
+    for sentence in data.sentences:
+        logger.say(sentence)
+    distributed.poll_interruption(world)
+    start = time.perf_counter()
+    live = None if recipe.cache.enabled else load_placed(recipe.backbone, world)
+    backbone: Backbone = live or _remembering(recipes, splits, world, logger)
+    loading = {
+        "loading_seconds": round(time.perf_counter() - start, 3),
+        "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
+    }
+    distributed.poll_interruption(world)
+    if live is not None:
+        _check_quantization(live, splits["train"], recipe, logger)
+    return Shared(
+        world=world,
+        task=task,
+        tokenizer=tokenizer,
+        splits=splits,
+        backbone=backbone,
+        loading=loading,
+        passes=SharedPasses(backbone=backbone, request=_request(recipes, backbone.spec)),
+    )
+
+
+def build_cache(recipe: Recipe) -> tuple[int, Path]:
+    """Run the training rows that are not in the tap cache through the backbone; return how many rows there are, and the cache's folder.
+
+    Ranks share the rows. Batches are evaluation's: neighbours in length together.
+
+    Raises:
+        LstScaleError: anything the user can mend, in one line; another run that writes the same rows at the moment.
+    """
+    check_method(recipe)
+    world = distributed.connect()
+    with Logger(None) as logger:
+        task = load_task(recipe)
+        tokenizer, _ = load_fitting_tokenizer(recipe, task)
+        split = _encode(task.train, tokenizer, recipe, task.target_prefix)
+        backbone = _remembering([recipe], {"train": split}, world, logger)
+        request = _taps_of([recipe], backbone.spec)
+        if not backbone.lock.held():
+            raise distributed.same_everywhere(
+                BackboneError(
+                    f"these rows can't be written: {backbone.lock.refused}"
+                    if backbone.lock.refused
+                    else f"another run is writing these rows to {backbone.cache.folder}: start runs on them, or wait for its end"
+                )
+            )
+        size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
+        batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
+        for _ in range(-(-len(split.rows) // (size * world.size))):  # as often on every rank, so that all can leave together
+            distributed.poll_interruption(world)
+            batch = next(batches, None)
+            if batch is None:
+                continue
+            decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
+            backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
+        backbone.cache.flush()
+        backbone.close()
+    distributed.barrier()
+    return len(split.rows), backbone.cache.folder
+
+
+def load_fitting_tokenizer(recipe: Recipe, task: TaskData) -> tuple[Any, str | None]:
+    """Return the backbone's tokenizer, which fits its vocabulary, the training texts and the labels; and what it does not know of them.
+
+    Raises:
+        DataError: it does not fit.
+        BackboneError: the checkpoint's config.json can't be meant.
+    """
+    checkpoint = recipe.backbone.checkpoint
+    tokenizer = load_tokenizer_of(checkpoint, recipe.backbone.revision)
+    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
+    refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
+    return tokenizer, unknown
+
+
+def load_tokenizer_of(checkpoint: str, revision: str | None) -> Any:
+    """Return the tokenizer of a backbone, which fits its vocabulary.
+
+    Raises:
+        DataError: it does not fit.
+        BackboneError: the checkpoint's config.json can't be meant.
+    """
+    tokenizer = load_tokenizer(checkpoint, revision)
+    config = find_config(checkpoint, revision)
+    vocab_size = read_config(config).get("vocab_size") if config is not None else None
+    if isinstance(vocab_size, int):
+        refuse_misfit(tokenizer, vocab_size, checkpoint)
+    return tokenizer
+
+
+def peak_memory_bytes(world: World) -> int:
+    """Return the most that this rank has held so far: allocated by torch on a GPU, resident on the CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest | None:
+    """Return which taps serve all members; None: the method reads none."""
+    configs = [ladder_config(recipe.method, spec) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
+    return union([SideNetwork.request_of(config) for config in configs]) if configs else None
+
+
+def _taps_of(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
+    request = _request(recipes, spec)
+    assert request is not None, "check_method refuses a tap cache for other methods"
+    return request
+
+
+def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
+    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
+
+
+def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> CachingBackbone:
+    """Open the backbone's tap cache; the backbone itself is loaded only if a row is missing there."""
+    recipe = recipes[0]
+
+    def check(live: LocalBackbone) -> None:
+        logger.say("some rows are not in the tap cache: the backbone is loaded")
+        _check_quantization(live, splits["train"], recipe, logger)
+
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
+    rows = [(torch.tensor(s), _decoder_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
+    writes = backbone.claim_rows(rows, world)
+    missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
+    if writes:
+        backbone.cache.refuse_if_too_large(sum(len(source) for source, _ in missing), sum(len(target) for _, target in missing))
+    why = backbone.lock.refused
+    others = f"the others can't be written: {why}" if why else "another run writes the others"
+    elsewhere = f"; {others}" if missing and not writes else ""
+    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
+    return backbone
+
+
+def _decoder_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
+    return shift_right(torch.tensor([labels]), backbone.spec)[0]
+
+
+def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:
+    """Compare a quantized backbone with its checkpoint on the first rows, and log what was found."""
+    if backbone.identity.precision not in QUANTIZED:
+        return
+    batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
+    decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec)
+    report = check_quantization(
+        backbone, batch.input_ids_BS, batch.attention_mask_BS, decoder_input_ids_BT, recipe.backbone.max_quantization_error
+    )
+    logger.say(report.sentence)
