@@ -109,7 +109,8 @@ def test_a_wheel_installed_elsewhere_finds_recipes_deepspeed_files_and_the_embed
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     script = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import lst_scale; from lst_scale import recipe; from lst_scale.system import assets; from pathlib import Path;"
+        f"import sys; sys.path.insert(0, {str(site)!r}); import lst_scale; from lst_scale import recipe;"
+        "from lst_scale.system import assets; from pathlib import Path;"
         f"assert lst_scale.__file__.startswith({str(site)!r}), lst_scale.__file__;"
         "assert len(assets.available_recipes()) >= 6; recipe.load_recipe('quickstart'); assets.load_ds_config('zero3');"
         "assert (Path(assets.resolve('embedded:tiny-t5')) / 'model.safetensors').exists(); assets.resolve('embedded:wordnet/test.jsonl')"

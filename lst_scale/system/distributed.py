@@ -82,7 +82,9 @@ def disconnect(*, together: bool = True) -> None:
     if together:
         with contextlib.suppress(RuntimeError):  # this barrier's own: whoever left it first had seen all others come
             barrier()
-    dist.destroy_process_group()
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it: a further run in this process may join another
 
 
 def barrier() -> None:
