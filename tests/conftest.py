@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from transformers import MT5ForConditionalGeneration
 
+from helpers import counting
 from helpers.launchers import fresh, launch
 from helpers.models import make_t5
 from helpers.paths import EMBEDDED, ROOT
@@ -23,6 +24,32 @@ from helpers.recipes import recipe_writer
 from helpers.training import train
 
 __all__ = ["EMBEDDED", "ROOT", "fresh", "launch", "make_t5", "recipe_writer", "train"]  # old names: import them from `helpers`
+
+
+STARTED = counting.watch()
+BEFORE = pytest.StashKey[tuple[int, int]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    item.stash[BEFORE] = STARTED.now()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[object]:
+    result = yield
+    programs, forked = (now - before for now, before in zip(STARTED.now(), item.stash[BEFORE], strict=True))
+    item.user_properties.append(("started", (programs, forked)))
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many processes were started: nearly all of a suite's minutes go into that."""
+    done = [report for report in terminalreporter.stats.get("", []) if getattr(report, "when", None) == "teardown"]
+    started = [value for report in done for name, value in report.user_properties if name == "started" and any(value)]
+    programs, forked = (sum(pair[number] for pair in started) for number in (0, 1))
+    terminalreporter.write_line(f"{len(started)} of {len(done)} tests started {programs} programs and forked {forked} ranks")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -78,6 +78,15 @@ def test_train_py_run_as_a_file_drops_its_own_folder_from_the_path() -> None:
     assert "seed: 7" in done.stdout and "task: mrpc" in done.stdout and "name: x" in done.stdout  # options between overrides
 
 
+def test_what_tests_share_is_in_their_helpers() -> None:
+    found = [
+        f"{path.name}: {line}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for line in re.findall(r"^ *(?:from|import) (?:test_\w+|conftest|tiny)\b.*", path.read_text(), flags=re.MULTILINE)
+    ]
+    assert not found, "import these from tests/helpers"
+
+
 def test_what_only_some_runs_need_is_imported_where_it_is_used() -> None:
     optional = ("datasets", "evaluate", "sklearn", "pandas", "rouge_score", "sacrebleu", "matplotlib", "submitit", "tensorboard")
     program = f"import sys, lst_scale.training.run; print([name for name in {optional} if name in sys.modules])"

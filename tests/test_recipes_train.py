@@ -36,11 +36,15 @@ TASK += "source: [word, definition], target: kind}"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Each recipe's file and run, after two steps; 24 blocks, so that side layers of T5-large and T5-3B are there."""
+    """Each recipe's file and run, after two steps; as many blocks as the real ones have, so that all side layers are there."""
     folder = tmp_path_factory.mktemp("recipes")
-    t5 = make_t5(folder / "t5", num_layers=24, d_kv=16, num_heads=2)
+    depths = {
+        12: make_t5(folder / "base", num_layers=12, d_kv=16, num_heads=2),
+        24: make_t5(folder / "large", num_layers=24, d_kv=16, num_heads=2),
+    }
     found = {}
     for name in (*RIVALS, *LADDERS, *SHORT):
+        t5 = depths[12 if name.startswith("t5-base") else 24]
         recipe = load_recipe(name, [*SMALL, TASK, f"name={name}", f"backbone.checkpoint={t5}", f"output_dir={folder / 'runs'}"])
         path = folder / f"{name}.yaml"
         path.write_text(to_yaml(recipe))

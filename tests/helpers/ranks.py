@@ -38,6 +38,8 @@ PATIENCE = 600  # seconds after which a rank is taken to hang, on a machine howe
 class Rank:
     """A started process; the methods are those of `subprocess.Popen`."""
 
+    started = 0  # of all, in this process
+
     def __init__(self, program: Program, arguments: Sequence[str | Path], **environment: str) -> None:
         _start_server()
         self._output = Path(tempfile.mkdtemp(prefix="rank-"))
@@ -46,6 +48,7 @@ class Rank:
             target=_begin, args=(program, [str(each) for each in arguments], fresh() | environment, str(self._output)), daemon=True
         )
         self._process.start()
+        Rank.started += 1
 
     @property
     def pid(self) -> int:
