@@ -17,7 +17,7 @@ from helpers.ranks import Finished
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.weights.precision import quantized_linear, sized_quantized_linear
 from lst_scale.errors import ArgumentError
-from lst_scale.plan import depth, picture, report
+from lst_scale.plan import depth, memo, picture, report
 from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint
 from lst_scale.plan.live import LiveBytes
 from lst_scale.recipe.schema import Recipe, load_recipe
@@ -138,6 +138,23 @@ def test_planning_leaves_torch_as_it_was() -> None:
     planned(load_recipe("quickstart", ["method={name: lora}"]), replace(SMALL, on_gpu=True))
     assert (nn.functional.scaled_dot_product_attention, nn.Module.to, torch.get_default_dtype()) == before
     assert nn.Linear(2, 2).to(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.recompute=true", "method.tap_storage=int8"],
+        ["method={name: lora, precision: bf16, gradient_checkpointing: true}", "backbone.precision=bf16"],
+        ["method={name: full}"],
+    ],
+    ids=str,
+)
+def test_operations_that_are_remembered_give_what_torch_gives(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, setting = load_recipe("quickstart", overrides), replace(SMALL, on_gpu=True)
+    planned(recipe, setting)
+    remembered = planned(recipe, setting)
+    monkeypatch.setattr(memo, "run", lambda func, args, kwargs: func(*args, **kwargs))
+    assert planned(recipe, setting) == remembered
 
 
 @pytest.mark.slow

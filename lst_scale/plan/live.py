@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lst_scale.plan import memo
+
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -50,7 +52,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked oftener than anything is computed
-        result = func(*args, **(kwargs or {}))
+        result = memo.run(func, args, kwargs or {})
         if isinstance(result, Tensor):
             self.see(result)
         else:
