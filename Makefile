@@ -9,7 +9,7 @@ LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
 # Two workers: one begins with what waits for Slurm, the other with everything else. Each module's tests stay together, for its fixtures.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup debian quickstart test test-fast test-newest fuzz lint clean
 

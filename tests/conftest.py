@@ -52,17 +52,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{len(started)} of {len(done)} tests started {programs} programs and forked {forked} ranks")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep a module's tests on one worker of pytest-xdist, and skip what needs a GPU where there is none."""
-    if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none here"))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what waits for Slurm: it takes longest, and leaves the other worker a core."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_slurm"))
+    """Begin with what waits for Slurm: it takes longest, and leaves the other worker a core. Skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none here"))
 
 
 @pytest.fixture(scope="session")
