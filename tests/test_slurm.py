@@ -167,8 +167,8 @@ def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, re
     path = recipe(
         "shared",
         optimizer__weight_decay=0.1,
-        training__epochs=40,
-        training__evaluate_every=80,
+        training__epochs=20,
+        training__evaluate_every=40,
         training__save_every_steps=10,
         data__shuffle_seed=0,
     )
