@@ -6,7 +6,7 @@ import runpy
 import sys
 
 from lst_scale import train as entry
-from lst_scale.cli.main import main as cli
+from lst_scale.cli import main as cli
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.system import distributed
 from lst_scale.training.run import run
