@@ -109,7 +109,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name, placement in chosen.items():
             key = f"{name}-{processes}"
             changes = {"backbone__placement": placement, "training__max_steps": 4, "training__micro_batch_size": 1}
-            recipes.append(str(make(key, **changes, evaluation__max_new_tokens=3)))
+            recipes.append(str(make(key, **changes, evaluation__max_new_tokens=5)))
             runs[key] = folder / "runs" / f"{key}-kind-seed0"
         train(*recipes, processes=processes)
     return runs
