@@ -289,12 +289,14 @@ def test_failures_are_told_in_one_line_then_resubmitted_then_cancelled(
     missing = recipe("missing", task__train=str(data), backbone__checkpoint=str(broken))
     traceback = recipe("traceback", backbone__checkpoint=str(broken))
     (broken / "tokenizer.json").write_text(tokenizer.replace('"model"', '"modell"', 1))
+    data.write_text((ROOT / "lst_scale/embedded/wordnet/train.jsonl").read_text())  # or submit would refuse it
     for path in (missing, traceback):
         cluster.script("submit", "--recipe", str(path), *ON_ONE_CORE)
+        data.unlink(missing_ok=True)  # before the job has imported what reads it
     cluster.wait_until_idle()
     text = cluster.script("status", "--output-dir", str(tmp_path / "runs"))
     assert re.search(r"missing-kind-seed0 +FAILED.*data\.jsonl is not there", text), text
-    assert re.search(r"traceback-kind-seed0 +FAILED .*(Exception|Error): ", text), text
+    assert re.search(r"traceback-kind-seed0 +FAILED .*(tokenizer|Exception|Error)", text), text
 
     data.write_text((ROOT / "lst_scale/embedded/wordnet/train.jsonl").read_text())
     (broken / "tokenizer.json").write_text(tokenizer)
