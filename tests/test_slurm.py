@@ -472,7 +472,10 @@ def test_the_members_of_a_submitted_recipe_are_runs_like_any_other(cluster: Clus
     names = [f"many-reduction_factor-{r}-kind-seed0" for r in (2, 4)]
     assert states(cluster, tmp_path / "runs") == dict.fromkeys(names, "DONE")
     text = cluster.script("sweep", *arguments, "optimizer.learning_rate=1e-2,1e-3", "--together", "2", check=False)
-    assert "has members of its own" in text or "a member has no members of its own" in text
+    assert "--together 2: the recipe has members of its own" in text
+    listed = cluster.script("sweep", *arguments, "optimizer.learning_rate=1e-2,1e-3", "--dry-run")
+    job = "# many-learning_rate-{0}-reduction_factor-2-kind-seed0, many-learning_rate-{0}-reduction_factor-4-kind-seed0"
+    assert all(job.format(rate) in listed for rate in ("1e-2", "1e-3")), listed  # each combination trains its members in one job
 
 
 def test_the_plain_sbatch_script_runs_and_requeues(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def members_of(recipe: Recipe) -> list[Recipe]:
     text = to_yaml(recipe.model_copy(update={"members": None}))
     if len(recipe.members) > MOST_MEMBERS:
         raise RecipeError(f"members: {len(recipe.members):,} of them, and {MOST_MEMBERS:,} are the most")
-    found = _named([words_of(line, "members") for line in recipe.members], lambda member: parse_recipe(text, "members", member))
+    found = _named([words_of(line, "members") for line in recipe.members], lambda member: _alone(parse_recipe(text, "members", member)))
     refuse_what_can_not_share(found)
     return found
 
@@ -61,7 +61,7 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
     problems: list[str] = []
     for member in members:
         try:
-            loaded = _alone(load(member))
+            loaded = load(member)
         except RecipeError as error:
             problems += [line for line in str(error).split("\n") if line.strip() not in (seen.strip() for seen in problems)]
             continue
