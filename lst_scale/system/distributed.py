@@ -24,9 +24,6 @@ from lst_scale.system import preemption
 T = TypeVar("T")
 
 
-PORTS_TRIED = 5  # by a world of one, which chooses its own
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """This process among all. `device` is where its backbone and side network live."""
@@ -68,14 +65,7 @@ def connect() -> World:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
         # DeepSpeed's shared-memory all-reduce for the CPU ignores its group (it sums over all local ranks) and is compiled at first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        for attempt in range(PORTS_TRIED):
-            try:
-                deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-                break
-            except RuntimeError as error:  # between finding a free port and listening there, another process may have taken it
-                if present or "EADDRINUSE" not in str(error) or attempt == PORTS_TRIED - 1:
-                    raise
-                os.environ["MASTER_PORT"] = str(_free_port())
+        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
