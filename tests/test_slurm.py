@@ -67,6 +67,14 @@ class Cluster:
             time.sleep(0.3)
         raise AssertionError(f"waited {seconds} s for {what}\n{self('squeue')}\n{self('sinfo', '-N')}")
 
+    def wait_until_running(self, job: str) -> None:
+        def running() -> bool:
+            queue = self.queue()
+            assert job in queue, f"job {job} has left the queue"
+            return queue[job] == "RUNNING"
+
+        self.wait(running, PATIENCE, f"job {job} to run")
+
     def wait_until_idle(self, seconds: float = PATIENCE) -> None:
         self.wait(lambda: not self.queue(), seconds, "an empty queue")
 
@@ -231,8 +239,9 @@ def is_warned(process: int) -> bool:
 
 
 def starts(run: Path) -> list[int]:
-    """Return the step of every start."""
-    return [json.loads(line)["step"] for line in (run / "slurm" / "starts.jsonl").read_text().splitlines()]
+    """Return the step of every start so far."""
+    path = run / "slurm" / "starts.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_a_requeue_in_the_middle_of_evaluation(cluster: Cluster, recipe: Callable[..., Path], in_one_go: Path, tmp_path: Path) -> None:
@@ -357,20 +366,27 @@ def processes_of(cluster: Cluster, job: str) -> list[tuple[int, str]]:
     return found
 
 
+def restarts(cluster: Cluster, job: str) -> int:
+    """Return how often Slurm has started the job again."""
+    (found,) = re.findall(r"Restarts=(\d+)", cluster("scontrol", "show", "job", job))
+    return int(found)
+
+
 def test_a_signal_of_every_kind_ends_bit_identical(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Each kind once while it trains, and some while it starts; fifty more, at random, meet ranks without Slurm in test_interrupted.py."""
-    path = recipe("signals", training__epochs=200, training__evaluate_every=400, training__save_every_steps=50)
+    path = recipe("signals", training__epochs=40, training__evaluate_every=200, training__save_every_steps=50)
     patient = tmp_path / "cluster.yaml"  # signals may come faster than ranks start
     patient.write_text("max_starts_without_progress: 30\n")
     job = cluster.script("submit", "--recipe", str(path), *ON_TWO_NODES_WITH_ONE_RANK_EACH, "--cluster", str(patient)).split()[-1]
     run = tmp_path / "runs" / "signals-kind-seed0"
     kinds = [("USR1", 1), ("requeue", 1), ("USR2", 2), ("node", 1), ("TERM", 1), ("USR2", 0), ("requeue", 0), ("USR1", 1)]
     random.Random(0).shuffle(kinds)
+    noted = 0
     for kind, times in kinds:
-        cluster.wait(lambda: cluster.queue().get(job) == "RUNNING", PATIENCE, "the job to run again")
-        if times:  # while it trains; 0: while it starts and loads
-            before = starts(run)[-1] if (run / "slurm" / "starts.jsonl").exists() else 0
-            cluster.wait(lambda b=before: last_step(run) > b, PATIENCE, f"a step past {before}")
+        cluster.wait_until_running(job)
+        if times:  # while it trains; 0: while it starts and loads, when Python may not have come far enough to heed it
+            cluster.wait(lambda n=noted: len(starts(run)) > n and last_step(run) > starts(run)[-1], PATIENCE, "a step of a new start")
+        noted, restarted = len(starts(run)), restarts(cluster, job)
         assert not (run / "result.json").exists(), "the run ended before the last signal: make it longer"
         if kind == "requeue":
             cluster("scontrol", "requeue", job, check=False)
@@ -382,6 +398,8 @@ def test_a_signal_of_every_kind_ends_bit_identical(cluster: Cluster, recipe: Cal
         else:
             for _ in range(max(times, 1)):  # twice: once more, during the save
                 cluster("scancel", f"--signal={kind}", job, check=False)
+        if times:
+            cluster.wait(lambda n=restarted: restarts(cluster, job) > n, PATIENCE, f"a new start after {kind}")
     cluster.wait_until_idle()
     assert (run / "result.json").exists(), cluster.script("status", "--output-dir", str(tmp_path / "runs"))
     assert len(starts(run)) > 5 and len(set(starts(run))) > 3

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from lst_scale.slurm.records import append
 from lst_scale.system.names import has_control_character, shown
 
 MAX_TIMEOUTS = 1000  # submitit gives up after these; long trainings meet their time limit often
+# A signal that asks to leave would kill a rank whose Python has not come as far as handling it; what is ignored here stays so until then.
+DEAF_WHILE_STARTING = """bash -c 'trap "" USR1 USR2; exec "$@"' rank """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,9 @@ def make_executor(root: Path, options: ClusterOptions, setup: list[str], *, at_m
     import submitit
 
     folder = root / ".slurm" / "%j"
+    python = DEAF_WHILE_STARTING + (options.python or shlex.quote(sys.executable))
     with _srun_present():
-        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=options.python)
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=python)
     named = {key: getattr(options, key) for key in ("partition", "account", "qos", "constraint")}
     executor.update_parameters(
         job_name=name,
