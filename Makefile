@@ -42,7 +42,7 @@ NEWEST := .venv-newest
 TORCH := $(if $(CPU),$(shell grep '^torch==' constraints.txt),torch)
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/pip install --quiet $(TORCH) setuptools wheel ninja py-cpuinfo
+	$(NEWEST)/bin/pip install --quiet $(TORCH) setuptools wheel ninja py-cpuinfo hatchling
 	DS_BUILD_OPS=0 $(NEWEST)/bin/pip install --quiet --no-build-isolation $(TORCH) .[dev]
 	$(CPU) PORT=$(PORT) FIRST_STEPS_LAUNCH="$(LAUNCH)" PATH="$(CURDIR)/$(NEWEST)/bin:$$PATH" bash tests/first_steps.sh
 	$(OFFLINE) $(CPU) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
