@@ -14,6 +14,7 @@ from typing import Any
 from lst_scale.recipe import backbone as recipe_backbone
 from lst_scale.recipe import schema as recipe
 from lst_scale.recipe import task as recipe_task
+from lst_scale.recipe.marks import Mark
 
 PAGE = Path(__file__).parent / "recipe.md"
 SECTIONS = {  # by the key that they stand under
@@ -91,7 +92,9 @@ def _class(name: str) -> type[Any]:
 def _row(field: str, schema: dict[str, Any], name: str, definitions: dict[str, Any]) -> str:
     required = field in definitions[name].get("required", ())
     default = "required" if required else _default(schema.get("default"), schema)
-    cells = (f"`{field}`", meanings(name).get(field, "").replace("METRICS", ", ".join(recipe_task.METRICS)), default, _allowed(schema))
+    meaning = meanings(name).get(field, "").replace("METRICS", ", ".join(recipe_task.METRICS))
+    rules = [rule.meaning for rule in _class(name).model_fields[field].metadata if isinstance(rule, Mark)]
+    cells = (f"`{field}`", "; ".join([meaning, *rules]), default, _allowed(schema))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

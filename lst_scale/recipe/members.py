@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lst_scale.errors import RecipeError
 from lst_scale.recipe.grid import MOST_MEMBERS
+from lst_scale.recipe.marks import ONE_FOR_MEMBERS, marked
 from lst_scale.recipe.schema import Recipe, load_recipe, parse_recipe, to_yaml
 from lst_scale.system.names import fitting_name, shown
 
@@ -120,21 +121,9 @@ def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
 
 def _differences(first: Recipe, other: Recipe) -> list[str]:
     """Return why two recipes can't share a backbone pass; nothing when they can."""
-
-    def shared(member: Recipe) -> dict[str, object]:
-        return {
-            "task": member.task,
-            "backbone": member.backbone,
-            "data": member.data,
-            "cache": member.cache,
-            "evaluation": member.evaluation,
-            "training.global_batch_size": member.training.global_batch_size,
-            "training.micro_batch_size": member.training.micro_batch_size,
-            "method.tap_storage": getattr(member.method, "tap_storage", None),
-            "training.deepspeed": member.training.deepspeed,
-        }
-
-    problems = [f"{key} must be the same for all" for key, value in shared(other).items() if value != shared(first)[key]]
+    ours, theirs = (marked(recipe, ONE_FOR_MEMBERS) for recipe in (first, other))
+    different = (key for key in ours | theirs if theirs.get(key) != ours.get(key))
+    problems = [f"{key} must be the same for all" for key in different]
     for method in dict.fromkeys((first.method.name, other.method.name)):
         if method != "lst":
             problems.append(f"method {method} changes the backbone and can't share its pass: write method.name=lst")

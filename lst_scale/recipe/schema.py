@@ -17,6 +17,7 @@ from lst_scale.recipe import decode
 from lst_scale.recipe.backbone import PLACEMENTS, BackboneRecipe, NotFp16
 from lst_scale.recipe.decode import Count, Section
 from lst_scale.recipe.grid import grid_as_lines
+from lst_scale.recipe.marks import KEPT_BY_RESUME, ONE_FOR_MEMBERS
 from lst_scale.recipe.task import GLUE, FileTask
 from lst_scale.system.assets import find_recipe
 from lst_scale.system.names import Name, PathText, checked_name
@@ -40,7 +41,7 @@ class LstRecipe(Section):
     side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
-    tap_storage: Literal["exact", "bf16", "int8"] = "exact"  # how taps are held until the backward pass
+    tap_storage: Annotated[Literal["exact", "bf16", "int8"], ONE_FOR_MEMBERS] = "exact"  # how taps are held until the backward pass
     fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
     merge_last: bool = False  # mix the backbone's final decoder state into the output
     normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
@@ -147,14 +148,15 @@ class OptimizerRecipe(Section):
 class TrainingRecipe(Section):
     epochs: Epochs | None = None  # None: the task's own
     max_steps: Count | None = None  # ends the run earlier than epochs would
-    global_batch_size: Rows = 100  # rows an optimizer step, over all ranks
-    micro_batch_size: Rows | None = None  # rows a forward pass; None: all of a rank's share
-    deepspeed: PathText = "zero2"  # a file of ds_configs/, or a path
+    global_batch_size: Annotated[Rows, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = 100  # rows an optimizer step, over all ranks
+    micro_batch_size: Annotated[Rows | None, ONE_FOR_MEMBERS] = None  # rows a forward pass; None: all of a rank's share
+    deepspeed: Annotated[PathText, ONE_FOR_MEMBERS] = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
     save_every_steps: Count | None = None  # beside those at every evaluation
     keep_checkpoints: Count = 2  # the newest, to resume from
-    start_from: PathText | None = None  # a finished run, or its side_network/ or trained/: its weights are where this run begins
+    # A finished run, or its side_network/ or trained/: its weights are where this run begins.
+    start_from: Annotated[PathText | None, KEPT_BY_RESUME] = None
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> TrainingRecipe:
@@ -212,16 +214,16 @@ class Recipe(Section):
 
     name: Name  # of the run; its folder is NAME-TASK-seedN
     # what is learned: a task of GLUE, or one's own files as below
-    task: decode.either(word=Literal[GLUE], mapping=FileTask)  # type: ignore[valid-type]
-    seed: Seed = 0  # of initialization, dropout and, without data.shuffle_seed, of the order of batches
+    task: Annotated[decode.either(word=Literal[GLUE], mapping=FileTask), ONE_FOR_MEMBERS, KEPT_BY_RESUME]  # type: ignore[valid-type]
+    seed: Annotated[Seed, KEPT_BY_RESUME] = 0  # of initialization, dropout and, without data.shuffle_seed, of the order of batches
     output_dir: PathText = "runs"  # where runs' folders are
-    backbone: BackboneRecipe  # the frozen model
-    method: Method  # what trains, and how much
-    optimizer: OptimizerRecipe = OptimizerRecipe()  # AdamW
+    backbone: Annotated[BackboneRecipe, ONE_FOR_MEMBERS]  # the frozen model
+    method: Annotated[Method, KEPT_BY_RESUME]  # what trains, and how much
+    optimizer: Annotated[OptimizerRecipe, KEPT_BY_RESUME] = OptimizerRecipe()  # AdamW
     training: TrainingRecipe = TrainingRecipe()  # how long, in what portions
-    data: DataRecipe = DataRecipe()  # lengths and order
-    evaluation: EvaluationRecipe = EvaluationRecipe()  # how answers are made
-    cache: CacheRecipe = CacheRecipe()  # taps on disk
+    data: Annotated[DataRecipe, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = DataRecipe()  # lengths and order
+    evaluation: Annotated[EvaluationRecipe, ONE_FOR_MEMBERS] = EvaluationRecipe()  # how answers are made
+    cache: Annotated[CacheRecipe, ONE_FOR_MEMBERS] = CacheRecipe()  # taps on disk
     logging: LoggingRecipe = LoggingRecipe()  # what is told
     # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None

@@ -15,6 +15,7 @@ from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
+from lst_scale.recipe.marks import KEPT_BY_RESUME, marked
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.runs.logs import Logger
 from lst_scale.side.files import CARD
@@ -145,18 +146,9 @@ class Member:
 
 def _identity(recipe: Recipe, plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
-    return {
-        "task": recipe.model_dump(mode="json")["task"],
-        "seed": recipe.seed,
-        "backbone": backbone.identity.fingerprint,
-        "precision": backbone.identity.precision,
-        "method": recipe.method.model_dump(mode="json"),
-        "optimizer": recipe.optimizer.model_dump(mode="json"),
-        "data": recipe.data.model_dump(mode="json"),
-        "global_batch_size": recipe.training.global_batch_size,
-        "total_steps": plan.total_steps,
-        "start_from": recipe.training.start_from,
-    }
+    settings = {key.rpartition(".")[2]: value for key, value in marked(recipe, KEPT_BY_RESUME).items()}
+    found = {"backbone": backbone.identity.fingerprint, "precision": backbone.identity.precision, "total_steps": plan.total_steps}
+    return settings | found
 
 
 def _without_carving(recipe: Recipe) -> Recipe:
