@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lst_scale.cli.job_options import AGAIN, Given, as_written, asks_for_a_job
 from lst_scale.errors import ArgumentError, LstScaleError, fence
 from lst_scale.recipe.grid import expand
 from lst_scale.recipe.members import each_of, load_members, read_list, share_passes
@@ -35,27 +36,8 @@ Cluster = Annotated[Path | None, typer.Option("--cluster", help="a site's defaul
 Names = Annotated[list[str] | None, typer.Argument(help="parts of run names; all runs when none is given")]
 Output = Annotated[Path, typer.Option("--output-dir", help="where the runs are")]
 
-
 MOST_RUNS = 10_000  # of a sweep
 
-
-def _option(name: str, text: str) -> Any:
-    return typer.Option(name, help=text, rich_help_panel="What a job asks for")
-
-
-Nodes = Annotated[int | None, _option("--nodes", "machines")]
-Gpus = Annotated[int | None, _option("--gpus-per-node", "GPUs of a machine; one process each")]
-Tasks = Annotated[int | None, _option("--tasks-per-node", "processes of a machine, where it is not one a GPU")]
-Cpus = Annotated[int | None, _option("--cpus-per-task", "CPU cores of a process")]
-Memory = Annotated[str | None, _option("--memory", "memory of a machine, such as 64G")]
-Time = Annotated[str | None, _option("--time", "limit: minutes, HH:MM:SS or D-HH:MM:SS")]
-Partition = Annotated[str | None, _option("--partition", "")]
-Account = Annotated[str | None, _option("--account", "")]
-Qos = Annotated[str | None, _option("--qos", "")]
-Constraint = Annotated[str | None, _option("--constraint", "")]
-Sbatch = Annotated[list[str] | None, _option("--sbatch", "a further sbatch option, such as --sbatch=--exclusive; may be repeated")]
-Setup = Annotated[list[str] | None, _option("--setup", "a shell command before the job, such as 'module load cuda'; may be repeated")]
-Delay = Annotated[int | None, _option("--signal-delay", "seconds between the warning and the time limit")]
 Local = Annotated[bool, typer.Option("--local", help="run on this machine, without Slurm")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and stop")]
 Snapshot = Annotated[bool, typer.Option("--snapshot/--no-snapshot", help="run a copy of the code as it is now")]
@@ -63,52 +45,30 @@ AtMost = Annotated[int, typer.Option("--at-most", min=1, help="how many may run 
 
 
 @app.command("submit")
+@asks_for_a_job()
 def submit_command(
+    given: Given,
     recipe: RecipeOption,
     overrides: Overrides = None,
-    nodes: Nodes = None,
-    gpus_per_node: Gpus = None,
-    tasks_per_node: Tasks = None,
-    cpus_per_task: Cpus = None,
-    memory: Memory = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    qos: Qos = None,
-    constraint: Constraint = None,
-    sbatch: Sbatch = None,
-    setup: Setup = None,
-    signal_delay: Delay = None,
     cluster: Cluster = None,
     local: Local = False,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
 ) -> None:
     """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
-    options = load_options(_given(locals()), cluster)
+    options = load_options(given, cluster)
     _carry_out([each_of(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot)
 
 
 @app.command("sweep")
+@asks_for_a_job()
 def sweep_command(
+    given: Given,
     recipe: RecipeOption,
     overrides: Overrides = None,
     list_file: Annotated[Path | None, typer.Option("--list", help="a file with one member's overrides a line")] = None,
     at_most: AtMost = 8,
     together: Annotated[int, typer.Option("--together", min=1, help="how many members one job trains, on one backbone pass")] = 1,
-    nodes: Nodes = None,
-    gpus_per_node: Gpus = None,
-    tasks_per_node: Tasks = None,
-    cpus_per_task: Cpus = None,
-    memory: Memory = None,
-    time: Time = None,
-    partition: Partition = None,
-    account: Account = None,
-    qos: Qos = None,
-    constraint: Constraint = None,
-    sbatch: Sbatch = None,
-    setup: Setup = None,
-    signal_delay: Delay = None,
     cluster: Cluster = None,
     local: Local = False,
     dry_run: DryRun = False,
@@ -118,7 +78,7 @@ def sweep_command(
 
     Each is a job of its own, or, with --together, up to so many share one job and its backbone passes.
     """
-    options = load_options(_given(locals()), cluster)
+    options = load_options(given, cluster)
     lines = [[]] if list_file is None else _read_list(list_file)
     _refuse_too_many(overrides or [], len(lines))
     members = [[*line, *rest] for line in lines for rest in expand(overrides or [])]
@@ -182,15 +142,12 @@ def status_command(
 
 
 @app.command("resubmit")
+@asks_for_a_job(*AGAIN)
 def resubmit_command(
+    given: Given,
     names: Names = None,
     output_dir: Output = Path("runs"),
     at_most: AtMost = 8,
-    time: Time = None,
-    memory: Memory = None,
-    partition: Partition = None,
-    sbatch: Sbatch = None,
-    setup: Setup = None,
     cluster: Cluster = None,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
@@ -203,13 +160,12 @@ def resubmit_command(
 
     odd: list[str] = []
     lost = [status.run for status in look(runs.find_runs(output_dir, names or []), odd) if status.needs_resubmission]
-    changes = _given(locals())
     groups: dict[ClusterOptions, dict[str, list[Recipe]]] = {}
     for run in lost:
         job = runs.last_job(run)
         assert job is not None, "only submitted runs are lost"
         try:
-            options = _again(job["options"], changes, cluster, run)
+            options = _again(job["options"], given, cluster, run)
             recipe = load_recipe(str(run / RECIPE))
         except LstScaleError as error:
             odd.append(f"{run} left out: {error}")
@@ -229,10 +185,10 @@ def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | No
     Raises:
         LstScaleError: the options in the run's folder, or the site's, are none.
     """
-    needs = {key: value for key, value in _as_written(recorded).items() if key not in CODE}
+    needs = {key: value for key, value in as_written(recorded).items() if key not in CODE}
     options = load_options(needs | changes, cluster)
     for key in CODE:
-        now, then = getattr(options, key), _as_written(recorded).get(key)
+        now, then = getattr(options, key), as_written(recorded).get(key)
         if then and then != now:
             typer.echo(
                 f"{run.name}: {key} at submission, {shown(str(then))}, is not taken from the run's folder: "
@@ -273,16 +229,6 @@ def _tell_odd(odd: list[str]) -> None:
     """Name on stderr what was left out of a table, and why."""
     for line in dict.fromkeys(odd):
         typer.echo(line, err=True)
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the command line's options under the names of ClusterOptions."""
-    given = {name: values[name] for name in ClusterOptions.model_fields if values.get(name) is not None}
-    return _as_written(given)
-
-
-def _as_written(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _carry_out(
