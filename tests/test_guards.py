@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import re
 import subprocess
@@ -140,3 +141,10 @@ def test_the_recipe_at_the_head_of_the_readme_is_whole() -> None:
     first = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert first is not None
     assert parse_recipe(first[1], "README.md").run_name == "kinds-person-or-food-seed0"
+
+
+def test_the_picture_of_the_readme_is_drawn_from_its_text_file() -> None:
+    text, drawn = ((ROOT / "docs" / name).read_text() for name in ("architecture.dot", "architecture.svg"))
+    shown = set(re.findall(r"<text [^>]*>([^<]*)</text>", drawn))
+    written = {line for label in re.findall(r'label="([^"]*)"', text) for line in label.split(r"\n")}
+    assert {html.escape(line, quote=False) for line in written} == shown, "dot -Tsvg docs/architecture.dot -o docs/architecture.svg"
