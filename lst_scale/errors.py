@@ -125,7 +125,7 @@ def printable(text: str) -> str:
     return shown if len(shown) <= LONGEST_REASON else f"{shown[:LONGEST_REASON]}..."
 
 
-def tell(error: LstScaleError) -> None:
+def print_error(error: LstScaleError) -> None:
     """Print an error's line on stderr; of one that all ranks raise, rank 0's alone, or the first one's on each machine."""
     one_voice = os.environ.get("LOCAL_RANK" if error.once_a_machine else "RANK", "0") == "0"
     if not error.same_on_all_ranks or one_voice:

@@ -24,8 +24,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from lst_scale import __version__
-from lst_scale.errors import ArgumentError, LstScaleError, tell
-from lst_scale.recipe.members import each_of
+from lst_scale.errors import ArgumentError, LstScaleError, print_error
+from lst_scale.recipe.members import expand_members
 from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.system.assets import available_recipes
 from lst_scale.training.preflight import check_before_start
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         start(options.recipe, options.overrides, resume=options.resume, overwrite=options.overwrite, print_recipe=options.print_recipe)
     except LstScaleError as error:
-        tell(error)
+        print_error(error)
         return preemption.exit_status(error)
     return 0
 
@@ -58,13 +58,13 @@ def start(recipe: str | None, words: Sequence[str], *, resume: bool, overwrite: 
     """Do what the command line asks: `words` are overrides, after the recipe where it has no option of its own.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line.
+        LstScaleError: anything the user can fix, in one line.
     """
     loaded = load_recipe(*_recipe_and_overrides(recipe, words))
     if print_recipe:
         print(describe(loaded))
         return
-    carry_out(each_of(loaded), resume=resume, overwrite=overwrite)
+    run_recipes(expand_members(loaded), resume=resume, overwrite=overwrite)
 
 
 def _recipe_and_overrides(recipe: str | None, words: Sequence[str]) -> tuple[str, list[str]]:
@@ -90,14 +90,14 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def carry_out(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:
+def run_recipes(recipes: Sequence[Recipe], *, resume: bool, overwrite: bool = False, requeue: Callable[[], None] | None = None) -> None:
     """Run one recipe, or several on one backbone pass, in this process, and leave in time when a signal asks for it.
 
     Args:
         requeue: puts the job back into its queue; None: `scontrol requeue` inside a Slurm job, nothing elsewhere.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line.
+        LstScaleError: anything the user can fix, in one line.
     """
     check_before_start(recipes, resume=resume, overwrite=overwrite)
     preemption.listen()

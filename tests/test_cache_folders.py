@@ -158,7 +158,7 @@ def test_a_claim_follows_no_link_and_empties_nothing(kind: str, tmp_path: Path) 
     assert claim.take() is (kind == "fifo")
     assert (claim.refused or "").startswith("" if kind == "fifo" else str(path))
     assert victim.read_text() == "precious" and not (tmp_path / "new.txt").exists()
-    claim.let_go()
+    claim.release()
 
 
 def test_a_claim_keeps_what_a_file_of_its_name_holds(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_a_claim_keeps_what_a_file_of_its_name_holds(tmp_path: Path) -> None:
     first, second = Claim(tmp_path, "name"), Claim(tmp_path, "name")
     assert first.take() and not second.take() and second.refused is None
     assert (tmp_path / "name.claim").read_text() == "precious"
-    first.let_go()
+    first.release()
     assert second.take()
-    second.let_go()
+    second.release()
 
 
 def test_a_read_only_cache_is_read_and_gives_no_claim(shared: Path, as_nobody: None) -> None:
@@ -192,7 +192,7 @@ def test_another_users_claim_that_is_free_can_be_taken(shared: Path, as_nobody: 
     os.seteuid(65534)
     claim = Claim(shared, "name")
     assert claim.take()
-    claim.let_go()
+    claim.release()
 
 
 def test_a_cache_folder_that_can_not_be_made_is_told_in_one_line(tmp_path: Path) -> None:

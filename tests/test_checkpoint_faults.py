@@ -250,5 +250,5 @@ def test_a_damaged_line_of_numbers_is_dropped_at_a_resume(line: bytes, tmp_path:
             file.write(line + b"\n")
         logger.record("train", 2, {"loss": 1.0})
         logger.record("train", 9, {"loss": 1.0})
-        logger.forget_after(2, 0)
+        logger.truncate_after(2, 0)
     assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]

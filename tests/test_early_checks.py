@@ -20,7 +20,7 @@ from helpers.paths import ROOT
 from lst_scale import train
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.cli.slurm import app as slurm_app
-from lst_scale.errors import ArgumentError, BackboneError, LadderError, NotReady, RecipeError, tell
+from lst_scale.errors import ArgumentError, BackboneError, LadderError, NotReady, RecipeError, print_error
 from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.runs.folder import check_folder
 from lst_scale.side.count import shape_of
@@ -113,7 +113,7 @@ def test_labels_are_those_of_the_training_file_where_it_is_short(files: Path, wr
     recipe = load_recipe(str(write_recipe("r", task=own_task(files, "good.csv", "more.csv"))))
     misfit = load_recipe(str(write_recipe("f", task=own_task(files, metrics=["f1"]))))
     assert problems(misfit)[0].startswith("task.metrics: f1 ")
-    assert problems(recipe) == ["validation: row 1 has the label 'maybe'; known: no, yes. Add it to task.labels, or mend the row"]
+    assert problems(recipe) == ["validation: row 1 has the label 'maybe'; known: no, yes. Add it to task.labels, or fix the row"]
     (files / "long.csv").write_text("x,y\n" + "a,no\n" * 3000 + "a,maybe\n")
     check_before_start([load_recipe(str(write_recipe("s", task=own_task(files, "long.csv", "more.csv"))))], resume=False)
 
@@ -155,7 +155,7 @@ def test_mistakes_in_data_and_shapes_are_told_before_torch_is_imported(way: str,
     path = write_recipe("r", task=own_task(files, "nope.csv", "other.parquet"), method__reduction_factor=5)
     script = EARLY.replace("cli.main()", f"cli.app(['submit', '--dry-run', '--local', '--recipe', {str(path)!r}], standalone_mode=False)")
     script = script.replace(
-        "except SystemExit as left:\n        code = left.code", "except Exception as error:\n        train.tell(error); code = 1"
+        "except SystemExit as left:\n        code = left.code", "except Exception as error:\n        train.print_error(error); code = 1"
     )
     arguments = ["slurm"] if way == "submit" else ["--recipe", str(path)]
     done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=fresh(), capture_output=True, text=True, check=False)
@@ -177,9 +177,9 @@ def test_one_process_of_each_machine_tells_what_may_be_wrong_there_alone(
     for rank, local_rank, spoken in (("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        tell(NotReady(["wrong"]))
+        print_error(NotReady(["wrong"]))
         assert bool(capsys.readouterr().err) is spoken
-        tell(RecipeError("wrong"))
+        print_error(RecipeError("wrong"))
         assert bool(capsys.readouterr().err) is (rank == "0")
 
 

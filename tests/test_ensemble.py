@@ -49,8 +49,8 @@ def test_an_ensemble_s_probabilities_are_the_mean_of_its_members() -> None:
     torch.testing.assert_close(found.logits.exp(), probabilities.mean(0), rtol=1e-4, atol=1e-7)
     targets = [torch.tensor([[0, 5]] * 4), torch.tensor([[0, 7, 9]] * 4)]
     ids, mask = source()["input_ids"], source()["attention_mask"]
-    each = list(zip(*(model.logits_of_each(ids, mask, targets) for model in models), strict=True))
-    for mine, theirs in zip(together(models).logits_of_each(ids, mask, targets), each, strict=True):
+    each = list(zip(*(model.logits_for_targets(ids, mask, targets) for model in models), strict=True))
+    for mine, theirs in zip(together(models).logits_for_targets(ids, mask, targets), each, strict=True):
         expected = torch.stack([logits.log_softmax(-1) for logits in theirs]).logsumexp(0) - math.log(len(models))
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 

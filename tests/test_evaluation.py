@@ -17,7 +17,7 @@ from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.methods.lst import SharedPasses
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.system import distributed
-from lst_scale.training.evaluation import answers, label_scores
+from lst_scale.training.evaluation import label_scores, predict_split
 from lst_scale.training.sessions import run_alone
 
 
@@ -44,7 +44,7 @@ def test_an_answer_may_be_longer_than_the_expected_answers_of_the_rows_that_are_
     assert short.longest_target < long.longest_target
     found = [
         run_alone(
-            answers(model, split, tokenizer, EvaluationRecipe(), None, distributed.connect(), longest=9),
+            predict_split(model, split, tokenizer, EvaluationRecipe(), None, distributed.connect(), longest=9),
             SharedPasses(backbone=model.backbone, request=model.side.request),
         )
         for split in (short, long)

@@ -105,11 +105,11 @@ def test_several_targets_of_a_row_share_one_encoder_pass(name: str, tiny_t5_dir:
     weights = {n: p.detach() + 0.1 * torch.rand_like(p) for n, p in trained_parameters(trainee.module).items()}
     targets = [torch.tensor([[0, 5], [0, 7], [0, 9]]), torch.tensor([[0, 8, 4], [0, 3, 11], [0, 6, 2]])]
     ids, mask = batch().input_ids_BS, batch().attention_mask_BS
-    with trainee.answering(weights) as model:
-        apart = [next(iter(model.logits_of_each(ids, mask, [target]))) for target in targets]
+    with trainee.evaluating(weights) as model:
+        apart = [next(iter(model.logits_for_targets(ids, mask, [target]))) for target in targets]
         passes = []
         next(m for n, m in trainee.module.named_modules() if n.endswith("encoder")).register_forward_hook(lambda *_: passes.append(1))
-        together = list(model.logits_of_each(ids, mask, targets))
+        together = list(model.logits_for_targets(ids, mask, targets))
     assert len(passes) == 1
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
@@ -192,9 +192,9 @@ def test_what_we_save_loads_in_plain_peft_and_the_other_way_round(name: str, tra
     ids = batch().input_ids_BS
     checkpoint = run.parent.parent / "t5"
     ours = trainee_of(name, checkpoint)
-    with ours.answering(ours.load(run / "trained")) as model:
+    with ours.evaluating(ours.load(run / "trained")) as model:
         mine = model.generate(ids, torch.ones_like(ids), max_new_tokens=4)
-        (logits,) = model.logits_of_each(ids, torch.ones_like(ids), [torch.tensor([[0, 5]] * 3)])
+        (logits,) = model.logits_for_targets(ids, torch.ones_like(ids), [torch.tensor([[0, 5]] * 3)])
     assert torch.equal(theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4), mine)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([[0, 5]] * 3)).logits

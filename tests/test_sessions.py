@@ -26,8 +26,8 @@ from lst_scale.training.sessions import (
     CLOSING,
     EVALUATION,
     TRAINING,
-    Answer,
-    Ask,
+    BackboneRequest,
+    BackboneResult,
     Moment,
     Session,
     SomeFailed,
@@ -52,7 +52,7 @@ def asking(*asks: tuple[tuple[int, ...], tuple[int, ...] | None]) -> Session[lis
     for at, rows in asks:
         batch = None if rows is None else batch_of(*rows)
         want = WANTED[at[1]]
-        answer = yield Ask(at=Moment(*at), batch=batch, want=want, targets=((4,), (5,), (6,)) if want is Want.TARGET else ())
+        answer = yield BackboneRequest(at=Moment(*at), batch=batch, want=want, targets=((4,), (5,), (6,)) if want is Want.TARGET else ())
         told.append(answer.prepared)
     return told
 
@@ -112,7 +112,7 @@ def test_a_session_that_waits_for_others_does_not_count_their_time(monkeypatch: 
 
     def session() -> Session[str]:
         now[0] += 1.0
-        yield Ask(at=Moment(0, EVALUATION, 0), batch=None)
+        yield BackboneRequest(at=Moment(0, EVALUATION, 0), batch=None)
         now[0] += 2.0
         return "scores"
 
@@ -120,7 +120,7 @@ def test_a_session_that_waits_for_others_does_not_count_their_time(monkeypatch: 
     next(clocked)
     now[0] += 100.0  # others
     with pytest.raises(StopIteration) as end:
-        clocked.send(Answer(prepared=None, seconds=4.0))
+        clocked.send(BackboneResult(prepared=None, seconds=4.0))
     assert end.value.value == ("scores", 1.0 + 4.0 + 2.0)
 
 
@@ -129,10 +129,10 @@ def test_an_interruption_reaches_all_and_what_they_had_open_is_closed() -> None:
 
     def session(name: str) -> Session[None]:
         try:
-            yield Ask(at=Moment(0, EVALUATION, 0), batch=None)
+            yield BackboneRequest(at=Moment(0, EVALUATION, 0), batch=None)
             if name == "second":
                 raise Interrupted(15)
-            yield Ask(at=Moment(0, EVALUATION, 1), batch=None)
+            yield BackboneRequest(at=Moment(0, EVALUATION, 1), batch=None)
         finally:
             left.append(name)
 
@@ -146,7 +146,7 @@ def test_an_interruption_reaches_all_and_what_they_had_open_is_closed() -> None:
 
 def test_one_that_fails_on_all_ranks_alike_fails_alone_and_any_other_failure_ends_all() -> None:
     def failing(error: LstScaleError) -> Session[None]:
-        yield Ask(at=Moment(0, TRAINING, 0), batch=batch_of(1))
+        yield BackboneRequest(at=Moment(0, TRAINING, 0), batch=batch_of(1))
         raise error
 
     asks = (((0, TRAINING, 0), (1,)), ((1, TRAINING, 0), (2,)))
@@ -215,7 +215,7 @@ def test_members_score_labels_on_one_pass(way: str, tiny_t5_dir: Path, tmp_path:
             (claimed,) = (tmp_path / "taps").rglob("*.claim")
             claim = Claim(claimed.parent, claimed.stem)
             assert claim.take()
-            stack.callback(claim.let_go)
+            stack.callback(claim.release)
         found = []
         for members in (["seed=0"], ["seed=0", "seed=1", "seed=2"]):
             passes.update(encoder=0, decoder=0, read=0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lst_scale.side.designs import attention
-from lst_scale.side.designs.attention import Dropout, kept, side_attention, with_cheap_dropout
+from lst_scale.side.designs.attention import Dropout, bernoulli_mask, side_attention, with_cheap_dropout
 
 MODULE = nn.Module()
 
@@ -26,7 +26,7 @@ def inputs(seed: int = 0, lengths: tuple[int, int] = (5, 7)) -> tuple[Tensor, Te
 def test_each_element_is_dropped_by_itself_with_the_rate() -> None:
     torch.manual_seed(0)
     for rate in (0.1, 0.5):
-        found = 1 - kept(torch.Size([1000, 1003]), rate, torch.empty(0))
+        found = 1 - bernoulli_mask(torch.Size([1000, 1003]), rate, torch.empty(0))
         share = found.mean()
         assert share == pytest.approx(rate, abs=0.002), "five standard errors"
         lanes = found.flatten()[: 4 * 250_000].view(-1, 4)
@@ -36,7 +36,7 @@ def test_each_element_is_dropped_by_itself_with_the_rate() -> None:
 
 @pytest.mark.parametrize("lengths", [(5, 7), (40, 36)], ids=["short", "long enough for transposed products"])
 def test_nothing_dropped_equals_torch_s_own_with_its_gradients(lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "kept", lambda shape, rate, like: torch.ones(shape, dtype=like.dtype))
+    monkeypatch.setattr(attention, "bernoulli_mask", lambda shape, rate, like: torch.ones(shape, dtype=like.dtype))
     tensors, reference = inputs(lengths=lengths), inputs(lengths=lengths)
     query, key, value, bias, mask = tensors
     found, _ = side_attention(MODULE, query, key, value, mask, dropout=1e-9, scaling=1.0, position_bias=bias)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny import batch, tiny_ladder
-from lst_scale.backbone.taps import PackedTap, Tap, Taps, selected, stored
+from lst_scale.backbone.taps import PackedTap, Tap, Taps, cast_tap, select
 from lst_scale.plan.live import LiveBytes
 from lst_scale.side.loss import shift_right
 
@@ -69,10 +69,10 @@ def test_loss_and_gradient_stay_near_those_of_exact_taps(storage: str, allowed: 
 def test_members_get_their_own_form_of_one_pass() -> None:
     model = tiny_ladder()
     taps = taps_of(model, batch())
-    packed = selected(taps, replace(model.side.request, storage="int8", layers=(2,)))
+    packed = select(taps, replace(model.side.request, storage="int8", layers=(2,)))
     assert isinstance(packed.encoder.hidden[0], PackedTap) and len(packed.decoder.hidden) == 1
-    assert selected(taps, model.side.request).encoder.hidden[0] is taps.encoder.hidden[0]
-    assert stored(packed.encoder.hidden[0], "int8") is packed.encoder.hidden[0]
+    assert select(taps, model.side.request).encoder.hidden[0] is taps.encoder.hidden[0]
+    assert cast_tap(packed.encoder.hidden[0], "int8") is packed.encoder.hidden[0]
 
 
 def test_what_is_kept_for_the_backward_pass_shrinks_as_said() -> None:

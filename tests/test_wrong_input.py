@@ -178,7 +178,7 @@ DATA = [
         "train.jsonl",
         '{"x": "a", "y": "2"}',
         {"labels": ["0", "1"]},
-        "train: row 1 has the label '2'; known: 0, 1. Add it to task.labels, or mend the row",
+        "train: row 1 has the label '2'; known: 0, 1. Add it to task.labels, or fix the row",
     ),
     ("train.csv", "x,y\na,0,7\n", {}, "{path}: row 1 has more values than the header has names; quote values that hold commas"),
     ("train.parquet", "no parquet", {}, "{path} is not a whole parquet file"),

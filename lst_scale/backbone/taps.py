@@ -1,7 +1,7 @@
 """The one boundary: backbone(batch) -> Taps -> side network.
 
 A tap is a hidden state of the frozen backbone, detached, that a ladder reads. Where taps come from (one process, many GPUs, host
-memory, a file written an epoch ago) is nobody's business on the other side of this file.
+memory, a file written an epoch ago) is invisible beyond this file on the other side of this file.
 
 Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
 """
@@ -79,10 +79,10 @@ class PackedTap:
 Tap = Tensor | PackedTap
 
 
-def stored(tap: Tap, storage: str) -> Tap:
+def cast_tap(tap: Tap, storage: str) -> Tap:
     """Return a block's output in the form that a request asks for."""
     if isinstance(tap, PackedTap):
-        return tap if storage == "int8" else stored(tap.unpack(), storage)
+        return tap if storage == "int8" else cast_tap(tap.unpack(), storage)
     if storage == "int8":
         return PackedTap.pack(tap)
     return tap.to(torch.bfloat16) if storage == "bf16" else tap
@@ -143,7 +143,7 @@ def joined(encoder: EncoderState, decoder: DecoderState) -> Taps:
     )
 
 
-def selected(taps: Taps, request: TapRequest) -> Taps:
+def select(taps: Taps, request: TapRequest) -> Taps:
     """Return the part of `taps` that `request` asks for: the same tensors where they have its form already."""
     return Taps(
         encoder=selected_stack(taps.encoder, request),
@@ -155,7 +155,7 @@ def selected(taps: Taps, request: TapRequest) -> Taps:
 
 def selected_stack(whole: StackTaps, request: TapRequest) -> StackTaps:
     """The same of one stack."""
-    hidden = tuple(stored(whole.hidden[whole.layers.index(layer)], request.storage) for layer in request.layers)
+    hidden = tuple(cast_tap(whole.hidden[whole.layers.index(layer)], request.storage) for layer in request.layers)
     return StackTaps(layers=request.layers, embedding=whole.embedding, hidden=hidden)
 
 

@@ -17,7 +17,7 @@ from lst_scale import __version__, train
 from lst_scale.cli.cache import app as cache_app
 from lst_scale.cli.plan import plan_command
 from lst_scale.cli.slurm import app as slurm_app
-from lst_scale.errors import LstScaleError, tell
+from lst_scale.errors import LstScaleError, print_error
 from lst_scale.system import assets
 
 app = typer.Typer(
@@ -140,7 +140,7 @@ def main() -> None:
     try:
         app()
     except LstScaleError as error:
-        tell(error)
+        print_error(error)
         sys.exit(preemption.exit_status(error))
 
 

@@ -14,7 +14,7 @@ import typer
 from lst_scale.cli.job_options import AGAIN, Given, as_written, asks_for_a_job
 from lst_scale.errors import ArgumentError, LstScaleError, fence
 from lst_scale.recipe.grid import expand
-from lst_scale.recipe.members import each_of, load_members, read_list, share_passes
+from lst_scale.recipe.members import expand_members, load_members, read_list, share_passes
 from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.runs.compare import compare
 from lst_scale.runs.folder import RECIPE, RESULT
@@ -57,7 +57,9 @@ def submit_command(
 ) -> None:
     """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
     options = load_options(given, cluster)
-    _carry_out([each_of(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot)
+    _submit_or_run(
+        [expand_members(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot
+    )
 
 
 @app.command("sweep")
@@ -85,8 +87,8 @@ def sweep_command(
     loaded = load_members(recipe, members)
     if together > 1 and any(each.members for each in loaded):
         raise ArgumentError(f"--together {together}: the recipe has members of its own, which train in one job: leave one of the two out")
-    groups = share_passes(loaded, together) if together > 1 else [each_of(each) for each in loaded]
-    _carry_out(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
+    groups = share_passes(loaded, together) if together > 1 else [expand_members(each) for each in loaded]
+    _submit_or_run(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
 
 
 def _read_list(path: Path) -> list[list[str]]:
@@ -176,7 +178,7 @@ def resubmit_command(
     if not groups:
         typer.echo("nothing to resubmit")
     for options, by_job in groups.items():
-        _carry_out(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
+        _submit_or_run(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
 
 
 def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | None, run: Path) -> ClusterOptions:
@@ -231,7 +233,7 @@ def _tell_odd(odd: list[str]) -> None:
         typer.echo(line, err=True)
 
 
-def _carry_out(
+def _submit_or_run(
     groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, local: bool, dry_run: bool, snapshot: bool
 ) -> None:
     from lst_scale.slurm import local as local_jobs

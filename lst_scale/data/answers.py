@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lst_scale.data.encode import EncodedSplit, answer_in, written_target
+from lst_scale.data.encode import EncodedSplit, answer_in, target_text
 from lst_scale.data.tasks import TaskData
 from lst_scale.errors import DataError, fence, printable
 from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe
@@ -116,7 +116,7 @@ def _refuse_equal(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
 
 def _encoded(targets: Sequence[str], tokenizer: Any, prefix: str) -> list[list[int]]:
     with fence(DataError, "the targets can't be tokenized"):
-        ids: list[list[int]] = tokenizer(text_target=[written_target(target, prefix) for target in targets]).input_ids
+        ids: list[list[int]] = tokenizer(text_target=[target_text(target, prefix) for target in targets]).input_ids
     return ids
 
 

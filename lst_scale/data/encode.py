@@ -39,7 +39,7 @@ def encode(
     Raises:
         DataError: a target has no token at all.
     """
-    texts, written = [row.source for row in rows], [written_target(row.target, target_prefix) for row in rows]
+    texts, written = [row.source for row in rows], [target_text(row.target, target_prefix) for row in rows]
     with fence(DataError, "the rows can't be tokenized"):
         sources = tokenizer(texts, truncation=True, max_length=max_source_length).input_ids
         truncated = {"truncation": True, "max_length": max_target_length} if max_target_length is not None else {}
@@ -81,7 +81,7 @@ def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int)
     return EncodedSplit(rows=rows, input_ids=sources, labels=[], pad_token_id=tokenizer.pad_token_id, cut_sources=cut)
 
 
-def written_target(answer: str, prefix: str) -> str:
+def target_text(answer: str, prefix: str) -> str:
     """Return the text that stands for an answer."""
     return f"{prefix} {answer}" if prefix else answer
 

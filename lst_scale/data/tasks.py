@@ -281,5 +281,5 @@ def refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]
         if row.target not in known:
             raise DataError(
                 f"{split}: row {number} has the label {printable(repr(row.target))}; known: {printable(', '.join(labels[:8]))}. "
-                "Add it to task.labels, or mend the row"
+                "Add it to task.labels, or fix the row"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lst_scale.data.scores import only_answer, score
 from lst_scale.errors import ArgumentError
-from lst_scale.inference.answering import read_result, refuse_changed_weights
+from lst_scale.inference.scored_run import read_result, refuse_changed_weights
 from lst_scale.methods.lst import LadderTrainee
 from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.runs.finished import Finished, read_finished
@@ -21,7 +21,7 @@ from lst_scale.side import files
 from lst_scale.side.ensemble import LadderEnsemble
 from lst_scale.side.model import LadderModel
 from lst_scale.system import distributed
-from lst_scale.training.evaluation import answers
+from lst_scale.training.evaluation import predict_split
 from lst_scale.training.result import ensemble_result, only_answer_sentence, write_result
 from lst_scale.training.sessions import run_alone
 from lst_scale.training.shared import load_shared
@@ -56,7 +56,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
         sides = [LadderModel.from_pretrained(run / LadderTrainee.FOLDER, shared.backbone).side for run in runs]
         model = LadderEnsemble(shared.backbone, sides)
         start = time.perf_counter()
-        asked = answers(
+        asked = predict_split(
             model,
             shared.splits[split],
             shared.tokenizer,
@@ -90,7 +90,7 @@ def score_together(runs: Sequence[Path], name: str, *, overwrite: bool = False) 
     return folder, result
 
 
-def refuse_what_can_not_answer_together(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
+def check_ensemble(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
     """Compare runs with the first of them.
 
     Raises:
@@ -125,7 +125,7 @@ def _read(runs: Sequence[Path]) -> tuple[list[Recipe], list[Finished], str]:
     task = recipes[0].task
     if splits[0] == "test" and not isinstance(task, str) and task.test is None:
         raise ArgumentError(f"{runs[0] / RESULT} is damaged: 'split' is test, and its recipe has no task.test")
-    refuse_what_can_not_answer_together(runs, recipes, ("task", "backbone", "data", "evaluation"))
+    check_ensemble(runs, recipes, ("task", "backbone", "data", "evaluation"))
     for run in runs:
         files.read(run / LadderTrainee.FOLDER)
         refuse_changed_weights(run, LadderTrainee.FOLDER)

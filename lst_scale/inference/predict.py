@@ -18,11 +18,11 @@ from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
 from lst_scale.data.tasks import GLUE, file_source, refuse_bad_cells, source_text
 from lst_scale.errors import ArgumentError, DataError, fence
-from lst_scale.inference.answering import Answering, read_answering, refuse_changed_weights
-from lst_scale.inference.ensemble import refuse_what_can_not_answer_together
+from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
+from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
 from lst_scale.methods import build_trainee, check_method
-from lst_scale.methods.base import Answerer
+from lst_scale.methods.base import Predictor
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee, SharedPasses
 from lst_scale.recipe.schema import Recipe
@@ -86,16 +86,16 @@ def predict_file(
     return len(plain)
 
 
-def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> Answering:
+def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
     """Return how the runs answer, which must be one way for all.
 
     Raises:
         LstScaleError: a run is not finished or damaged, or they can't answer so, or not together.
     """
-    each = [read_answering(run, overrides) for run in runs]
+    each = [read_scored_run(run, overrides) for run in runs]
     recipe, labels = each[0].recipe, each[0].labels
     if len(runs) > 1:
-        refuse_what_can_not_answer_together(runs, [one.recipe for one in each], ("task", "backbone", "data", "evaluation"))
+        check_ensemble(runs, [one.recipe for one in each], ("task", "backbone", "data", "evaluation"))
         other = next((run for run, one in zip(runs, each, strict=True) if one.labels != labels), None)
         if other is not None:
             raise ArgumentError(f"{other} was trained with other labels than {runs[0]}: an ensemble answers one question")
@@ -109,7 +109,7 @@ def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: boo
     for run in runs:
         _refuse_without_weights(run, recipe)
     longest = max((one.longest for one in each if one.longest is not None), default=None)
-    return Answering(recipe=recipe, kind=each[0].kind, labels=labels, longest=longest)
+    return ScoredRun(recipe=recipe, kind=each[0].kind, labels=labels, longest=longest)
 
 
 def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
@@ -123,7 +123,7 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
         refuse_changed_weights(run, WholeModelTrainee.FOLDER)
 
 
-def _text(asked: Answering, record: files.Record, path: str, number: int) -> str:
+def _text(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
     """Return a row's source text, written as in training."""
     refuse_bad_cells(record, asked.columns, path, number)
     task = asked.recipe.task
@@ -157,7 +157,7 @@ def _written(output: Path, world: World) -> Iterator[Callable[[Sequence[dict[str
 
 
 def _answers(
-    model: Answerer, passes: Passes, split: EncodedSplit, tokenizer: Any, asked: Answering, world: World, *, probabilities: bool
+    model: Predictor, passes: Passes, split: EncodedSplit, tokenizer: Any, asked: ScoredRun, world: World, *, probabilities: bool
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Yield the answers of many rows at a time, in order: each the answer, and with `probabilities` those of the labels."""
 
@@ -171,7 +171,7 @@ def _answers(
 
 
 def _reply(
-    model: Answerer, batch: Batch | None, tokenizer: Any, asked: Answering, moment: Moment, *, probabilities: bool
+    model: Predictor, batch: Batch | None, tokenizer: Any, asked: ScoredRun, moment: Moment, *, probabilities: bool
 ) -> Session[list[tuple[Any, ...]]]:
     evaluation, labels, prefix = asked.recipe.evaluation, asked.labels or (), asked.target_prefix
     scores_BL = None
@@ -190,7 +190,7 @@ def _reply(
 
 
 @contextlib.contextmanager
-def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple[Answerer, SharedPasses]]:
+def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple[Predictor, SharedPasses]]:
     """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
     if len(runs) > 1:
         folders = [run / LadderTrainee.FOLDER for run in runs]
@@ -201,5 +201,5 @@ def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple
     recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
     backbone = load_placed(recipe.backbone, world)
     trainee = build_trainee(recipe, backbone, zero_stage=0)
-    with trainee.answering(trainee.load(runs[0] / trainee.FOLDER)) as model:
+    with trainee.evaluating(trainee.load(runs[0] / trainee.FOLDER)) as model:
         yield model, SharedPasses(backbone=backbone, request=trainee.request)

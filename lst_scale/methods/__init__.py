@@ -64,7 +64,7 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
     from lst_scale.methods.inside import add_adapters, add_biases
     from lst_scale.methods.peft import PeftTrainee, with_lora, with_prompt
 
-    method, model, family, checkpoint = recipe.method, backbone.take_model(), backbone.family, recipe.backbone.checkpoint
+    method, model, family, checkpoint = recipe.method, backbone.give_model(), backbone.family, recipe.backbone.checkpoint
     kind: type[Any] = WholeModelTrainee
     if isinstance(method, FullRecipe):
         model.requires_grad_(True)

@@ -22,7 +22,7 @@ class Scoring(Protocol):
         ...
 
 
-class Answerer(Protocol):
+class Predictor(Protocol):
     """A model as evaluation uses it."""
 
     @property
@@ -70,7 +70,7 @@ class Trainee(Protocol):
         """
         ...
 
-    def answering(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Answerer]:
+    def evaluating(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Predictor]:
         """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
         ...
 

@@ -75,7 +75,7 @@ class WholeModelTrainee:
         return None
 
     @contextlib.contextmanager
-    def answering(self, weights: Mapping[str, Tensor]) -> Iterator[WholeModel]:
+    def evaluating(self, weights: Mapping[str, Tensor]) -> Iterator[WholeModel]:
         # The live module: a second copy of a whole model would not fit beside it.
         self._put(weights)
         self.module.eval()
@@ -144,7 +144,7 @@ class WholeModel:
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> WholeModelScoring:
         return WholeModelScoring(self, input_ids_BS, attention_mask_BS)
 
-    def logits_of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
+    def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoder runs once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)
         return (scoring.logits(decoder_input_ids_BT) for decoder_input_ids_BT in targets)

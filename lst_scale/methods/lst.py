@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, selected, where_not_finite
+from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, select, where_not_finite
 from lst_scale.data.batches import Batch
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -38,7 +38,7 @@ class LadderTrainee:
 
     def nll(self, engine: Any, batch: Batch, prepared: Taps) -> Tensor:
         labels_BT = batch.labels_BT.to(self.backbone.device)
-        nll, _ = cross_entropy_sum(self.backbone.head, engine(selected(prepared, self.request)), labels_BT)
+        nll, _ = cross_entropy_sum(self.backbone.head, engine(select(prepared, self.request)), labels_BT)
         return nll
 
     def fault(self, prepared: Taps, *, fresh: bool) -> str | None:
@@ -49,7 +49,7 @@ class LadderTrainee:
         return None if head_is_finite else "the backbone's output head is not finite"
 
     @contextlib.contextmanager
-    def answering(self, weights: Mapping[str, Tensor]) -> Iterator[LadderModel]:
+    def evaluating(self, weights: Mapping[str, Tensor]) -> Iterator[LadderModel]:
         # A copy beside the engine's module: no collective is needed, so ranks may take unequal numbers of steps.
         with torch.device("meta"):
             side = SideNetwork(self._spec, self._config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, stored
+from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, cast_tap
 from lst_scale.backbone.weights.precision import held_tensors
 from lst_scale.data.batches import Batch
 from lst_scale.methods.base import Trainee, trained_parameters
@@ -141,7 +141,7 @@ def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Ta
     dtype = backbone.head.weight_VD.dtype
 
     def stack(ids: Tensor) -> StackTaps:
-        states = [stored(torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), request.storage) for _ in request.layers]
+        states = [cast_tap(torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), request.storage) for _ in request.layers]
         return StackTaps(layers=request.layers, embedding=torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), hidden=tuple(states))
 
     final = torch.empty(*batch.labels_BT.shape, backbone.spec.d_model, dtype=dtype) if request.decoder_final else None

@@ -85,11 +85,11 @@ def setting_of(recipe: Recipe, *, world_size: int, on_gpu: bool, target: int | N
         world_size=world_size,
         on_gpu=on_gpu,
     )
-    _refuse_what_fits_nowhere(setting)
+    _check_fits(setting)
     return setting
 
 
-def _refuse_what_fits_nowhere(setting: Setting) -> None:
+def _check_fits(setting: Setting) -> None:
     """Stop before steps are planned that no machine could take and that would take hours to plan.
 
     Raises:

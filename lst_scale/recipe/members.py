@@ -52,7 +52,7 @@ def members_of(recipe: Recipe) -> list[Recipe]:
     if len(recipe.members) > MOST_MEMBERS:
         raise RecipeError(f"members: {len(recipe.members):,} of them, and {MOST_MEMBERS:,} are the most")
     found = _named([words_of(line, "members") for line in recipe.members], lambda member: _alone(parse_recipe(text, "members", member)))
-    refuse_what_can_not_share(found)
+    check_shareable(found)
     return found
 
 
@@ -81,7 +81,7 @@ def _alone(member: Recipe) -> Recipe:
     return member
 
 
-def each_of(recipe: Recipe) -> list[Recipe]:
+def expand_members(recipe: Recipe) -> list[Recipe]:
     """Return the recipes that one recipe stands for: its members, or itself."""
     return [recipe] if recipe.members is None else members_of(recipe)
 
@@ -101,11 +101,11 @@ def share_passes(recipes: Sequence[Recipe], most: int) -> list[list[Recipe]]:
         else:
             group.append(recipe)
     if len(recipes) > 1 and len(groups) == len(recipes):
-        refuse_what_can_not_share(recipes[:2])
+        check_shareable(recipes[:2])
     return groups
 
 
-def refuse_what_can_not_share(members: Sequence[Recipe]) -> None:
+def check_shareable(members: Sequence[Recipe]) -> None:
     """Members train on the same taps: what taps and batches depend on must be one value for all.
 
     Raises:

@@ -82,7 +82,7 @@ class Logger:
                     if isinstance(value, int | float):
                         self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def forget_after(self, step: int, evaluated_at: int) -> None:
+    def truncate_after(self, step: int, evaluated_at: int) -> None:
         """Drop the numbers of steps past `step`, and of evaluations past `evaluated_at`: a resumed run will write them again."""
         if self._folder is None or not (self._folder / METRICS).exists():
             return

@@ -22,7 +22,7 @@ def card_of_side_network(folder: Path, config: LadderConfig, identity: BackboneI
     """Return the README.md of a side network that was saved without a run."""
     code = loading_code(folder, identity)
     if _has_tokenizer(identity.checkpoint):
-        code += answering_code(identity.checkpoint, identity.revision, 'text = "a text like those that it was trained on"', generation(32))
+        code += prediction_code(identity.checkpoint, identity.revision, 'text = "a text like those that it was trained on"', generation(32))
     return "\n".join([head(identity.checkpoint), *about(config, identity, count), *code_block(code), *backbone_lines(identity)]) + "\n"
 
 
@@ -59,7 +59,7 @@ def loading_code(folder: Path, identity: BackboneIdentity) -> list[str]:
     return ["from lst_scale import LadderModel", "", f"model = LadderModel.from_pretrained({str(folder.resolve())!r}{given}"]
 
 
-def answering_code(checkpoint: str, revision: str | None, text: str, answer: list[str], max_length: int | None = None) -> list[str]:
+def prediction_code(checkpoint: str, revision: str | None, text: str, answer: list[str], max_length: int | None = None) -> list[str]:
     """Return lines that take `model` from a text to an answer.
 
     Args:

@@ -70,7 +70,7 @@ class LadderConfig:
             raise LadderError(f"design {self.design!r} is unknown.{did_you_mean(self.design, DESIGNS)}")
         if self.gate not in GATES:
             raise LadderError(f"gate {self.gate!r} is unknown.{did_you_mean(self.gate, GATES)}")
-        self._refuse_what_has_no_effect()
+        self._check_switches()
         if self.precision not in PRECISIONS:
             raise LadderError(f"side network precision {self.precision!r} is unknown: write fp32 or bf16 (fp16 overflows in T5)")
         if self.tap_storage not in TAP_STORAGES:
@@ -83,7 +83,7 @@ class LadderConfig:
         if not self.gate_temperature > 0:
             raise LadderError(f"gate_temperature {self.gate_temperature} must be above 0")
 
-    def _refuse_what_has_no_effect(self) -> None:
+    def _check_switches(self) -> None:
         if self.start_as_backbone and not self.merge_last:
             raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
         if self.start_as_backbone and self.design == "adapter":

@@ -55,7 +55,7 @@ class SideNetworks(nn.Module):
 
 
 class LadderEnsemble(Ladder):
-    """Several side networks on one backbone, for answering: `generate`, `logits_of_each`, `forward`. Its logits are log-probabilities."""
+    """Several side networks on one backbone, to predict with: `generate`, `logits_for_targets`, `forward`. Logits are log-probabilities."""
 
     side: SideNetworks
 

@@ -27,7 +27,7 @@ from lst_scale.backbone.taps import (
     Replica,
     StackTaps,
     Taps,
-    selected,
+    select,
     selected_stack,
 )
 from lst_scale.errors import LadderError, fence
@@ -184,7 +184,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         """Return what gives the logits of several targets of these rows."""
         return LadderScoring(self)
 
-    def logits_of_each(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
+    def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)
         each = self.backbone.each_target(input_ids_BS, attention_mask_BS, targets, self.side.request)
@@ -261,7 +261,7 @@ class LadderScoring:
     def logits(self, decoder_input_ids_BT: Tensor, taps: Taps) -> Tensor:
         """Return logits (B, T, V); `taps`: what the backbone makes of these decoder inputs and the rows' source."""
         side = self._model.side
-        own = selected(taps, side.request)
+        own = select(taps, side.request)
         self._source = self._source or side.encode(own.encoder, own.attention_mask_BS)
         return self._model._logits(DecoderState(taps=own.decoder, final_BTD=own.decoder_final_BTD), self._source)
 

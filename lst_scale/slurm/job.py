@@ -46,10 +46,10 @@ class TrainJob:
             if rank == 0:
                 self._note_start(unfinished)
             from lst_scale.recipe.schema import load_recipe
-            from lst_scale.train import carry_out
+            from lst_scale.train import run_recipes
 
             again = (lambda: requeue(signal.SIGUSR2, None)) if callable(requeue) else None
-            carry_out([load_recipe(str(run / RECIPE)) for run in unfinished], resume=True, requeue=again)
+            run_recipes([load_recipe(str(run / RECIPE)) for run in unfinished], resume=True, requeue=again)
         except MembersFailed as error:
             for run, reason in error.failures.items():
                 _note_failure(run, rank, reason)

@@ -69,7 +69,7 @@ def _status(
     if os.path.lexists(run / RESULT):
         state, score, step, why = _ended(run, score, step, odd)
     elif job is None:
-        why = _last_words(run / "log.txt") or ("" if metrics else "never started")
+        why = _last_log_line(run / "log.txt") or ("" if metrics else "never started")
     else:
         entry = (queue or {}).get(job["job"])
         if entry is not None:
@@ -79,7 +79,7 @@ def _status(
             state, node = accounted.get(job["job"], ("MISSING", ""))
             why = runs.first_failure(run, since=job["time"], odd=odd) or ""
             state = "FAILED" if why or state == "COMPLETED" else state  # completed without a result has failed
-            why = why or _last_words(Path(job["log"]))
+            why = why or _last_log_line(Path(job["log"]))
     return Status(
         run=run,
         state=state,
@@ -133,7 +133,7 @@ def _left(train: dict[str, Any] | None, plan: dict[str, Any] | None) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def _last_words(log: Path) -> str:
+def _last_log_line(log: Path) -> str:
     """Return the last line of a log that tells something; nothing where there is none that can be read."""
     try:
         if not log.is_file():

@@ -37,7 +37,7 @@ def card_of_run(recipe: Recipe, result: dict[str, Any], identity: BackboneIdenti
     if code:
         answer = _likeliest(recipe, result) if recipe.evaluation.method == "likelihood" else _generated(recipe, result)
         source = recipe.data.max_source_length
-        lines += card.code_block(code + card.answering_code(identity.checkpoint, identity.revision, _text(recipe), answer, source))
+        lines += card.code_block(code + card.prediction_code(identity.checkpoint, identity.revision, _text(recipe), answer, source))
         lines += ["", "Or for a file of rows, at the command line:", ""]
     row = json.dumps(dict.fromkeys(_columns(recipe), "..."), ensure_ascii=False)
     predict = f"lst-scale predict {shlex.quote(str(folder.resolve()))} rows.jsonl --output answers.jsonl"

@@ -104,7 +104,7 @@ def _spare_muon() -> None:
         compiler.compile = compile_
 
 
-def let_go(engine: Any) -> None:
+def release(engine: Any) -> None:
     """End an engine that trains no more: ZeRO's hooks on weights would keep them, their gradients and Adam's moments in memory."""
     engine.destroy()
     if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):

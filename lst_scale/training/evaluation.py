@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
-from lst_scale.data.encode import EncodedSplit, answer_in, written_target
+from lst_scale.data.encode import EncodedSplit, answer_in, target_text
 from lst_scale.errors import ArgumentError
-from lst_scale.methods.base import Answerer, Scoring
+from lst_scale.methods.base import Predictor, Scoring
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.side.loss import shift_right
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
-from lst_scale.training.sessions import EVALUATION, Ask, Moment, Session, Want
+from lst_scale.training.sessions import EVALUATION, BackboneRequest, Moment, Session, Want
 
 T = TypeVar("T")
 
 
-def answers(
-    model: Answerer,
+def predict_split(
+    model: Predictor,
     split: EncodedSplit,
     tokenizer: Any,
     recipe: EvaluationRecipe,
@@ -53,7 +53,7 @@ def answers(
 
 
 def each_row(
-    model: Answerer,
+    model: Predictor,
     split: EncodedSplit,
     recipe: EvaluationRecipe,
     world: World,
@@ -83,10 +83,10 @@ def each_row(
 
 
 def generated(
-    model: Answerer, batch: Batch | None, tokenizer: Any, recipe: EvaluationRecipe, longest: int, target_prefix: str = "", *, at: Moment
+    model: Predictor, batch: Batch | None, tokenizer: Any, recipe: EvaluationRecipe, longest: int, target_prefix: str = "", *, at: Moment
 ) -> Session[list[str]]:
     """A session that ends with the generated answer to every row of a batch; `longest` bounds it when the recipe does not."""
-    source = (yield Ask(at=at, batch=batch, want=Want.SOURCE)).prepared
+    source = (yield BackboneRequest(at=at, batch=batch, want=Want.SOURCE)).prepared
     if batch is None:
         return []
     with torch.no_grad():
@@ -102,7 +102,7 @@ def generated(
 
 
 def likeliest(
-    model: Answerer, batch: Batch | None, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", *, at: Moment
+    model: Predictor, batch: Batch | None, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", *, at: Moment
 ) -> Session[list[str]]:
     """A session that ends with the likeliest label of every row of a batch."""
     scores_BL = yield from label_scores(model, batch, tokenizer, labels, target_prefix, at=at)
@@ -110,7 +110,7 @@ def likeliest(
 
 
 def label_scores(
-    model: Answerer,
+    model: Predictor,
     batch: Batch | None,
     tokenizer: Any,
     labels: Sequence[str],
@@ -122,11 +122,11 @@ def label_scores(
 
     It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
     """
-    targets = tuple(tuple(tokenizer(written_target(label, target_prefix)).input_ids) for label in labels)
+    targets = tuple(tuple(tokenizer(target_text(label, target_prefix)).input_ids) for label in labels)
     scoring = None if batch is None else model.scoring(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device))
     scores: list[Tensor] = []
     for number, target in enumerate(targets):
-        taps = (yield Ask(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
+        taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
         if batch is not None and scoring is not None:
             scores.append(_log_likelihood(model, scoring, target, len(batch.indices), taps))
         del taps  # or the next label's would be made beside these
@@ -134,7 +134,7 @@ def label_scores(
 
 
 @torch.no_grad()
-def _log_likelihood(model: Answerer, scoring: Scoring, target: Sequence[int], rows: int, taps: Any) -> Tensor:
+def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], rows: int, taps: Any) -> Tensor:
     """Return the log-likelihood (B,) of one target for every row."""
     labels_BT = torch.tensor([target], device=model.device).expand(rows, -1)
     logits_BTV = scoring.logits(shift_right(labels_BT, model.spec), taps)

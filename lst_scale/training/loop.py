@@ -28,7 +28,7 @@ from lst_scale.system.preemption import Interrupted
 from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint, update_progress
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
-from lst_scale.training.sessions import TRAINING, Ask, Moment, Session, timed
+from lst_scale.training.sessions import TRAINING, BackboneRequest, Moment, Session, timed
 from lst_scale.training.trace import Trace
 
 Scores = dict[str, float]
@@ -168,7 +168,7 @@ class Trainer:
         last = len(step.micro_batches) - 1
         for index, batch in enumerate(step.micro_batches):
             following = functools.partial(self._after, progress.step, index)
-            answer = yield Ask(at=Moment(progress.step, TRAINING, index), batch=batch, following=following)
+            answer = yield BackboneRequest(at=Moment(progress.step, TRAINING, index), batch=batch, following=following)
             start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
             losses.append(self._forward_backward(batch, answer.prepared, step.num_target_tokens))

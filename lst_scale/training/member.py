@@ -24,10 +24,10 @@ from lst_scale.system.durable import write_directory, write_file
 from lst_scale.system.preemption import Interrupted
 from lst_scale.training.card import card_of_run
 from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
-from lst_scale.training.engine import build_engine, let_go, restore_moments
-from lst_scale.training.evaluation import answers
+from lst_scale.training.engine import build_engine, release, restore_moments
+from lst_scale.training.evaluation import predict_split
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
-from lst_scale.training.result import closing_sentence, only_answer_sentence, result_of, weights_sha256, write_result
+from lst_scale.training.result import only_answer_sentence, result_of, summary_sentence, weights_sha256, write_result
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
 from lst_scale.training.shared import Shared
 from lst_scale.training.warm_start import start_folder
@@ -91,7 +91,7 @@ class Member:
                 self.logger.say(f"failed: {error}")
             raise
         finally:
-            let_go(self._engine)
+            release(self._engine)
 
     def _finish(self, progress: Progress) -> Session[dict[str, Any]]:
         """Score the best weights on the test split, save them, and write and return result.json."""
@@ -115,7 +115,7 @@ class Member:
         card = card_of_run(recipe, result, shared.backbone.identity, folder, trainee.FOLDER)
         distributed.on_main_rank(shared.world, lambda: write_file(folder / trainee.FOLDER / CARD, card))
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
-        self.logger.say(closing_sentence(result, folder))
+        self.logger.say(summary_sentence(result, folder))
         if only is not None:
             self.logger.say(only_answer_sentence(only, split, len(shared.splits[split].rows)))
         return result
@@ -128,8 +128,8 @@ class Member:
         """Return the scores of a split, and the answer that all its rows got if that is one."""
         shared, split = self.shared, self.shared.splits[name]
         task = shared.task
-        with self.trainee.answering(weights) as model:
-            texts = yield from answers(
+        with self.trainee.evaluating(weights) as model:
+            texts = yield from predict_split(
                 model,
                 split,
                 shared.tokenizer,
@@ -180,14 +180,14 @@ def _begin_with(trainee: Trainee, folder: Path, logger: Logger) -> None:
 
 def _restore_weights(module: nn.Module, checkpoint: Checkpoint | None, logger: Logger) -> Progress:
     if checkpoint is None:
-        logger.forget_after(0, 0)
+        logger.truncate_after(0, 0)
         return Progress()
     for broken in checkpoint.skipped:
         logger.say(f"skipped a broken checkpoint: {broken}")
     with torch.no_grad():
         for name, parameter in trained_parameters(module).items():
             parameter.copy_(checkpoint.snapshot.weights[name])
-    logger.forget_after(checkpoint.progress.step, checkpoint.progress.evaluated_at)
+    logger.truncate_after(checkpoint.progress.step, checkpoint.progress.evaluated_at)
     logger.say(f"resuming at step {checkpoint.progress.step} from {checkpoint.path}")
     return checkpoint.progress
 

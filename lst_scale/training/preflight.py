@@ -14,7 +14,7 @@ from lst_scale.data.tasks import FILE_SPLITS, file_rows, labels_of, refuse_unkno
 from lst_scale.data.tokenizer import refuse_missing_tokenizer
 from lst_scale.errors import LstScaleError, NotReady
 from lst_scale.methods import check_method
-from lst_scale.recipe.members import refuse_what_can_not_share
+from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import check_folder, folder_of
@@ -38,7 +38,7 @@ def check_before_start(recipes: Sequence[Recipe], *, resume: bool, overwrite: bo
     problems: list[str] = []
     if together and len(recipes) > 1:
         with _gathering(problems):
-            refuse_what_can_not_share(recipes)
+            check_shareable(recipes)
     for recipe in recipes:
         _check_folder(recipe, problems, resume=resume, overwrite=overwrite)
         with _gathering(problems):

@@ -85,7 +85,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_file(folder / RESULT, json.dumps(result | finished, indent=2) + "\n")
 
 
-def closing_sentence(result: dict[str, Any], folder: Path) -> str:
+def summary_sentence(result: dict[str, Any], folder: Path) -> str:
     """Return the run in one sentence, for the log."""
     return (
         f"{result['split']} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "

@@ -20,7 +20,7 @@ from typing import Any
 
 from lst_scale.errors import MembersFailed
 from lst_scale.methods import check_method
-from lst_scale.recipe.members import each_of, refuse_what_can_not_share
+from lst_scale.recipe.members import check_shareable, expand_members
 from lst_scale.recipe.schema import Recipe
 from lst_scale.runs.folder import check_folder, folder_of, prepare_folder
 from lst_scale.runs.lock import locked
@@ -44,9 +44,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> lis
         overwrite: throw away what the folders hold.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line.
+        LstScaleError: anything the user can fix, in one line.
     """
-    return run_together(each_of(recipe), resume=resume, overwrite=overwrite)
+    return run_together(expand_members(recipe), resume=resume, overwrite=overwrite)
 
 
 def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -55,10 +55,10 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     Raises:
         RecipeError: they can't share a pass.
         MembersFailed: some failed, for instance on a loss that is not finite; the others are finished.
-        LstScaleError: anything else the user can mend, in one line.
+        LstScaleError: anything else the user can fix, in one line.
     """
     if len(recipes) > 1:
-        refuse_what_can_not_share(recipes)
+        check_shareable(recipes)
     ds_config = load_ds_config(recipes[0].training.deepspeed)
     for each in recipes:
         check_method(each)

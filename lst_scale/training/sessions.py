@@ -1,6 +1,6 @@
 """Runs side by side, sharing what the frozen backbone makes of each batch.
 
-A session is a generator: it yields an `Ask` where it needs the backbone and is sent the `Answer`; everything else it does by itself.
+A session is a generator: it yields a `BackboneRequest` where it needs the backbone, is sent the `BackboneResult` and does the rest itself.
 `fit_together` answers sessions that ask for the same batch at once, so that a batch costs one pass, however many train or answer on it.
 """
 
@@ -40,7 +40,7 @@ class Want(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class BackboneRequest:
     """What does the frozen backbone make of this batch?"""
 
     at: Moment
@@ -51,7 +51,7 @@ class Ask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class BackboneResult:
     """What the frozen backbone made of a batch, for all sessions that asked."""
 
     prepared: Any
@@ -69,7 +69,7 @@ class Passes(Protocol):
         ...
 
 
-Session = Generator[Ask, Answer, T]
+Session = Generator[BackboneRequest, BackboneResult, T]
 
 
 class SomeFailed(LstScaleError):
@@ -105,13 +105,13 @@ def run_alone(session: Session[T], passes: Passes) -> T:
 
 
 class Interleaver(Generic[T]):
-    """Runs sessions by turns. Each waits at its `Ask`; those that ask for the earliest batch are served together."""
+    """Runs sessions by turns. Each waits at its `BackboneRequest`; those that ask for the earliest batch are served together."""
 
     def __init__(self, sessions: Sequence[Session[T]], passes: Passes) -> None:
         self.finished: dict[int, T] = {}
         self.failed: dict[int, LstScaleError] = {}
         self._sessions, self._backbone = sessions, _Backbone(passes)
-        self._asking: dict[int, Ask] = {}
+        self._asking: dict[int, BackboneRequest] = {}
 
     def run(self) -> None:
         try:
@@ -137,8 +137,8 @@ class Interleaver(Generic[T]):
         for number in group:
             self._advance(number, answer)
 
-    def _advance(self, number: int, answer: Answer | None) -> None:
-        """Run one session to its next `Ask`, its end or its failure."""
+    def _advance(self, number: int, answer: BackboneResult | None) -> None:
+        """Run one session to its next `BackboneRequest`, its end or its failure."""
         self._asking.pop(number, None)
         session = self._sessions[number]
         try:
@@ -169,19 +169,19 @@ class _Backbone:
         self._next: Moment | None = None  # which target `_targets` gives next
         self._targets: Iterator[Any] = iter(())
 
-    def answer(self, ask: Ask) -> Answer:
+    def answer(self, ask: BackboneRequest) -> BackboneResult:
         start = time.perf_counter()
         prepared = None if ask.batch is None else self._make(ask, ask.batch)
         seconds = time.perf_counter() - start
         self._passes.prefetch(ask.following)
-        return Answer(prepared=prepared, seconds=seconds)
+        return BackboneResult(prepared=prepared, seconds=seconds)
 
-    def _make(self, ask: Ask, batch: Batch) -> Any:
+    def _make(self, ask: BackboneRequest, batch: Batch) -> Any:
         if ask.want is Want.TARGET:
             return self._target(ask, batch)
         return self._passes.all_of(batch) if ask.want is Want.ALL else self._passes.source_of(batch)
 
-    def _target(self, ask: Ask, batch: Batch) -> Any:
+    def _target(self, ask: BackboneRequest, batch: Batch) -> Any:
         if self._next != ask.at:
             self._targets = self._passes.each_target(batch, ask.targets[ask.at.target :])
         found = next(self._targets)
@@ -207,5 +207,5 @@ def timed(session: Session[T]) -> Session[tuple[T, float]]:
             seconds += answer.seconds
 
 
-def _rows(ask: Ask) -> tuple[int, ...] | None:
+def _rows(ask: BackboneRequest) -> tuple[int, ...] | None:
     return None if ask.batch is None else ask.batch.indices

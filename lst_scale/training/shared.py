@@ -73,7 +73,7 @@ def load_data(recipe: Recipe) -> Data:
     """Read and encode the rows, and refuse what can't be trained on. It changes nothing, so it comes before the run's folder.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line.
+        LstScaleError: anything the user can fix, in one line.
     """
     task = load_task(recipe)
     try_own_metrics(task)
@@ -87,7 +87,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     """Load the data if need be, then the backbone, for recipes that differ in their side networks alone. All ranks must call it.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line.
+        LstScaleError: anything the user can fix, in one line.
     """
     recipe = recipes[0]
     data = data or load_data(recipe)
@@ -122,7 +122,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     Ranks share the rows. Batches are evaluation's: neighbours in length together.
 
     Raises:
-        LstScaleError: anything the user can mend, in one line; another run that writes the same rows at the moment.
+        LstScaleError: anything the user can fix, in one line; another run that writes the same rows at the moment.
     """
     check_method(recipe)
     world = distributed.connect()

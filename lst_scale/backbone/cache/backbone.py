@@ -34,7 +34,7 @@ from lst_scale.backbone.taps import (
     TapRequest,
     Taps,
     joined,
-    selected,
+    select,
 )
 from lst_scale.system.distributed import World
 
@@ -120,11 +120,11 @@ class CachingBackbone:
         found = self._reader.read(wanted)
         if found is not None:
             self.rows_read += len(wanted.encoder)
-            return selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
+            return select(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
         taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, self._whole)
         self.rows_run += len(wanted.encoder)
         self._write(wanted, taps)
-        return selected(taps, request)
+        return select(taps, request)
 
     @torch.no_grad()
     def each_target(
@@ -139,13 +139,13 @@ class CachingBackbone:
             if found is not None:
                 read = found[0]
                 self.rows_read += len(wanted.encoder)
-                yield selected(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
+                yield select(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
                 continue
             live = live or self.live.encode(input_ids_BS, attention_mask_BS, self._whole)
             taps = joined(live, self.live.decode(decoder_input_ids_BT, live, self._whole))
             self.rows_run += len(wanted.encoder)
             self._write(wanted, taps)
-            yield selected(taps, request)
+            yield select(taps, request)
 
     def claim_rows(self, rows: Sequence[tuple[Tensor, Tensor]], world: World) -> bool:
         """Claim the writing of these rows (source ids and decoder ids, without padding); return whether this run has it.

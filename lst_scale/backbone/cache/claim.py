@@ -47,12 +47,12 @@ class Claim:
         self._descriptor = descriptor
         return True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    __del__ = let_go
+    __del__ = release
 
 
 def _open(path: Path) -> int:
@@ -74,7 +74,7 @@ def is_claimed(folder: Path) -> bool:
     for path in folder.glob(f"*{ENDING}"):
         claim = Claim(folder, path.name.removesuffix(ENDING))
         free = claim.take()
-        claim.let_go()
+        claim.release()
         if not free and claim.refused is None:
             return True
     return False

@@ -9,7 +9,7 @@ from lst_scale.backbone.cache.backbone import CachingBackbone
 from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import TapCache
 from lst_scale.backbone.placement.load import load_alone
-from lst_scale.backbone.placement.opened import open_together
+from lst_scale.backbone.placement.meta import open_together
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.backbone.weights import assemble

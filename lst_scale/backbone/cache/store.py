@@ -137,7 +137,7 @@ class TapCache:
         packed = torch.empty(states * tokens * self.key.bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
         places = [packed] if self.key.dtype == "int8" else [state.view(torch.uint8) for state in into]
         if tokens != len(into[0]) or not self._fill(path, offset, [place.numpy().data for place in places], checksum):
-            self._give_up(digest, path, offset)
+            self._drop(digest, path, offset)
             return False
         if self.key.dtype == "int8":
             values = packed[: states * tokens * width].view(torch.int8).view(states, tokens, width)
@@ -147,7 +147,7 @@ class TapCache:
         return True
 
     def _fill(self, path: Path, offset: int, places: list[memoryview], checksum: int) -> bool:
-        """Read one payload into several places. Read and not mapped: a file cut short behind our back is found, and kills nobody."""
+        """Read one payload into several places. Read and not mapped: a file cut short behind our back is detected, without a SIGBUS."""
         try:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
@@ -231,7 +231,7 @@ class TapCache:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch[:size]
 
-    def _give_up(self, digest: bytes, path: Path, offset: int) -> None:
+    def _drop(self, digest: bytes, path: Path, offset: int) -> None:
         """Forget a payload that can't be used, and remember where it was."""
         self.damaged.append(f"{path} at byte {offset}")
         del self._where[digest]

@@ -35,4 +35,4 @@ class WriteLock:
     def release(self) -> None:
         """Let others write; the end of the process does, too."""
         if self._claim is not None:
-            self._claim.let_go()
+            self._claim.release()

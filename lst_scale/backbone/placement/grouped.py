@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lst_scale.backbone.placement import tensor_parallel
-from lst_scale.backbone.placement.opened import Opened, finish
+from lst_scale.backbone.placement.meta import MetaBackbone, finish
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import Replica, StackTaps, TapRequest, Taps
 from lst_scale.backbone.weights import assemble
@@ -41,7 +41,7 @@ class GroupedBackbone(LocalBackbone):
         )
 
 
-def load_grouped(opened: Opened, placement: TensorParallel, size: int, world: World) -> LocalBackbone:
+def load_grouped(opened: MetaBackbone, placement: TensorParallel, size: int, world: World) -> LocalBackbone:
     """Fill the blocks, divide each over groups of `size` ranks, and return the backbone. All ranks must call it."""
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     options = load_ds_config(placement.deepspeed)

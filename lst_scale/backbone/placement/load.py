@@ -19,8 +19,8 @@ from torch import nn
 
 from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.placement import grouped, streamed, tensor_parallel
-from lst_scale.backbone.placement.opened import Opened, finish, open_alone, open_together
-from lst_scale.backbone.placement.prefetch import Conveyor, empty
+from lst_scale.backbone.placement.meta import MetaBackbone, finish, open_alone, open_together
+from lst_scale.backbone.placement.prefetch import Prefetcher, empty
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.placement.zero3 import PartitionedSource
 from lst_scale.backbone.taps import BackboneIdentity, Replica
@@ -59,14 +59,14 @@ def load_alone(recipe: BackboneRecipe, world: World) -> LocalBackbone:
     return _replicated(opened, world)
 
 
-def _replicated(opened: Opened, world: World) -> LocalBackbone:
+def _replicated(opened: MetaBackbone, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     for ref in assemble.block_refs(checkpoint):
         assemble.fill_block(ref.get(model), ref.path, checkpoint, identity.precision, world.device)
     return finish(LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size))
 
 
-def _zero3(opened: Opened, world: World) -> LocalBackbone:
+def _zero3(opened: MetaBackbone, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     source = PartitionedSource(distributed.consecutive_group(world, world.size), world.device)
     blocks = []
@@ -80,11 +80,11 @@ def _zero3(opened: Opened, world: World) -> LocalBackbone:
             blocks.append(block)
 
     distributed.agree(world, load)
-    conveyor = Conveyor(blocks, source, world.device)
+    conveyor = Prefetcher(blocks, source, world.device)
     return finish(LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size, in_step=True), conveyor=conveyor)
 
 
-def _streamed(opened: Opened, placement: Streamed, world: World) -> LocalBackbone:
+def _streamed(opened: MetaBackbone, placement: Streamed, world: World) -> LocalBackbone:
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     refs = assemble.block_refs(checkpoint)
     blocks = [ref.get(model) for ref in refs]
@@ -98,7 +98,7 @@ def _streamed(opened: Opened, placement: Streamed, world: World) -> LocalBackbon
     else:
         source = _disk_source(placement, identity, refs, blocks, build, world)
     return finish(
-        LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size), conveyor=Conveyor(blocks, source, world.device)
+        LocalBackbone, opened, world, replica=Replica(index=world.rank, count=world.size), conveyor=Prefetcher(blocks, source, world.device)
     )
 
 

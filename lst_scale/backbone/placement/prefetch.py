@@ -89,7 +89,7 @@ class Source(Protocol):
         ...
 
 
-class Conveyor:
+class Prefetcher:
     """Brings blocks to the device and takes them away again, by hooks on their forward pass."""
 
     SLOTS = 2

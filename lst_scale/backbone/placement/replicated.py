@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family, family_of, family_of_live
-from lst_scale.backbone.placement.prefetch import Conveyor
+from lst_scale.backbone.placement.prefetch import Prefetcher
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
@@ -24,8 +24,8 @@ from lst_scale.backbone.taps import (
     Tap,
     TapRequest,
     Taps,
+    cast_tap,
     joined,
-    stored,
 )
 from lst_scale.backbone.weights import assemble
 from lst_scale.backbone.weights import precision as precisions
@@ -45,7 +45,7 @@ class LocalBackbone:
         num_parameters: int,
         *,
         replica: Replica | None = None,
-        conveyor: Conveyor | None = None,
+        conveyor: Prefetcher | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         self.spec, self.identity, self.weight_source = spec, identity, weight_source
@@ -88,7 +88,7 @@ class LocalBackbone:
         identity = BackboneIdentity(checkpoint=name, revision=None, precision=precision, fingerprint=_live_fingerprint(model, spec))
         return cls(model, spec, identity, _live_weight_source(model), sum(p.numel() for p in model.parameters()))
 
-    def take_model(self) -> Any:
+    def give_model(self) -> Any:
         """Return the model itself, for methods that train inside it."""
         return self._model
 
@@ -165,7 +165,7 @@ def _capture(blocks: nn.ModuleList, request: TapRequest, family: Family) -> Iter
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         # At once: the block's own output lives only until the next has read it.
-        hidden.append(stored(family.state(output), request.storage))
+        hidden.append(cast_tap(family.state(output), request.storage))
 
     handles = [blocks[layer].register_forward_hook(keep) for layer in request.layers]
     try:

@@ -19,7 +19,7 @@ from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.attention import Dropout, with_cheap_dropout
-from lst_scale.side.designs.parts import SideEncoderState, attended, entering, fed, make_gate, narrowing, recomputed
+from lst_scale.side.designs.parts import SideEncoderState, attended, cast_embedding, make_gate, maybe_recompute, narrowing, prepare_tap
 
 
 class SideAdapter(nn.Module):
@@ -80,16 +80,16 @@ class AdapterStack(nn.Module):
 
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
         """Return the final side state (B, S or T, D). Nothing attends within a stack, so no mask is needed."""
-        hidden = recomputed(self.recompute, self._enter, taps.embedding)
+        hidden = maybe_recompute(self.recompute, self._enter, taps.embedding)
         for block, tap in zip(self.blocks.values(), taps.hidden, strict=True):
-            hidden = recomputed(self.recompute, self._from_tap, block, hidden, tap, encoder, cache)
+            hidden = maybe_recompute(self.recompute, self._from_tap, block, hidden, tap, encoder, cache)
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
 
     def _enter(self, embedding: Tensor) -> Tensor:
-        entered: Tensor = self.dropout(entering(embedding))
+        entered: Tensor = self.dropout(cast_embedding(embedding))
         return entered
 
     def _from_tap(self, block: AdapterBlock, hidden: Tensor, tap: Tap, encoder: SideEncoderState | None, cache: Any) -> Tensor:
-        result: Tensor = block(hidden, fed(tap, normalize=self.normalize_taps), encoder, cache)
+        result: Tensor = block(hidden, prepare_tap(tap, normalize=self.normalize_taps), encoder, cache)
         return result

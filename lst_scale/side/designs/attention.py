@@ -63,7 +63,7 @@ class _DroppedAttention(torch.autograd.Function):
                 scores += _rows_of(position_bias, rows)
             scores += _rows_of(attention_mask, rows)
             torch.softmax(scores, dim=-1, out=weights[rows])
-            mask = kept(scores.shape, rate, scores)
+            mask = bernoulli_mask(scores.shape, rate, scores)
             masks[rows] = mask
             output[rows] = narrow_product(mask.mul_(weights[rows]), value[rows]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, weights, masks)
@@ -115,7 +115,7 @@ def draws_within_kernel(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def kept(shape: torch.Size, rate: float, like: Tensor) -> Tensor:
+def bernoulli_mask(shape: torch.Size, rate: float, like: Tensor) -> Tensor:
     """Return a tensor of `like`'s dtype in which each element is 0 with probability `rate` and 1 otherwise, from 16 random bits each."""
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
@@ -129,7 +129,7 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, rate: float) -> Tensor:
-        mask = kept(input.shape, rate, input)
+        mask = bernoulli_mask(input.shape, rate, input)
         ctx.save_for_backward(mask.to(torch.int8))
         ctx.scale = 1 / (1 - rate)
         return mask.mul_(input).mul_(ctx.scale)

@@ -83,12 +83,12 @@ def make_downsample(config: LadderConfig, d_model: int, width: int) -> nn.Module
     return TwoStepDownsample(d_model, config.downsample_rank, width)
 
 
-def entering(embedding: Tensor) -> Tensor:
+def cast_embedding(embedding: Tensor) -> Tensor:
     """Return the embedding as the side state starts from it: float32, unless autocast will choose."""
     return embedding if torch.is_autocast_enabled(embedding.device.type) else embedding.float()
 
 
-def fed(tap: Tap, *, normalize: bool) -> Tensor:
+def prepare_tap(tap: Tap, *, normalize: bool) -> Tensor:
     """Return a tap as its downsample reads it. Cast inside the recomputed part, so that what is kept is the tap as the backbone gave it.
 
     `normalize`: root mean square 1 in every position; the downsample after it has the scale.
@@ -100,7 +100,7 @@ def fed(tap: Tap, *, normalize: bool) -> Tensor:
     return nn.functional.rms_norm(tap, tap.shape[-1:], eps=1e-6) if normalize else tap
 
 
-def recomputed(wanted: bool, function: Callable[..., Any], *arguments: Any) -> Any:
+def maybe_recompute(wanted: bool, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function`; when `wanted` and in training, keep its inputs alone for the backward pass and call it again there.
 
     Dropout draws the same numbers both times.

@@ -20,7 +20,16 @@ from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.attention import Dropout, with_cheap_dropout
-from lst_scale.side.designs.parts import SideEncoderState, attended, entering, fed, make_downsample, make_gate, narrowing, recomputed
+from lst_scale.side.designs.parts import (
+    SideEncoderState,
+    attended,
+    cast_embedding,
+    make_downsample,
+    make_gate,
+    maybe_recompute,
+    narrowing,
+    prepare_tap,
+)
 
 
 class TransformerStack(nn.Module):
@@ -48,22 +57,22 @@ class TransformerStack(nn.Module):
 
         `mask_BS` is the padding mask of the encoder's own tokens; a decoder masks the future instead.
         """
-        hidden = recomputed(self.recompute, self._enter, taps.embedding)
+        hidden = maybe_recompute(self.recompute, self._enter, taps.embedding)
         self_mask = self._self_mask(hidden, mask_BS, cache)
         along = None
         for key, tap in zip(self.blocks, taps.hidden, strict=True):
-            hidden, along = recomputed(self.recompute, self._from_tap, key, hidden, tap, encoder, self_mask, along, cache)
+            hidden, along = maybe_recompute(self.recompute, self._from_tap, key, hidden, tap, encoder, self_mask, along, cache)
         final: Tensor = self.dropout(self.final_norm(hidden))
         return final
 
     def _enter(self, embedding: Tensor) -> Tensor:
-        narrow: Tensor = self.first_downsample(self.dropout(entering(embedding)))
+        narrow: Tensor = self.first_downsample(self.dropout(cast_embedding(embedding)))
         return narrow
 
     def _from_tap(
         self, key: str, hidden: Tensor, tap: Tap, encoder: SideEncoderState | None, self_mask: Tensor, along: Any, cache: Any
     ) -> tuple[Tensor, Any]:
-        narrow_tap = self.downsamples[key](fed(tap, normalize=self.normalize_taps))
+        narrow_tap = self.downsamples[key](prepare_tap(tap, normalize=self.normalize_taps))
         return self._rung(key, hidden, narrow_tap, encoder, self_mask, along, cache)
 
     def _rung(

@@ -19,7 +19,7 @@ LONGEST = 1_000_000  # tokens that a target has at most, to tell a number from d
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class ScoredRun:
     """A finished run as `predict` uses it."""
 
     recipe: Recipe
@@ -38,7 +38,7 @@ class Answering:
         return "" if isinstance(self.recipe.task, str) else self.recipe.task.target_prefix or ""
 
 
-def read_answering(run: Path, overrides: Sequence[str] = ()) -> Answering:
+def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
     """Read how a finished run answers; `overrides` change its recipe.
 
     Raises:
@@ -53,7 +53,7 @@ def read_answering(run: Path, overrides: Sequence[str] = ()) -> Answering:
     if "ensemble_of" in result:
         raise ArgumentError(f"{run} is an ensemble, which answers by its members: give one of them, and the others by --with")
     with fence(ArgumentError, f"{run / RESULT} is damaged"):
-        return Answering(recipe=recipe, kind=_kind(recipe), labels=_labels(recipe, result), longest=_longest(result))
+        return ScoredRun(recipe=recipe, kind=_kind(recipe), labels=_labels(recipe, result), longest=_longest(result))
 
 
 def read_result(run: Path) -> dict[str, Any]:

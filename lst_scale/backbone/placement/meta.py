@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lst_scale.backbone.placement.prefetch import Conveyor
+from lst_scale.backbone.placement.prefetch import Prefetcher
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity, Replica
 from lst_scale.backbone.weights import assemble
@@ -21,7 +21,7 @@ B = TypeVar("B", bound=LocalBackbone)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class MetaBackbone:
     """A checkpoint, and its model on the meta device, whose blocks a placement fills."""
 
     checkpoint: Checkpoint
@@ -29,7 +29,7 @@ class Opened:
     model: Any
 
 
-def open_alone(recipe: BackboneRecipe) -> Opened:
+def open_alone(recipe: BackboneRecipe) -> MetaBackbone:
     """Look at every file and shape, without a word to other ranks.
 
     Raises:
@@ -42,10 +42,10 @@ def open_alone(recipe: BackboneRecipe) -> Opened:
     identity = BackboneIdentity(
         checkpoint=recipe.checkpoint, revision=recipe.revision, precision=recipe.precision, fingerprint=checkpoint.fingerprint()
     )
-    return Opened(checkpoint=checkpoint, identity=identity, model=model)
+    return MetaBackbone(checkpoint=checkpoint, identity=identity, model=model)
 
 
-def open_together(recipe: BackboneRecipe, world: World) -> Opened:
+def open_together(recipe: BackboneRecipe, world: World) -> MetaBackbone:
     """Look at every file and shape on all ranks, which must find one and the same checkpoint.
 
     Raises:
@@ -61,7 +61,7 @@ def open_together(recipe: BackboneRecipe, world: World) -> Opened:
     return opened
 
 
-def finish(kind: Callable[..., B], opened: Opened, world: World, *, replica: Replica, conveyor: Conveyor | None = None) -> B:
+def finish(kind: Callable[..., B], opened: MetaBackbone, world: World, *, replica: Replica, conveyor: Prefetcher | None = None) -> B:
     """Return the backbone of this model, whose blocks are in place; its ends are filled here."""
     checkpoint, identity, model = opened.checkpoint, opened.identity, opened.model
     count = assemble.count_parameters(assemble.empty_model(checkpoint), checkpoint)
