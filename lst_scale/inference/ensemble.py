@@ -97,7 +97,7 @@ def check_ensemble(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequen
         ArgumentError: one is no ladder, or has another value of one of `keys`.
     """
     for run, recipe in zip(runs, recipes, strict=True):
-        if recipe.method.name != "lst":
+        if not recipe.method.beside_backbone:
             raise ArgumentError(f"{run} trained method {recipe.method.name}, which shares no backbone with others: give runs of lst")
         for key in keys:
             if _asked(recipe, key) != _asked(recipes[0], key):

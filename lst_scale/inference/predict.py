@@ -114,7 +114,7 @@ def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: boo
 
 def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
     """Find a run that lacks what it trained, or holds damaged weights, before its backbone is loaded."""
-    if recipe.method.name == "lst":
+    if recipe.method.beside_backbone:
         side_files.read(run / LadderTrainee.FOLDER)
         refuse_changed_weights(run, LadderTrainee.FOLDER)
     elif not (run / WholeModelTrainee.FOLDER).is_dir():

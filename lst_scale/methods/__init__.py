@@ -23,12 +23,12 @@ def check_method(recipe: Recipe) -> None:
     Raises:
         BackboneError: the reason and what to write instead.
     """
-    if isinstance(recipe.method, LstRecipe):
+    if recipe.method.beside_backbone:
         return
     name, backbone = recipe.method.name, recipe.backbone
     if recipe.cache.enabled:
         raise BackboneError(f"method {name} changes the backbone, so its states can't be remembered: write cache.enabled=false")
-    if backbone.placement.name != "replicated":
+    if not backbone.placement.trains_inside:
         raise BackboneError(
             f"method {name} trains inside the backbone, which {backbone.placement.name} runs forward only: "
             "write backbone.placement=replicated, or method.name=lst"

@@ -20,7 +20,6 @@ from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
 from lst_scale.plan.packed import pack
-from lst_scale.recipe.backbone import Streamed, TensorParallel, Zero3
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import load_ds_config
@@ -66,7 +65,7 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step of one run needs on each rank."""
     with FakeTensorMode(), fake.all_labelled(), fake.fused_attention() if setting.on_gpu else contextlib.nullcontext():
         placement = recipe.backbone.placement
-        shards = (placement.size or setting.world_size) if isinstance(placement, TensorParallel) else 1
+        shards = placement.shards(setting.world_size)
         backbone = fake.backbone(shape, recipe, shards=shards)
         trainee = fake.trainee(recipe, backbone)
         if setting.packed is not None:
@@ -161,11 +160,7 @@ def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting
         ends = nbytes(held_tensors(model)) - sum(blocks)
         if setting.cached:
             return ends
-        if isinstance(placement, Streamed):
-            return ends + 2 * max(blocks)
-        if isinstance(placement, Zero3):
-            return ends + -(-sum(blocks) // setting.world_size) + 2 * max(blocks)
-        return ends + sum(blocks)
+        return ends + placement.resident(blocks, setting.world_size)
     return nbytes(tensor for tensor in _frozen(trainee.module))
 
 

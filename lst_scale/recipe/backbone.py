@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -23,28 +24,53 @@ def _refuse_fp16(value: Any) -> Any:
 NotFp16 = BeforeValidator(_refuse_fp16)  # of any precision in which T5 computes
 
 
-class Replicated(Section):
+class _Placement(Section):
+    """What every placement says of itself, for the cache, the methods and the planner."""
+
+    each_rank_alone: ClassVar[bool] = True  # a rank runs its backbone without the others, so it may leave out a pass that it remembers
+    trains_inside: ClassVar[bool] = False  # something may be trained within the backbone
+
+    def shards(self, ranks: int) -> int:
+        """Return among how many ranks each matrix is divided."""
+        return 1
+
+    def resident(self, blocks: Sequence[int], ranks: int) -> int:
+        """Return the most bytes of blocks on a rank at a time, given each block's as the rank holds it."""
+        return sum(blocks)
+
+
+class Replicated(_Placement):
     """One copy a rank."""
 
+    trains_inside = True
     name: Literal["replicated"]  # the whole backbone on every rank
 
 
-class TensorParallel(Section):
+class TensorParallel(_Placement):
     """Every matrix divided over groups of `size` consecutive ranks (DeepSpeed inference, AutoTP)."""
+
+    each_rank_alone = False
 
     name: Literal["tensor_parallel"]  # divided within blocks
     size: Count | None = None  # None: all ranks
     across_nodes: bool = False  # whether a group may span machines
     deepspeed: PathText = "inference"  # a file of ds_configs/, or a path
 
+    def shards(self, ranks: int) -> int:
+        return self.size or ranks
 
-class Zero3(Section):
+
+class Zero3(_Placement):
     """Every block divided over all ranks and gathered just before it runs."""
 
+    each_rank_alone = False
     name: Literal["zero3"]  # divided and gathered
 
+    def resident(self, blocks: Sequence[int], ranks: int) -> int:
+        return -(-sum(blocks) // ranks) + 2 * max(blocks)  # its share, the block that runs and the one that comes
 
-class Streamed(Section):
+
+class Streamed(_Placement):
     """Blocks in host memory or on disk; two on the device, the next one copied while one runs."""
 
     name: Literal["streamed"]  # brought block by block
@@ -56,6 +82,9 @@ class Streamed(Section):
         if self.folder is not None and self.source != "disk":
             raise ValueError(f"folder has no effect on source {self.source}: remove it or write source: disk")
         return self
+
+    def resident(self, blocks: Sequence[int], ranks: int) -> int:
+        return 2 * max(blocks)  # the block that runs and the one that comes
 
 
 PLACEMENTS: dict[str, type[Section]] = {

@@ -124,9 +124,9 @@ def _differences(first: Recipe, other: Recipe) -> list[str]:
     ours, theirs = (marked(recipe, ONE_FOR_MEMBERS) for recipe in (first, other))
     different = (key for key in ours | theirs if theirs.get(key) != ours.get(key))
     problems = [f"{key} must be the same for all" for key in different]
-    for method in dict.fromkeys((first.method.name, other.method.name)):
-        if method != "lst":
-            problems.append(f"method {method} changes the backbone and can't share its pass: write method.name=lst")
+    for method in {method.name: method for method in (first.method, other.method)}.values():
+        if not method.beside_backbone:
+            problems.append(f"method {method.name} changes the backbone and can't share its pass: write method.name=lst")
     if other.seed != first.seed and other.data.shuffle_seed is None:
         problems.append("seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
     return problems

@@ -7,7 +7,7 @@ their sections in `backbone.py` and `task.py`; decoding and its error messages a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -34,6 +34,7 @@ NewTokens = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class LstRecipe(Section):
+    beside_backbone: ClassVar[bool] = True  # reads the frozen backbone's states: passes may be shared and remembered
     name: Literal["lst"]  # ladder side-tuning
     design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
     reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
@@ -70,6 +71,8 @@ class LstRecipe(Section):
 
 class _InsideRecipe(Section):
     """A method that trains inside the backbone."""
+
+    beside_backbone: ClassVar[bool] = False
 
     precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the arithmetic; trained weights stay float32
     gradient_checkpointing: bool = False  # keep blocks' inputs and run them again in the backward pass

@@ -33,7 +33,7 @@ def load_caching(
     Raises:
         BackboneError: the checkpoint can't be used, or its placement needs all ranks at once.
     """
-    if recipe.placement.name not in ("replicated", "streamed"):
+    if not recipe.placement.each_rank_alone:
         raise distributed.same_everywhere(
             BackboneError(
                 f"a tap cache needs a backbone that each rank runs by itself, which placement {recipe.placement.name} is not: "
