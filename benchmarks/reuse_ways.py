@@ -64,11 +64,13 @@ def ladder_recipe(options: argparse.Namespace, precision: str) -> Any:
     )
 
 
-def inputs_of(backbone: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(backbone: Any, batch: Batch) -> Any:
     """Return what a backbone is asked with."""
+    from lst_scale.backbone.taps import Inputs
     from lst_scale.side.loss import shift_right
 
-    return batch["input_ids"], batch["attention_mask"], shift_right(batch["labels"], backbone.spec)
+    labels_BT = shift_right(batch["labels"], backbone.spec)
+    return Inputs(source_BS=batch["input_ids"], source_mask_BS=batch["attention_mask"], target_BT=labels_BT)
 
 
 def build_sides(options: argparse.Namespace, way: str, precision: str, backbone: Any, *, plain: bool) -> list[Any]:
@@ -88,12 +90,12 @@ def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone:
     sides = build_sides(options, way, precision, backbone, plain=plain)
     optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-4) for side in sides]
     request = sides[0].request
-    kept = backbone(*inputs_of(backbone, batches[0]), request) if way in ("side", "loop") else None
+    kept = backbone(inputs_of(backbone, batches[0]), request) if way in ("side", "loop") else None
 
     def step(number: int) -> None:
-        taps = backbone(*inputs_of(backbone, batches[number]), request) if kept is None else kept
+        taps = backbone(inputs_of(backbone, batches[number]), request) if kept is None else kept
         if way in CACHED and number + 1 < options.batches:  # as the training loop does
-            backbone.prefetch(*inputs_of(backbone, batches[number + 1]))
+            backbone.prefetch(inputs_of(backbone, batches[number + 1]))
         labels = batches[number if kept is None else 0]["labels"]
         for side, optimizer in zip(sides, optimizers, strict=True):
             nll, tokens = cross_entropy_sum(backbone.head, side(taps), labels)
@@ -103,7 +105,7 @@ def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone:
             optimizer.zero_grad()
 
     def forward(number: int) -> None:
-        backbone(*inputs_of(backbone, batches[number]), request)
+        backbone(inputs_of(backbone, batches[number]), request)
 
     return forward if way == "forward" else step
 
@@ -113,7 +115,7 @@ def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, bat
     from lst_scale.side.loss import cross_entropy_sum
 
     sides = build_sides(options, "stacked", precision, backbone, plain=True)
-    taps = backbone(*inputs_of(backbone, batches[0]), sides[0].request)
+    taps = backbone(inputs_of(backbone, batches[0]), sides[0].request)
     parameters, buffers = torch.func.stack_module_state(sides)
     labels = batches[0]["labels"].repeat(len(sides), 1)
 

@@ -77,6 +77,7 @@ def copy_all(conveyor: Any) -> Step:
 
 def ladder_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
     """Return (loss function, trainable parameters, the model's own tensors) of the ladder, or of its backbone's forward pass alone."""
+    from lst_scale.backbone.taps import Inputs
     from lst_scale.backbone.weights.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
     from lst_scale.recipe.schema import LstRecipe
@@ -91,13 +92,14 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     members = 8 if method.endswith("8-members") else 1
     sides = [build_side_network(recipe, backbone, seed=seed).to(device).train() for seed in range(members)]
     request = sides[0].request
-    decoder_ids = shift_right(batch["labels"], backbone.spec)
+    target_BT = shift_right(batch["labels"], backbone.spec)
+    inputs = Inputs(source_BS=batch["input_ids"], source_mask_BS=batch["attention_mask"], target_BT=target_BT)
 
     def loss() -> Tensor:
         before()
-        taps = backbone(batch["input_ids"], batch["attention_mask"], decoder_ids, request)
+        taps = backbone(inputs, request)
         if method == "forward":
-            return taps.decoder.tensors[-1].float().mean()
+            return taps.target.tensors[-1].float().mean()
         for side in sides:
             nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
             if side is not sides[-1]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
+from helpers.inputs import inputs_of
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
@@ -20,7 +21,7 @@ from lst_scale.backbone.weights.precision import QuantizedLinear
 from lst_scale.errors import BackboneError
 from lst_scale.side.count import shape_of
 
-REQUEST = TapRequest(layers=(0, 1, 2), decoder_final=True)
+REQUEST = TapRequest(layers=(0, 1, 2), target_final=True)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,8 +35,8 @@ def test_loaded_weights_give_transformers_logits(fixture: str, request: pytest.F
     folder = request.getfixturevalue(fixture)
     ids, mask, decoder_ids = batch()
     backbone = LocalBackbone.load(str(folder), precision="fp32")
-    taps = backbone(ids, mask, decoder_ids, REQUEST)
-    assert taps.decoder_final_BTD is not None
+    taps = backbone(inputs_of(ids, mask, decoder_ids), REQUEST)
+    assert taps.final_BTD is not None
     live = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="eager").eval()
     stored = load_file(folder / "model.safetensors")
     if "lm_head.weight" in stored:  # transformers 5 may tie what the checkpoint does not
@@ -43,17 +44,17 @@ def test_loaded_weights_give_transformers_logits(fixture: str, request: pytest.F
     with torch.no_grad():
         expected = live(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
     # SDPA against eager attention: float32 sums in another order.
-    torch.testing.assert_close(backbone.head(taps.decoder_final_BTD), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(backbone.head(taps.final_BTD), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_padding_never_changes_a_tap_of_a_real_token(tiny_t5_dir: Path) -> None:
     ids, mask, decoder_ids = batch()
     backbone = LocalBackbone.load(str(tiny_t5_dir), precision="fp32")
     other = torch.where(mask.bool(), ids, torch.full_like(ids, 123))
-    first, second = backbone(ids, mask, decoder_ids, REQUEST), backbone(other, mask, decoder_ids, REQUEST)
-    for a, b in zip(first.encoder.hidden, second.encoder.hidden, strict=True):
+    first, second = backbone(inputs_of(ids, mask, decoder_ids), REQUEST), backbone(inputs_of(other, mask, decoder_ids), REQUEST)
+    for a, b in zip(first.source.hidden, second.source.hidden, strict=True):
         torch.testing.assert_close(a[mask.bool()], b[mask.bool()], rtol=1e-6, atol=1e-6)
-    for a, b in zip(first.decoder.hidden, second.decoder.hidden, strict=True):
+    for a, b in zip(first.target.hidden, second.target.hidden, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -63,7 +64,7 @@ def test_decoder_blocks_past_the_last_tap_are_not_run(tiny_t5_dir: Path) -> None
     for index, block in enumerate(backbone.blocks[1]):
         block.register_forward_hook(lambda *_args, i=index: ran.append(i))
     ids, mask, decoder_ids = batch()
-    backbone(ids, mask, decoder_ids, TapRequest(layers=(0, 1)))
+    backbone(inputs_of(ids, mask, decoder_ids), TapRequest(layers=(0, 1)))
     assert ran == [0, 1]
     assert len(backbone.blocks[1]) == 3
 
@@ -75,7 +76,7 @@ def test_quantization_covers_wo_and_stays_within_its_threshold(precision: str, f
     linears = [m for blocks in backbone.blocks for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
     quantized = [n for blocks in backbone.blocks for n, m in blocks.named_modules() if isinstance(m, QuantizedLinear)]
     assert not linears and sum(name.endswith("wo") for name in quantized) == 6
-    report = check_quantization(backbone, *batch())
+    report = check_quantization(backbone, inputs_of(*batch()))
     assert len(report.errors) == 6 and 0 < report.worst[1] < report.threshold
 
 
@@ -92,7 +93,7 @@ def test_quantized_blocks_hold_the_bytes_of_their_precision(precision: str, shar
 def test_a_threshold_that_is_passed_refuses_and_names_the_block(tiny_t5_dir: Path) -> None:
     backbone = LocalBackbone.load(str(tiny_t5_dir), precision="nf4")
     with pytest.raises(BackboneError, match=r"encoder block \d differs by .* \(allowed 0.001\): write backbone.precision=bf16"):
-        check_quantization(backbone, *batch(), 0.001)
+        check_quantization(backbone, inputs_of(*batch()), 0.001)
 
 
 def test_garbage_in_one_matrix_is_found_by_the_check(tiny_t5_dir: Path) -> None:
@@ -100,7 +101,7 @@ def test_garbage_in_one_matrix_is_found_by_the_check(tiny_t5_dir: Path) -> None:
     wo = backbone.blocks[0][1].layer[-1].DenseReluDense.wo
     wo.packed = wo.packed.flip(0)
     with pytest.raises(BackboneError, match="encoder block 1 differs"):
-        check_quantization(backbone, *batch())
+        check_quantization(backbone, inputs_of(*batch()))
 
 
 def test_the_fingerprint_changes_with_any_weight(tiny_t5_dir: Path, tmp_path: Path) -> None:

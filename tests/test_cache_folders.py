@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lst_scale.backbone.cache.claim import Claim
 from lst_scale.backbone.cache.key import CacheKey
-from lst_scale.backbone.cache.store import TapCache, encoder_digest
+from lst_scale.backbone.cache.store import TapCache
+from lst_scale.backbone.inputs import source_digest
 from lst_scale.cli.main import app
 from lst_scale.errors import BackboneError, LstScaleError
 
@@ -34,7 +35,7 @@ def lst_scale(*arguments: str | Path) -> tuple[int, str, str]:
 def fill(root: Path, key: CacheKey = KEY, rows: int = 3) -> Path:
     cache = TapCache(root, key)
     for row in range(rows):
-        cache.write(encoder_digest(torch.tensor([row])), [torch.ones(4, 8), torch.ones(4, 8)])
+        cache.write(source_digest(torch.tensor([row])), [torch.ones(4, 8), torch.ones(4, 8)])
     cache.close()
     return cache.folder
 
@@ -176,7 +177,7 @@ def test_a_read_only_cache_is_read_and_gives_no_claim(shared: Path, as_nobody: N
     folder = fill(shared / "taps")
     os.seteuid(65534) if os.getuid() == 0 else folder.chmod(0o555)
     cache = TapCache(shared / "taps", KEY)
-    assert len(cache) == 3 and cache.read(encoder_digest(torch.tensor([1])), 2) is not None
+    assert len(cache) == 3 and cache.read(source_digest(torch.tensor([1])), 2) is not None
     claim = Claim(cache.folder, "name")
     assert not claim.take() and claim.refused == f"{cache.folder} is read-only"
     cache.close()
@@ -210,6 +211,6 @@ def test_foreign_files_in_a_cache_do_not_stop_reading(tmp_path: Path) -> None:
     (folder / "c.index").write_bytes(os.urandom(320))
     (folder / "c.taps").mkdir()
     cache = TapCache(tmp_path, KEY)
-    assert all(cache.read(encoder_digest(torch.tensor([row])), 2) is not None for row in range(3))
+    assert all(cache.read(source_digest(torch.tensor([row])), 2) is not None for row in range(3))
     status, out, err = lst_scale("cache", "verify", "--folder", tmp_path)
     assert status == 0 or "damaged" in out or "skipped" in err

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
+from helpers.inputs import inputs_of
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError
@@ -36,8 +37,8 @@ def batch() -> dict[str, torch.Tensor]:
 def test_only_the_side_network_is_a_parameter_and_taps_never_require_grad(model: LadderModel) -> None:
     assert all(name.startswith("side.") for name, _ in model.named_parameters())
     model.train()
-    taps = model.backbone(batch()["input_ids"], batch()["attention_mask"], batch()["labels"], model.side.request)
-    assert not any(tap.requires_grad for tap in (taps.encoder.embedding, *taps.encoder.hidden, *taps.decoder.hidden))
+    taps = model.backbone(inputs_of(batch()["input_ids"], batch()["attention_mask"], batch()["labels"]), model.side.request)
+    assert not any(tap.requires_grad for tap in (taps.source.embedding, *taps.source.hidden, *taps.target.hidden))
 
 
 def test_train_mode_never_reaches_the_backbone(tiny_t5_dir: Path) -> None:
@@ -49,9 +50,9 @@ def test_train_mode_never_reaches_the_backbone(tiny_t5_dir: Path) -> None:
 
 
 def test_only_the_kept_taps_are_returned(model: LadderModel) -> None:
-    taps = model.backbone(batch()["input_ids"], batch()["attention_mask"], batch()["labels"], model.side.request)
-    assert taps.encoder.layers == (0, 2) and len(taps.encoder.hidden) == len(taps.decoder.hidden) == 2
-    assert taps.decoder_final_BTD is None
+    taps = model.backbone(inputs_of(batch()["input_ids"], batch()["attention_mask"], batch()["labels"]), model.side.request)
+    assert taps.source.layers == (0, 2) and len(taps.source.hidden) == len(taps.target.hidden) == 2
+    assert taps.final_BTD is None
 
 
 def test_the_last_tap_is_the_block_before_the_final_norm(tiny_t5_dir: Path) -> None:
@@ -59,13 +60,13 @@ def test_the_last_tap_is_the_block_before_the_final_norm(tiny_t5_dir: Path) -> N
     backbone = LocalBackbone.load(str(tiny_t5_dir), precision="fp32")
     from lst_scale.backbone.taps import TapRequest
 
-    encoder = backbone.encode(batch()["input_ids"], batch()["attention_mask"], TapRequest(layers=(0, 1, 2)))
+    source = backbone.read(batch()["input_ids"], batch()["attention_mask"], TapRequest(layers=(0, 1, 2)))
     with torch.no_grad():
         reference = live.encoder(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"], output_hidden_states=True)
-    torch.testing.assert_close(encoder.taps.hidden[0], reference.hidden_states[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(encoder.final_BSD, reference.last_hidden_state, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(encoder.taps.hidden[2], reference.hidden_states[3], atol=1e-2)  # transformers' last entry is post-norm
-    torch.testing.assert_close(live.encoder.final_layer_norm(encoder.taps.hidden[2]), encoder.final_BSD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(source.taps.hidden[0], reference.hidden_states[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(source.final, reference.last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(source.taps.hidden[2], reference.hidden_states[3], atol=1e-2)  # transformers' last entry is post-norm
+    torch.testing.assert_close(live.encoder.final_layer_norm(source.taps.hidden[2]), source.final, rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_side_network_reads_back_equal_and_finds_its_backbone(model: LadderModel, tmp_path: Path) -> None:

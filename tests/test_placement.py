@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import placements, programs, ranks
+from helpers.inputs import inputs_of
 from helpers.launchers import free_port, fresh
 from helpers.models import make_t5
 from helpers.paths import ROOT
@@ -184,7 +185,7 @@ def test_blocks_come_in_order_once_a_pass_and_two_at_most_are_there(source: str,
         block.register_forward_pre_hook(lambda *_: filled.append(sum(any(p.numel() for p in b.parameters()) for b in conveyor.blocks)))
     request = TapRequest(layers=(0, 1, 2))
     for _ in range(3):
-        backbone(*batch(), request)
+        backbone(inputs_of(*batch()), request)
     assert [block for block, _, _ in copies] == [0, 1, 2, 3, 4, 5] * 3 + [0], "every block once a pass; the next pass's first is on its way"
     assert [slot for _, slot, _ in copies] == [0, 1] * 9 + [0], "never into the slot of the block that runs"
     assert all(nbytes == conveyor.source.layouts[block].nbytes for block, _, nbytes in copies)
@@ -194,13 +195,13 @@ def test_blocks_come_in_order_once_a_pass_and_two_at_most_are_there(source: str,
 
 def test_a_wrong_guess_costs_a_copy_and_nothing_else(tiny_t5_dir: Path) -> None:
     whole, backbone = load(tiny_t5_dir, "replicated"), load(tiny_t5_dir, "streamed")
-    ids, mask, decoder_ids = batch()
+    inputs = inputs_of(*batch())
     for layers in ((0, 1, 2), (0,), (0, 1), (0, 1, 2), (0,)):  # the decoder ends early: the block brought next is not the one run next
         request = TapRequest(layers=layers)
         for _ in range(2):
-            found, expected = backbone(ids, mask, decoder_ids, request), whole(ids, mask, decoder_ids, request)
-            assert torch.equal(found.decoder.hidden[-1], expected.decoder.hidden[-1])
-            assert torch.equal(found.encoder.hidden[-1], expected.encoder.hidden[-1])
+            found, expected = backbone(inputs, request), whole(inputs, request)
+            assert torch.equal(found.target.hidden[-1], expected.target.hidden[-1])
+            assert torch.equal(found.source.hidden[-1], expected.source.hidden[-1])
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -217,7 +218,7 @@ def test_quantized_blocks_travel_quantized(precision: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("damage", ["truncate", "delete", "index"])
 def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_dir: Path, tmp_path: Path) -> None:
     placement = DISK | {"folder": str(tmp_path)}
-    expected = load(tiny_t5_dir, placement)(*batch(), TapRequest(layers=(2,)))
+    expected = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
     (folder,) = tmp_path.iterdir()
     victim = folder / ("decoder.block.1.safetensors" if damage != "index" else streamed.INDEX)
     if damage == "delete":
@@ -225,9 +226,9 @@ def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_d
     else:
         victim.write_bytes(victim.read_bytes()[:-9])
     assert not streamed.is_whole(folder)
-    found = load(tiny_t5_dir, placement)(*batch(), TapRequest(layers=(2,)))
+    found = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
     assert streamed.is_whole(folder)
-    assert torch.equal(found.decoder.hidden[0], expected.decoder.hidden[0])
+    assert torch.equal(found.target.hidden[0], expected.target.hidden[0])
 
 
 # Failures: every rank ends, within a minute, and says why

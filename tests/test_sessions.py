@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def test_sessions_that_ask_for_different_batches_are_a_mistake_of_ours() -> None
 def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many rows each stack of the backbone has run, and how many payloads were read."""
     counts = {"encoder": 0, "decoder": 0, "read": 0}
-    encode, decode, read_into = LocalBackbone.encode, LocalBackbone.decode, TapCache.read_into
+    encode, decode, read_into = LocalBackbone.read, LocalBackbone.extend, TapCache.read_into
 
     def encoded(self: LocalBackbone, ids_BS: Any, *rest: Any) -> Any:
         counts["encoder"] += len(ids_BS)
@@ -183,8 +184,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["read"] += 1
         return read_into(self, *rest)
 
-    monkeypatch.setattr(LocalBackbone, "encode", encoded)
-    monkeypatch.setattr(LocalBackbone, "decode", decoded)
+    monkeypatch.setattr(LocalBackbone, "read", encoded)
+    monkeypatch.setattr(LocalBackbone, "extend", decoded)
     monkeypatch.setattr(TapCache, "read_into", read)
     return counts
 
@@ -227,21 +228,21 @@ def test_members_score_labels_on_one_pass(way: str, tiny_t5_dir: Path, tmp_path:
 
 
 def test_the_encoder_runs_once_for_all_labels_and_reads_once(tiny_t5_dir: Path, tmp_path: Path, passes: dict[str, int]) -> None:
-    writer, ((ids, mask, first), (_, _, second), (_, _, third)) = opened(tiny_t5_dir, tmp_path, "fp32"), batches(3)
-    targets = [first, second, third]
-    expected = [writer.live(ids, mask, target, REQUEST) for target in targets]
+    writer, (first, *others) = opened(tiny_t5_dir, tmp_path, "fp32"), batches(3)
+    several = [first, *(dataclasses.replace(first, target_BT=other.target_BT) for other in others)]
+    expected = [writer.live(inputs, REQUEST) for inputs in several]
     passes.update(encoder=0)
-    made = list(writer.each_target(ids, mask, targets, REQUEST))
+    made = list(writer.each_target(several, REQUEST))
     assert passes["encoder"] == 3 and (writer.rows_run, writer.rows_read) == (9, 0)
     reader, reads = opened(tiny_t5_dir, tmp_path, "fp32"), []
     read_into = reader.cache.read_into
     reader.cache.read_into = lambda digest, out: reads.append(digest) or read_into(digest, out)  # type: ignore[method-assign,func-returns-value]
-    read = list(reader.each_target(ids, mask, targets, REQUEST))
+    read = list(reader.each_target(several, REQUEST))
     assert not reader.is_loaded and (reader.rows_run, reader.rows_read) == (0, 9)
     assert len(reads) == len(set(reads)) == 3 + 9  # each row's source once, and three targets of each
     for one, again, live in zip(made, read, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.encoder.tensors, live.encoder.tensors, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(one.decoder.tensors, live.decoder.tensors, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.source.tensors, live.source.tensors, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.target.tensors, live.target.tensors, strict=True))
         for row, length in enumerate((4, 2, 3)):
-            for a, b in zip(again.decoder.tensors, live.decoder.tensors, strict=True):
+            for a, b in zip(again.target.tensors, live.target.tensors, strict=True):
                 assert torch.equal(a[row, : length - 1], b[row, : length - 1])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Block
 
+from helpers.inputs import inputs_of
 from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.taps import FrozenHead
@@ -142,9 +143,9 @@ def test_dropout_acts_in_training_alone_and_only_in_the_side_network() -> None:
     assert torch.equal(model(**inputs).logits, model(**inputs).logits)
     model.train()
     assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
-    arguments = (inputs["input_ids"], inputs["attention_mask"], shift_right(inputs["labels"], model.backbone.spec), model.side.request)
-    first, second = model.backbone(*arguments), model.backbone(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(first.decoder.hidden, second.decoder.hidden, strict=True))
+    given = inputs_of(inputs["input_ids"], inputs["attention_mask"], shift_right(inputs["labels"], model.backbone.spec))
+    first, second = (model.backbone(given, model.side.request) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.target.hidden, second.target.hidden, strict=True))
 
 
 def test_the_side_network_builds_on_the_meta_device() -> None:
@@ -158,7 +159,7 @@ def test_the_side_network_builds_on_the_meta_device() -> None:
 def summed(model: LadderModel, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     inputs = batch()
     spec = model.backbone.spec
-    taps = model.backbone(inputs["input_ids"], inputs["attention_mask"], shift_right(labels, spec), model.side.request)
+    taps = model.backbone(inputs_of(inputs["input_ids"], inputs["attention_mask"], shift_right(labels, spec)), model.side.request)
     return cross_entropy_sum(model.backbone.head, model.side(taps), labels)
 
 
@@ -211,9 +212,9 @@ def test_labels_shift_right_behind_the_start_token() -> None:
 def test_normalised_taps_have_no_scale(normalize_taps: bool) -> None:
     """Taps scaled block by block, as a deep T5's residual stream is, reach the side network alike when they are normalised."""
     model, inputs = tiny_ladder(normalize_taps=normalize_taps), batch()
-    taps = model.backbone(inputs["input_ids"], inputs["attention_mask"], inputs["labels"].clamp(min=0), model.side.request)
-    grown = [replace(s, hidden=tuple(t * 7.0 ** (i + 1) for i, t in enumerate(s.hidden))) for s in (taps.encoder, taps.decoder)]
-    same = torch.allclose(model.side(replace(taps, encoder=grown[0], decoder=grown[1])), model.side(taps), rtol=1e-4, atol=1e-4)
+    taps = model.backbone(inputs_of(inputs["input_ids"], inputs["attention_mask"], inputs["labels"].clamp(min=0)), model.side.request)
+    grown = [replace(s, hidden=tuple(t * 7.0 ** (i + 1) for i, t in enumerate(s.hidden))) for s in (taps.source, taps.target)]
+    same = torch.allclose(model.side(replace(taps, source=grown[0], target=grown[1])), model.side(taps), rtol=1e-4, atol=1e-4)
     assert same is normalize_taps
 
 

@@ -23,7 +23,8 @@ from helpers.runs import final_weights, losses
 from helpers.training import train
 from helpers.writers import KEY, digest_of, states, write_for_ever
 from lst_scale.backbone.cache.key import CacheKey
-from lst_scale.backbone.cache.store import RECORD, TapCache, decoder_digest, encoder_digest
+from lst_scale.backbone.cache.store import RECORD, TapCache
+from lst_scale.backbone.inputs import source_digest, target_digest
 from lst_scale.errors import BackboneError
 
 
@@ -35,29 +36,29 @@ def key(**changes: Any) -> CacheKey:
 def test_what_is_written_is_read_by_any_process(dtype: str, allowed: float, tmp_path: Path) -> None:
     writer = TapCache(tmp_path, key(dtype=dtype))
     for row in range(5):
-        writer.write(encoder_digest(torch.tensor([row])), states(3 + row, row))
+        writer.write(source_digest(torch.tensor([row])), states(3 + row, row))
     reader = TapCache(tmp_path, key(dtype=dtype))
     assert len(reader) == 5
     for row in range(5):
-        found = reader.read(encoder_digest(torch.tensor([row])), 2)
+        found = reader.read(source_digest(torch.tensor([row])), 2)
         assert found is not None
         for mine, theirs in zip(found, states(3 + row, row), strict=True):
             assert (mine.float() - theirs).abs().max() <= allowed * theirs.abs().max()
-    assert reader.read(encoder_digest(torch.tensor([9])), 2) is None
+    assert reader.read(source_digest(torch.tensor([9])), 2) is None
 
 
 def test_anything_that_taps_depend_on_finds_another_place(tmp_path: Path) -> None:
     folders = {key(**c).folder for c in ({}, {"fingerprint": "g"}, {"precision": "int8"}, {"layers": (0,)}, {"decoder_final": True})}
     assert len(folders) == 5
     ids, other = torch.tensor([5, 6, 7]), torch.tensor([5, 6])
-    assert len({encoder_digest(ids), encoder_digest(other), decoder_digest(ids, other), decoder_digest(other, ids)}) == 4
+    assert len({source_digest(ids), source_digest(other), target_digest(ids, other), target_digest(other, ids)}) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate data", "truncate index", "delete data"])
 def test_damage_is_found_and_named_and_the_rest_is_used(damage: str, tmp_path: Path) -> None:
     writer = TapCache(tmp_path, KEY)
     for row in range(4):
-        writer.write(encoder_digest(torch.tensor([row])), states(6, row))
+        writer.write(source_digest(torch.tensor([row])), states(6, row))
     (data,) = writer.folder.glob("*.taps")
     if damage == "flip":
         raw = bytearray(data.read_bytes())
@@ -71,16 +72,16 @@ def test_damage_is_found_and_named_and_the_rest_is_used(damage: str, tmp_path: P
     else:
         data.unlink()
     reader = TapCache(tmp_path, KEY)
-    found = [reader.read(encoder_digest(torch.tensor([row])), 2) for row in range(4)]
+    found = [reader.read(source_digest(torch.tensor([row])), 2) for row in range(4)]
     lost = {"flip": [1], "truncate data": [3], "truncate index": [3], "delete data": [0, 1, 2, 3]}[damage]
     assert [row for row in range(4) if found[row] is None] == lost
     for row in set(range(4)) - set(lost):
         assert torch.equal(found[row][0], states(6, row)[0])  # type: ignore[index]
     assert bool(reader.damaged) == (damage == "flip")
     for row in lost:
-        reader.write(encoder_digest(torch.tensor([row])), states(6, row))
+        reader.write(source_digest(torch.tensor([row])), states(6, row))
     again = TapCache(tmp_path, KEY)
-    readable = [again.read(encoder_digest(torch.tensor([row])), 2) for row in range(4)]
+    readable = [again.read(source_digest(torch.tensor([row])), 2) for row in range(4)]
     assert all(r is not None for r in readable), "what was made again is found"
 
 
@@ -100,10 +101,10 @@ def test_a_full_disk_stops_with_one_line(tmp_path: Path) -> None:
         cache = TapCache(small, KEY)
         with pytest.raises(BackboneError, match=r"could not write taps to .*: No space left on device; free space"):
             for row in range(2000):
-                cache.write(encoder_digest(torch.tensor([row])), states(20, row))
+                cache.write(source_digest(torch.tensor([row])), states(20, row))
         cache.close()
         whole = TapCache(small, KEY)
-        assert len(whole) > 0 and whole.read(encoder_digest(torch.tensor([0])), 2) is not None
+        assert len(whole) > 0 and whole.read(source_digest(torch.tensor([0])), 2) is not None
         del whole
     finally:
         subprocess.run(["umount", str(small)], check=True)

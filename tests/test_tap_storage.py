@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.inputs import inputs_of
 from helpers.tiny import batch, tiny_ladder
 from lst_scale.backbone.taps import PackedTap, Tap, Taps, cast_tap, select
 from lst_scale.plan.live import LiveBytes
@@ -17,7 +18,7 @@ from lst_scale.side.loss import shift_right
 
 def taps_of(model: Any, inputs: dict[str, Tensor]) -> Taps:
     decoder_ids = shift_right(inputs["labels"], model.spec)
-    taps: Taps = model.backbone(inputs["input_ids"], inputs["attention_mask"], decoder_ids, model.side.request)
+    taps: Taps = model.backbone(inputs_of(inputs["input_ids"], inputs["attention_mask"], decoder_ids), model.side.request)
     return taps
 
 
@@ -43,13 +44,13 @@ def test_a_packed_tap_is_off_by_at_most_half_a_step_of_its_position() -> None:
 def test_the_gradient_is_that_of_the_unpacked_taps(design: str, recompute: bool) -> None:
     model = tiny_ladder(design=design, recompute=recompute, tap_storage="int8").train()
     taps = taps_of(model, batch())
-    assert all(isinstance(tap, PackedTap) for tap in (*taps.encoder.hidden, *taps.decoder.hidden))
+    assert all(isinstance(tap, PackedTap) for tap in (*taps.source.hidden, *taps.target.hidden))
 
     def plain(stack: Any) -> Any:
         return replace(stack, hidden=tuple(tap.unpack() for tap in stack.hidden))
 
     found = gradients(model, taps)
-    expected = gradients(model, replace(taps, encoder=plain(taps.encoder), decoder=plain(taps.decoder)))
+    expected = gradients(model, replace(taps, source=plain(taps.source), target=plain(taps.target)))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -70,9 +71,9 @@ def test_members_get_their_own_form_of_one_pass() -> None:
     model = tiny_ladder()
     taps = taps_of(model, batch())
     packed = select(taps, replace(model.side.request, storage="int8", layers=(2,)))
-    assert isinstance(packed.encoder.hidden[0], PackedTap) and len(packed.decoder.hidden) == 1
-    assert select(taps, model.side.request).encoder.hidden[0] is taps.encoder.hidden[0]
-    assert cast_tap(packed.encoder.hidden[0], "int8") is packed.encoder.hidden[0]
+    assert isinstance(packed.source.hidden[0], PackedTap) and len(packed.target.hidden) == 1
+    assert select(taps, model.side.request).source.hidden[0] is taps.source.hidden[0]
+    assert cast_tap(packed.source.hidden[0], "int8") is packed.source.hidden[0]
 
 
 def test_what_is_kept_for_the_backward_pass_shrinks_as_said() -> None:
@@ -83,7 +84,7 @@ def test_what_is_kept_for_the_backward_pass_shrinks_as_said() -> None:
             taps = taps_of(model, batch(64))
             hidden = model.side(taps)
             kept[storage] = sum(
-                tap.nbytes if isinstance(tap, Tensor) else tap.values_BSD.nbytes + tap.scale_BS1.nbytes for tap in taps.encoder.hidden
+                tap.nbytes if isinstance(tap, Tensor) else tap.values_BSD.nbytes + tap.scale_BS1.nbytes for tap in taps.source.hidden
             )
             assert live.now >= kept[storage]
         hidden.sum().backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.masks import causal_mask, padding_mask
 from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.backbone.taps import TapRequest
+from lst_scale.backbone.taps import Inputs, TapRequest
 from lst_scale.backbone.weights.assemble import filled
 from lst_scale.backbone.weights.checkpoint import open_checkpoint, read_to
 from lst_scale.errors import BackboneError
@@ -47,9 +47,7 @@ class QuantizationReport:
 @torch.no_grad()
 def check_quantization(
     backbone: LocalBackbone,
-    input_ids_BS: Tensor,
-    attention_mask_BS: Tensor,
-    decoder_input_ids_BT: Tensor,
+    inputs: Inputs,
     threshold: float | None = None,
 ) -> QuantizationReport:
     """Compare every block of a quantized backbone with its checkpoint on one batch.
@@ -58,19 +56,17 @@ def check_quantization(
         BackboneError: some block's error is not finite or past the threshold; names the first such block.
     """
     allowed = threshold if threshold is not None else DEFAULT_THRESHOLD[backbone.identity.precision]
-    device = backbone.device
-    mask_BS = attention_mask_BS.to(device)
-    encoder_request = TapRequest(layers=tuple(range(len(backbone.blocks[0]))))
-    decoder_request = TapRequest(layers=tuple(range(len(backbone.blocks[1]))))
-    source, target = backbone.family.stacks
-    encoder = backbone.encode(input_ids_BS.to(device), mask_BS, encoder_request)
-    decoder = backbone.decode(decoder_input_ids_BT.to(device), encoder, decoder_request)
+    inputs = inputs.to(backbone.device)
+    mask_BS = inputs.source_mask_BS
+    all_of_source, all_of_target = (TapRequest(layers=tuple(range(len(blocks)))) for blocks in backbone.blocks)
+    source = backbone.read(inputs.source_BS, mask_BS, all_of_source)
+    target = backbone.extend(inputs.target_BT, source, all_of_target)
 
-    reference = _Reference(backbone)
-    states, final_BSD = reference.stack(source, encoder.taps.embedding, None, mask_BS)
-    errors = {ref.label: _error(q, r, mask_BS) for ref, q, r in zip(reference.refs(source), encoder.taps.tensors, states, strict=True)}
-    states, _ = reference.stack(target, decoder.taps.embedding, final_BSD, mask_BS)
-    errors |= {ref.label: _error(q, r, None) for ref, q, r in zip(reference.refs(target), decoder.taps.tensors, states, strict=True)}
+    reference, (first, second) = _Reference(backbone), backbone.family.stacks
+    states, final_BSD = reference.stack(first, source.taps.embedding, None, mask_BS)
+    errors = {ref.label: _error(q, r, mask_BS) for ref, q, r in zip(reference.refs(first), source.taps.tensors, states, strict=True)}
+    states, _ = reference.stack(second, target.taps.embedding, final_BSD, mask_BS)
+    errors |= {ref.label: _error(q, r, None) for ref, q, r in zip(reference.refs(second), target.taps.tensors, states, strict=True)}
 
     for name, error in errors.items():
         if not error <= allowed:

@@ -1,7 +1,7 @@
-"""The one boundary: backbone(batch) -> Taps -> side network.
+"""The one boundary: backbone(inputs) -> Taps -> side network.
 
 A tap is a hidden state of the frozen backbone, detached, that a ladder reads. Where taps come from (one process, many GPUs, host
-memory, a file written an epoch ago) is invisible beyond this file on the other side of this file.
+memory, a file written an epoch ago) is invisible on the other side of this file.
 
 Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
 """
@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.inputs import Inputs as Inputs
 from lst_scale.backbone.spec import BackboneSpec as BackboneSpec
 
 
@@ -30,10 +31,10 @@ class BackboneIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class TapRequest:
-    """Which states to keep alive: 0-based block indices, ascending, the same for both stacks; and in what form."""
+    """Which states to keep alive: 0-based block indices, ascending, the same for source and target; and in what form."""
 
     layers: tuple[int, ...]
-    decoder_final: bool = False  # also the decoder's final normed state, for a ladder that merges it
+    target_final: bool = False  # also the target's final normed state, for a ladder that merges it
     storage: str = "exact"  # of block outputs: exact (as computed), bf16, or int8 with one scale a position
 
 
@@ -42,7 +43,7 @@ def union(requests: Sequence[TapRequest]) -> TapRequest:
     layers = sorted({layer for request in requests for layer in request.layers})
     forms = {request.storage for request in requests}
     storage = forms.pop() if len(forms) == 1 else "exact"
-    return TapRequest(layers=tuple(layers), decoder_final=any(request.decoder_final for request in requests), storage=storage)
+    return TapRequest(layers=tuple(layers), target_final=any(request.target_final for request in requests), storage=storage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +108,17 @@ class StackTaps:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderState:
-    """The result of the encoder: its taps, and the final normed state that the backbone's decoder attends to."""
+class SourceState:
+    """What the backbone makes of a source: its taps, and what it needs to go on to a target."""
 
     taps: StackTaps
-    final_BSD: Tensor
-    attention_mask_BS: Tensor  # 1 = token, 0 = padding
+    final: Any  # what the family's `read` returned and its `extend` takes; nobody else looks into it
+    source_mask_BS: Tensor  # 1 = token, 0 = padding
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderState:
-    """The result of the decoder for the given (with a cache: the new) positions."""
+class TargetState:
+    """What the backbone makes of the given (with a cache: the new) positions of a target."""
 
     taps: StackTaps
     final_BTD: Tensor | None  # None unless the request asks for it
@@ -125,31 +126,26 @@ class DecoderState:
 
 @dataclass(frozen=True, kw_only=True)
 class Taps:
-    """All that a side network reads of one batch."""
+    """All that a side network reads of one batch: of the source, then of the target, given the source."""
 
-    encoder: StackTaps
-    decoder: StackTaps
-    attention_mask_BS: Tensor
-    decoder_final_BTD: Tensor | None = None
+    source: StackTaps
+    target: StackTaps
+    source_mask_BS: Tensor
+    final_BTD: Tensor | None = None  # the target's final normed state
 
 
-def joined(encoder: EncoderState, decoder: DecoderState) -> Taps:
-    """Return what a side network reads of both stacks' results."""
-    return Taps(
-        encoder=encoder.taps,
-        decoder=decoder.taps,
-        attention_mask_BS=encoder.attention_mask_BS,
-        decoder_final_BTD=decoder.final_BTD,
-    )
+def joined(source: SourceState, target: TargetState) -> Taps:
+    """Return what a side network reads of both."""
+    return Taps(source=source.taps, target=target.taps, source_mask_BS=source.source_mask_BS, final_BTD=target.final_BTD)
 
 
 def select(taps: Taps, request: TapRequest) -> Taps:
     """Return the part of `taps` that `request` asks for: the same tensors where they have its form already."""
     return Taps(
-        encoder=selected_stack(taps.encoder, request),
-        decoder=selected_stack(taps.decoder, request),
-        attention_mask_BS=taps.attention_mask_BS,
-        decoder_final_BTD=taps.decoder_final_BTD if request.decoder_final else None,
+        source=selected_stack(taps.source, request),
+        target=selected_stack(taps.target, request),
+        source_mask_BS=taps.source_mask_BS,
+        final_BTD=taps.final_BTD if request.target_final else None,
     )
 
 
@@ -161,14 +157,14 @@ def selected_stack(whole: StackTaps, request: TapRequest) -> StackTaps:
 
 def where_not_finite(taps: Taps) -> str | None:
     """Name the first of a batch's states that hold NaN or infinity; None: none do."""
-    for stack, states in (("encoder", taps.encoder), ("decoder", taps.decoder)):
+    for stack, states in (("source", taps.source), ("target", taps.target)):
         if not torch.isfinite(states.embedding).all():
             return f"at the {stack}'s embeddings"
         for layer, tensor in zip(states.layers, states.tensors, strict=True):
             if not torch.isfinite(tensor).all():
                 return f"at block {layer} of the {stack}"
-    final_BTD = taps.decoder_final_BTD
-    return None if final_BTD is None or torch.isfinite(final_BTD).all() else "after the decoder's last block"
+    final_BTD = taps.final_BTD
+    return None if final_BTD is None or torch.isfinite(final_BTD).all() else "after the target's last block"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +187,7 @@ class FrozenHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """Which copy of the backbone this rank runs on, where rows are dealt out for `encode` and `decode`.
+    """Which copy of the backbone this rank runs on, where rows are dealt out for `read` and `extend`.
 
     Ranks that share a copy must bring the same rows. `in_step`: all ranks must call it equally often, too.
     """
@@ -203,7 +199,7 @@ class Replica:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen encoder-decoder that runs forward only, in eval mode, under `torch.no_grad`: all that anybody asks of one."""
+    """A frozen model that runs forward only, in eval mode, under `torch.no_grad`: all that anybody asks of one."""
 
     @property
     def spec(self) -> BackboneSpec: ...
@@ -220,20 +216,20 @@ class Backbone(Protocol):
         """Read one full-precision weight by its Hugging Face name, e.g. for pruning; never the whole model at once."""
         ...
 
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState: ...
-
-    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
-        """Run the decoder; `cache` is a `transformers.EncoderDecoderCache` whose first `spec.cache_layers` entries it fills."""
+    def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
+        """Run token ids (B, S) of a source; mask 1 = token, 0 = padding."""
         ...
 
-    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
+    def extend(self, target_BT: Tensor, source: SourceState, request: TapRequest, cache: Any | None = None) -> TargetState:
+        """Run token ids (B, T) of a target, given its source. `cache`: transformers' own, whose first `spec.cache_layers` it fills."""
+        ...
+
+    def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
         """Return the taps of this rank's own rows, whatever the others bring. All ranks must call it equally often."""
         ...
 
-    def each_target(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
-    ) -> Iterator[Taps]:
-        """Yield the taps of several decoder inputs (B, T) of one source, run or read once. Rows are dealt out as for `encode`."""
+    def each_target(self, several: Sequence[Inputs], request: TapRequest) -> Iterator[Taps]:
+        """Yield the taps of several targets of the same sources, which are run or read once. Rows are dealt out as for `read`."""
         ...
 
     @property
@@ -258,6 +254,6 @@ class Backbone(Protocol):
         """Whether `prefetch` saves time."""
         ...
 
-    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+    def prefetch(self, inputs: Inputs) -> None:
         """Begin to read the batch that it will be called with next. Nothing but time depends on it: another may come, too."""
         ...

@@ -34,6 +34,7 @@ class Batch:
     attention_mask_BS: Tensor
     labels_BT: Tensor
     indices: tuple[int, ...]
+    target_lengths: tuple[int, ...] | None = None  # of each row's labels, at least 1; None: all T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,13 @@ def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
     # A filler row keeps one visible token: attention over nothing would be undefined.
     lengths = torch.tensor([len(source) for source in sources])
     attention_mask_BS = (torch.arange(input_ids_BS.shape[1])[None, :] < lengths[:, None]).long()
-    return Batch(input_ids_BS=input_ids_BS, attention_mask_BS=attention_mask_BS, labels_BT=_padded(targets, IGNORED), indices=tuple(rows))
+    return Batch(
+        input_ids_BS=input_ids_BS,
+        attention_mask_BS=attention_mask_BS,
+        labels_BT=_padded(targets, IGNORED),
+        indices=tuple(rows),
+        target_lengths=tuple(map(len, targets)),
+    )
 
 
 def merge_predictions(gathered: Iterable[Iterable[tuple[int, T]]], count: int) -> list[T]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.taps import Backbone, BackboneSpec, EncoderState, TapRequest, Taps, select, where_not_finite
+from lst_scale.backbone.taps import Backbone, BackboneSpec, Inputs, SourceState, TapRequest, Taps, select, where_not_finite
 from lst_scale.data.batches import Batch
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -72,11 +72,19 @@ class LadderTrainee:
         return side.state_dict()
 
 
+def inputs_of(batch: Batch, spec: BackboneSpec) -> Inputs:
+    """Return a batch as a backbone takes it, on the CPU, where the rows' names for a cache are made."""
+    return Inputs(
+        source_BS=batch.input_ids_BS,
+        source_mask_BS=batch.attention_mask_BS,
+        target_BT=shift_right(batch.labels_BT, spec),
+        target_lengths=batch.target_lengths,
+    )
+
+
 def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
     """Run the frozen backbone on one micro-batch."""
-    device = backbone.device
-    decoder_input_ids_BT = shift_right(batch.labels_BT.to(device), backbone.spec)
-    return backbone(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), decoder_input_ids_BT, request)
+    return backbone(inputs_of(batch, backbone.spec).to(backbone.device), request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +97,23 @@ class SharedPasses:
     def all_of(self, batch: Batch) -> Taps | None:
         return None if self.request is None else taps_of(self.backbone, batch, self.request)
 
-    def source_of(self, batch: Batch) -> EncoderState | None:
+    def source_of(self, batch: Batch) -> SourceState | None:
         if self.request is None:
             return None
-        return self.backbone.encode(*self._source(batch), self.request)
+        device = self.backbone.device
+        return self.backbone.read(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), self.request)
 
     def each_target(self, batch: Batch, targets: Sequence[Sequence[int]]) -> Iterator[Taps | None]:
         """Yield what it makes of each of several targets (token ids), the same for all rows; the source is run, or read, once."""
         if self.request is None:
             return iter([None] * len(targets))
-        decoder_ids = [target_inputs(target, len(batch.indices), self.backbone.spec, self.backbone.device) for target in targets]
-        return self.backbone.each_target(*self._source(batch), decoder_ids, self.request)
+        inputs = inputs_of(batch, self.backbone.spec).to(self.backbone.device)
+        several = [inputs.with_target(shift_right(torch.tensor([target]), self.backbone.spec)[0]) for target in targets]
+        return self.backbone.each_target(several, self.request)
 
     def prefetch(self, following: Callable[[], Batch | None]) -> None:
         if self.request is not None and self.backbone.reads_ahead and (batch := following()) is not None:
-            self.backbone.prefetch(batch.input_ids_BS, batch.attention_mask_BS, shift_right(batch.labels_BT, self.backbone.spec))
-
-    def _source(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.input_ids_BS.to(self.backbone.device), batch.attention_mask_BS.to(self.backbone.device)
-
-
-def target_inputs(target: Sequence[int], rows: int, spec: BackboneSpec, device: torch.device) -> Tensor:
-    """Return the decoder inputs (B, T) that let every row be asked about one target."""
-    return shift_right(torch.tensor([target], device=device).expand(rows, -1), spec)
+            self.backbone.prefetch(inputs_of(batch, self.backbone.spec))
 
 
 def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:

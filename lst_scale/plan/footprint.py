@@ -126,12 +126,12 @@ def _own_rows(taps: Taps, own: slice) -> Taps:
     def stack(whole: StackTaps) -> StackTaps:
         return replace(whole, embedding=whole.embedding[own].clone(), hidden=tuple(tap[own].clone() for tap in whole.hidden))
 
-    final = taps.decoder_final_BTD
+    final = taps.final_BTD
     return Taps(
-        encoder=stack(taps.encoder),
-        decoder=stack(taps.decoder),
-        attention_mask_BS=taps.attention_mask_BS[own].clone(),
-        decoder_final_BTD=None if final is None else final[own].clone(),
+        source=stack(taps.source),
+        target=stack(taps.target),
+        source_mask_BS=taps.source_mask_BS[own].clone(),
+        final_BTD=None if final is None else final[own].clone(),
     )
 
 
@@ -143,12 +143,12 @@ def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Ta
         states = [cast_tap(torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), request.storage) for _ in request.layers]
         return StackTaps(layers=request.layers, embedding=torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), hidden=tuple(states))
 
-    final = torch.empty(*batch.labels_BT.shape, backbone.spec.d_model, dtype=dtype) if request.decoder_final else None
+    final = torch.empty(*batch.labels_BT.shape, backbone.spec.d_model, dtype=dtype) if request.target_final else None
     return Taps(
-        encoder=stack(batch.input_ids_BS),
-        decoder=stack(batch.labels_BT),
-        attention_mask_BS=batch.attention_mask_BS,
-        decoder_final_BTD=final,
+        source=stack(batch.input_ids_BS),
+        target=stack(batch.labels_BT),
+        source_mask_BS=batch.attention_mask_BS,
+        final_BTD=final,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.taps import DecoderState, FrozenHead, StackTaps, TapRequest, selected_stack, union
+from lst_scale.backbone.taps import FrozenHead, StackTaps, TapRequest, TargetState, selected_stack, union
 from lst_scale.errors import LadderError
 from lst_scale.side.cache import part_of
 from lst_scale.side.designs.parts import SideEncoderState
@@ -39,13 +39,13 @@ class SideNetworks(nn.Module):
         finals = [side.encode(selected_stack(taps, side.request), attention_mask_BS).final_BSR for side in self.each]
         return SideEncoderState(final_BSR=torch.cat(finals, -1), attention_mask_BS=attention_mask_BS)
 
-    def logits(self, head: FrozenHead, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def logits(self, head: FrozenHead, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return log-probabilities (B, T, V). Each side network has layers of its own in the cache, one after another."""
         total: Tensor | None = None
         first = 0
         parts = torch.split(encoder.final_BSR, [side.encoder_width for side in self.each], -1)
         for side, final_BSR in zip(self.each, parts, strict=True):  # one network's logits at a time
-            own = DecoderState(taps=selected_stack(decoder.taps, side.request), final_BTD=decoder.final_BTD)
+            own = TargetState(taps=selected_stack(decoder.taps, side.request), final_BTD=decoder.final_BTD)
             state = SideEncoderState(final_BSR=final_BSR, attention_mask_BS=encoder.attention_mask_BS)
             found = side.logits(head, own, state, part_of(cache, first, side.num_cache_layers)).float().log_softmax(-1)
             total = found if total is None else torch.logaddexp(total, found)

@@ -22,11 +22,12 @@ from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import (
     Backbone,
     BackboneSpec,
-    DecoderState,
-    EncoderState,
+    Inputs,
     Replica,
+    SourceState,
     StackTaps,
     Taps,
+    TargetState,
     select,
     selected_stack,
 )
@@ -137,7 +138,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         if output_hidden_states or output_attentions:
             raise LadderError(
                 "a ladder returns no hidden states or attentions: leave output_hidden_states and output_attentions out; "
-                "model.backbone(input_ids, attention_mask, decoder_input_ids, model.side.request) gives the backbone's states"
+                "model.backbone(Inputs(source_BS=..., source_mask_BS=..., target_BT=...), model.side.request) gives the backbone's states"
             )
         if decoder_input_ids is None:
             if labels is None:
@@ -161,21 +162,21 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **cache_argument(cache))
 
     def encode(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: EncoderState | None = None
-    ) -> tuple[EncoderState, SideEncoderState]:
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: SourceState | None = None
+    ) -> tuple[SourceState, SideEncoderState]:
         """Run both encoders; `source` is what `read` made of the batch, perhaps for several side networks."""
-        encoder = source or self.read(input_ids_BS, attention_mask_BS)
-        return encoder, self.side.encode(selected_stack(encoder.taps, self.side.request), attention_mask_BS)
+        read = source or self.read(input_ids_BS, attention_mask_BS)
+        return read, self.side.encode(selected_stack(read.taps, self.side.request), attention_mask_BS)
 
-    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> EncoderState:
-        """Return what the frozen encoder makes of a batch's source."""
-        return self.backbone.encode(input_ids_BS, attention_mask_BS, self.side.request)
+    def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> SourceState:
+        """Return what the frozen backbone makes of a batch's source."""
+        return self.backbone.read(input_ids_BS, attention_mask_BS, self.side.request)
 
-    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[EncoderState, SideEncoderState], cache: Any | None = None) -> Tensor:
+    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, SideEncoderState], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
-        return self._logits(self.backbone.decode(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
+        return self._logits(self.backbone.extend(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
 
-    def _logits(self, decoder: DecoderState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def _logits(self, decoder: TargetState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
         own = part_of(cache, self.spec.cache_layers, self.side.num_cache_layers)
         logits_BTV: Tensor = self.side.logits(self.backbone.head, decoder, side, own)
         return logits_BTV
@@ -187,7 +188,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)
-        each = self.backbone.each_target(input_ids_BS, attention_mask_BS, targets, self.side.request)
+        several = [Inputs(source_BS=input_ids_BS, source_mask_BS=attention_mask_BS, target_BT=target_BT) for target_BT in targets]
+        each = self.backbone.each_target(several, self.side.request)
         return (scoring.logits(target_BT, taps) for target_BT, taps in zip(targets, each, strict=True))
 
     @torch.no_grad()
@@ -199,7 +201,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         inputs: Tensor | None = None,
         synced_gpus: bool | None = None,
         use_cache: bool = True,
-        source: EncoderState | None = None,
+        source: SourceState | None = None,
         **options: Any,
     ) -> Any:
         """Return generated ids (B, T), start token first; `source` is what `read` made of the batch, `options` are transformers'.
@@ -215,7 +217,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return super().generate(
             input_ids,
             attention_mask=attention_mask,
-            encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final_BSD, side_state=side.final_BSR),
+            encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final, side_state=side.final_BSR),
             use_cache=use_cache,
             # Where blocks are gathered from all ranks, one that is done goes on until all are.
             synced_gpus=bool(synced_gpus) or (self.backbone.replica.in_step and self.backbone.replica.count > 1),
@@ -243,11 +245,11 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             "encoder_outputs": kwargs["encoder_outputs"],
         }
 
-    def _state_of(self, output: LadderEncoderOutput, attention_mask_BS: Tensor) -> tuple[EncoderState, SideEncoderState]:
+    def _state_of(self, output: LadderEncoderOutput, attention_mask_BS: Tensor) -> tuple[SourceState, SideEncoderState]:
         assert output.last_hidden_state is not None and output.side_state is not None
         nothing = StackTaps(layers=(), embedding=output.last_hidden_state[:, :0], hidden=())  # the side encoder has read its taps
-        encoder = EncoderState(taps=nothing, final_BSD=output.last_hidden_state, attention_mask_BS=attention_mask_BS)
-        return encoder, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
+        source = SourceState(taps=nothing, final=output.last_hidden_state, source_mask_BS=attention_mask_BS)
+        return source, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
 
 
 class LadderScoring:
@@ -262,8 +264,8 @@ class LadderScoring:
         """Return logits (B, T, V); `taps`: what the backbone makes of these decoder inputs and the rows' source."""
         side = self._model.side
         own = select(taps, side.request)
-        self._source = self._source or side.encode(own.encoder, own.attention_mask_BS)
-        return self._model._logits(DecoderState(taps=own.decoder, final_BTD=own.decoder_final_BTD), self._source)
+        self._source = self._source or side.encode(own.source, own.source_mask_BS)
+        return self._model._logits(TargetState(taps=own.target, final_BTD=own.final_BTD), self._source)
 
 
 class LadderModel(Ladder):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import BackboneSpec, DecoderState, FrozenHead, StackTaps, TapRequest, Taps
+from lst_scale.backbone.taps import BackboneSpec, FrozenHead, StackTaps, TapRequest, Taps, TargetState
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.adapter import AdapterStack
 from lst_scale.side.designs.cross_attention import CrossAttentionStack
@@ -45,7 +45,7 @@ class SideNetwork(nn.Module):
     @staticmethod
     def request_of(config: LadderConfig) -> TapRequest:
         """Return which states a side network of this configuration reads."""
-        return TapRequest(layers=tuple(config.side_layers), decoder_final=config.merge_last, storage=config.tap_storage)
+        return TapRequest(layers=tuple(config.side_layers), target_final=config.merge_last, storage=config.tap_storage)
 
     @property
     def encoder_width(self) -> int:
@@ -68,15 +68,15 @@ class SideNetwork(nn.Module):
 
     def forward(self, taps: Taps) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""
-        encoder = self.encode(taps.encoder, taps.attention_mask_BS)
-        return self.decode(DecoderState(taps=taps.decoder, final_BTD=taps.decoder_final_BTD), encoder)
+        encoder = self.encode(taps.source, taps.source_mask_BS)
+        return self.decode(TargetState(taps=taps.target, final_BTD=taps.final_BTD), encoder)
 
     def encode(self, taps: StackTaps, attention_mask_BS: Tensor) -> SideEncoderState:
         with self._precision(taps):
             final_BSR = self.encoder(taps, None, attention_mask_BS)
         return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=attention_mask_BS)
 
-    def decode(self, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def decode(self, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return hidden states (B, T, D) of the given positions; with a cache, which holds its own layers alone, of the new ones."""
         with self._precision(decoder.taps):
             final_BTR = self.decoder(decoder.taps, encoder, None, cache)
@@ -88,7 +88,7 @@ class SideNetwork(nn.Module):
                 hidden_BTD = hidden_BTD + final_BTD if self.merge_gate is None else self.merge_gate(hidden_BTD, final_BTD)
         return hidden_BTD
 
-    def logits(self, head: FrozenHead, decoder: DecoderState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def logits(self, head: FrozenHead, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V), by the backbone's head, of what `decode` returns."""
         return head(self.decode(decoder, encoder, cache))
 

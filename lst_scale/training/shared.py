@@ -31,7 +31,7 @@ from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import SharedPasses, ladder_config
+from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.runs.logs import Logger
 from lst_scale.side.loss import shift_right
@@ -147,8 +147,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
             batch = next(batches, None)
             if batch is None:
                 continue
-            decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec).to(world.device)
-            backbone(batch.input_ids_BS.to(world.device), batch.attention_mask_BS.to(world.device), decoder_input_ids_BT, request)
+            taps_of(backbone, batch, request)
         backbone.cache.flush()
         backbone.close()
     distributed.barrier()
@@ -216,7 +215,7 @@ def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], wor
         _check_quantization(live, splits["train"], recipe, logger)
 
     backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
-    rows = [(torch.tensor(s), _decoder_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
+    rows = [(torch.tensor(s), _target_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
     writes = backbone.claim_rows(rows, world)
     missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
     if writes:
@@ -228,7 +227,7 @@ def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], wor
     return backbone
 
 
-def _decoder_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
+def _target_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
     return shift_right(torch.tensor([labels]), backbone.spec)[0]
 
 
@@ -237,8 +236,5 @@ def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Re
     if backbone.identity.precision not in QUANTIZED:
         return
     batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
-    decoder_input_ids_BT = shift_right(batch.labels_BT, backbone.spec)
-    report = check_quantization(
-        backbone, batch.input_ids_BS, batch.attention_mask_BS, decoder_input_ids_BT, recipe.backbone.max_quantization_error
-    )
+    report = check_quantization(backbone, inputs_of(batch, backbone.spec), recipe.backbone.max_quantization_error)
     logger.say(report.sentence)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from helpers.inputs import inputs_of
 from lst_scale.backbone.cache.backbone import CachingBackbone
 from lst_scale.backbone.cache.load import load_caching
-from lst_scale.backbone.taps import TapRequest
+from lst_scale.backbone.taps import Inputs, TapRequest
 from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.recipe.schema import CacheRecipe
 from lst_scale.system import distributed
 
-REQUEST = TapRequest(layers=(0, 2), decoder_final=True)
-Inputs = tuple[Tensor, Tensor, Tensor]
+REQUEST = TapRequest(layers=(0, 2), target_final=True)
 
 
 def batches(count: int) -> list[Inputs]:
@@ -25,7 +24,7 @@ def batches(count: int) -> list[Inputs]:
         ids, targets = torch.randint(5, 4000, (3, 9), generator=draw), torch.randint(5, 4000, (3, 4), generator=draw)
         mask = (torch.arange(9)[None] < torch.tensor([[6], [4], [9]])).long()
         targets[1, 2:] = targets[2, 3:] = targets[:, 0] = 0
-        found.append((ids * mask, mask, targets))
+        found.append(inputs_of(ids * mask, mask, targets, (4, 2, 3)))
     return found
 
 

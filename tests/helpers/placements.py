@@ -7,6 +7,7 @@ import json
 import torch
 import yaml
 
+from helpers.inputs import inputs_of
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.recipe.backbone import BackboneRecipe
@@ -29,8 +30,8 @@ def compare(arguments: list[str]) -> None:
     """Print one JSON line an item; arguments: checkpoint, folder for block files, then PLACEMENT:PRECISION with PLACEMENT in YAML..."""
     checkpoint, folder, *items = arguments
     world = distributed.connect()
-    request = TapRequest(layers=LAYERS, decoder_final=True)
-    inputs = rows(world.rank)
+    request = TapRequest(layers=LAYERS, target_final=True)
+    inputs = inputs_of(*rows(world.rank))
     for item in items:
         text, precision = item.rsplit(":", 1)
         placement = yaml.safe_load(text)
@@ -43,11 +44,11 @@ def compare(arguments: list[str]) -> None:
         found = make(placement)
         worst = 0.0
         for _ in range(2):  # the second pass begins with blocks that the first left behind
-            a, b = expected(*inputs, request), found(*inputs, request)
-            pairs = list(zip(a.encoder.hidden + a.decoder.hidden, b.encoder.hidden + b.decoder.hidden, strict=True))
-            pairs += [(a.encoder.embedding, b.encoder.embedding), (a.decoder_final_BTD, b.decoder_final_BTD)]
-            masks = [inputs[1].bool()] * len(LAYERS) + [torch.ones_like(inputs[2]).bool()] * len(LAYERS)
-            masks += [inputs[1].bool(), torch.ones_like(inputs[2]).bool()]
+            a, b = expected(inputs, request), found(inputs, request)
+            pairs = list(zip(a.source.hidden + a.target.hidden, b.source.hidden + b.target.hidden, strict=True))
+            pairs += [(a.source.embedding, b.source.embedding), (a.final_BTD, b.final_BTD)]
+            masks = [inputs.source_mask_BS.bool()] * len(LAYERS) + [torch.ones_like(inputs.target_BT).bool()] * len(LAYERS)
+            masks += [inputs.source_mask_BS.bool(), torch.ones_like(inputs.target_BT).bool()]
             for (x, y), mask in zip(pairs, masks, strict=True):
                 x, y = x.float(), y.float()
                 assert x.shape == y.shape and not y.requires_grad

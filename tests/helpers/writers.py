@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from lst_scale.backbone.cache.key import CacheKey
-from lst_scale.backbone.cache.store import TapCache, encoder_digest
+from lst_scale.backbone.cache.store import TapCache
+from lst_scale.backbone.inputs import source_digest
 
 KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")
 
@@ -19,7 +20,7 @@ def states(tokens: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def digest_of(row: int) -> bytes:
-    return encoder_digest(torch.tensor([row]))
+    return source_digest(torch.tensor([row]))
 
 
 def write_for_ever(arguments: list[str]) -> None:

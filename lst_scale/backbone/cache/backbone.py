@@ -20,19 +20,20 @@ from torch import Tensor
 from lst_scale.backbone.cache.claim import Claim, name_of
 from lst_scale.backbone.cache.lazy import LazyBackbone
 from lst_scale.backbone.cache.reader import Read, TapReader, Wanted
-from lst_scale.backbone.cache.store import TapCache, decoder_digest, encoder_digest
+from lst_scale.backbone.cache.store import TapCache
 from lst_scale.backbone.cache.write_lock import WriteLock
+from lst_scale.backbone.inputs import Inputs, source_digest, target_digest
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
-    DecoderState,
-    EncoderState,
     FrozenHead,
     Replica,
+    SourceState,
     StackTaps,
     TapRequest,
     Taps,
+    TargetState,
     joined,
     select,
 )
@@ -64,7 +65,7 @@ class CachingBackbone:
         self._embedding_VD, self._live = embedding_VD, LazyBackbone(load)
         self.rows_read, self.rows_run = 0, 0
         # Rows are stored with the taps of all members of a run; each is given its own.
-        self._whole = TapRequest(layers=cache.key.layers, decoder_final=cache.key.decoder_final)
+        self._whole = TapRequest(layers=cache.key.layers, target_final=cache.key.decoder_final)
         self._reader = TapReader(cache, pinned=self.device.type == "cuda")
         self.lock = WriteLock()
 
@@ -92,17 +93,17 @@ class CachingBackbone:
         ends = {t.data_ptr(): t.numel() * t.element_size() for t in (self._embedding_VD, self.head.weight_VD)}
         return sum(ends.values())
 
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState:
-        return self.live.encode(input_ids_BS, attention_mask_BS, request)
+    def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
+        return self.live.read(source_BS, source_mask_BS, request)
 
-    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
-        return self.live.decode(decoder_input_ids_BT, encoder, request, cache)
+    def extend(self, target_BT: Tensor, source: SourceState, request: TapRequest, cache: Any | None = None) -> TargetState:
+        return self.live.extend(target_BT, source, request, cache)
 
     reads_ahead = True
 
-    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+    def prefetch(self, inputs: Inputs) -> None:
         """Begin to read the batch that will be asked for next. Nothing but time depends on it: another may be asked for, too."""
-        self._reader.prefetch(self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT))
+        self._reader.prefetch(_wanted(inputs))
 
     def facts(self) -> dict[str, Any]:
         """Return how many rows were read and run, once what was written is on the disk."""
@@ -115,87 +116,65 @@ class CachingBackbone:
         self.lock.release()
 
     @torch.no_grad()
-    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
-        wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
-        found = self._reader.read(wanted)
+    def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
+        found = self._reader.read(_wanted(inputs))
         if found is not None:
-            self.rows_read += len(wanted.encoder)
-            return select(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
-        taps = self.live(input_ids_BS, attention_mask_BS, decoder_input_ids_BT, self._whole)
-        self.rows_run += len(wanted.encoder)
-        self._write(wanted, taps)
+            self.rows_read += len(inputs.keys.sources)
+            return select(self._assemble(found, inputs), request)
+        taps = self.live(inputs, self._whole)
+        self._write(inputs, taps)
         return select(taps, request)
 
     @torch.no_grad()
-    def each_target(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
-    ) -> Iterator[Taps]:
-        """Yield the taps of several decoder inputs of one source, which is read, or run, once."""
+    def each_target(self, several: Sequence[Inputs], request: TapRequest) -> Iterator[Taps]:
+        """Yield the taps of several targets of the same sources, which are read, or run, once."""
         read: list[Tensor] | None = None
-        live: EncoderState | None = None
-        for decoder_input_ids_BT in targets:
-            wanted = self._wanted(input_ids_BS, attention_mask_BS, decoder_input_ids_BT)
-            found = self._reader.read_beside(read, wanted)
+        live: SourceState | None = None
+        for inputs in several:
+            found = self._reader.read_beside(read, _wanted(inputs))
             if found is not None:
                 read = found[0]
-                self.rows_read += len(wanted.encoder)
-                yield select(self._assemble(found, input_ids_BS, attention_mask_BS, decoder_input_ids_BT), request)
+                self.rows_read += len(inputs.keys.sources)
+                yield select(self._assemble(found, inputs), request)
                 continue
-            live = live or self.live.encode(input_ids_BS, attention_mask_BS, self._whole)
-            taps = joined(live, self.live.decode(decoder_input_ids_BT, live, self._whole))
-            self.rows_run += len(wanted.encoder)
-            self._write(wanted, taps)
+            live = live or self.live.read(inputs.source_BS, inputs.source_mask_BS, self._whole)
+            taps = joined(live, self.live.extend(inputs.target_BT, live, self._whole))
+            self._write(inputs, taps)
             yield select(taps, request)
 
     def claim_rows(self, rows: Sequence[tuple[Tensor, Tensor]], world: World) -> bool:
-        """Claim the writing of these rows (source ids and decoder ids, without padding); return whether this run has it.
+        """Claim the writing of these rows (source ids and target ids, without padding); return whether this run has it.
 
         All ranks must call it, and all write or none does. A run of one process asks again whenever it had to run a batch: the one that
         writes may have ended.
         """
-        return self.lock.claim(Claim(self.cache.folder, name_of(decoder_digest(source, target) for source, target in rows)), world)
+        return self.lock.claim(Claim(self.cache.folder, name_of(target_digest(source, target) for source, target in rows)), world)
 
-    def known(self, input_ids: Tensor, decoder_input_ids: Tensor) -> bool:
+    def known(self, source: Tensor, target: Tensor) -> bool:
         """Whether a row's taps are in the cache; ids without padding."""
-        return encoder_digest(input_ids) in self.cache and decoder_digest(input_ids, decoder_input_ids) in self.cache
+        return source_digest(source) in self.cache and target_digest(source, target) in self.cache
 
-    def _wanted(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Wanted:
-        sources = [row[mask.bool()] for row, mask in zip(input_ids_BS.cpu(), attention_mask_BS.cpu(), strict=True)]
-        targets = [_without_padding(row, self.spec) for row in decoder_input_ids_BT.cpu()]
-        return Wanted(
-            encoder=tuple(encoder_digest(source) for source in sources),
-            decoder=tuple(decoder_digest(source, target) for source, target in zip(sources, targets, strict=True)),
-            source_lengths=tuple(map(len, sources)),
-            target_lengths=tuple(map(len, targets)),
-            width=(input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]),
-        )
-
-    def _write(self, wanted: Wanted, taps: Taps) -> None:
+    def _write(self, inputs: Inputs, taps: Taps) -> None:
+        keys = inputs.keys
+        self.rows_run += len(keys.sources)
         if not self.lock.held():
             return
-        final = [] if taps.decoder_final_BTD is None else [taps.decoder_final_BTD]
-        for row, (source, target) in enumerate(zip(wanted.source_lengths, wanted.target_lengths, strict=True)):
-            self.cache.write(wanted.encoder[row], [tap[row, :source] for tap in taps.encoder.tensors])
-            self.cache.write(wanted.decoder[row], [tap[row, :target] for tap in (*taps.decoder.tensors, *final)])
+        final = [] if taps.final_BTD is None else [taps.final_BTD]
+        for row, (source, target) in enumerate(zip(keys.source_lengths, keys.target_lengths, strict=True)):
+            self.cache.write(keys.sources[row], [tap[row, :source] for tap in taps.source.tensors])
+            self.cache.write(keys.targets[row], [tap[row, :target] for tap in (*taps.target.tensors, *final)])
 
-    def _assemble(self, found: Read, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> Taps:
-        encoder, decoder = ([state.to(self.device, non_blocking=True) for state in stack] for stack in found)
-        final = decoder.pop() if self.cache.key.decoder_final else None
+    def _assemble(self, found: Read, inputs: Inputs) -> Taps:
+        source, target = ([state.to(self.device, non_blocking=True) for state in states] for states in found)
+        final = target.pop() if self.cache.key.decoder_final else None
         layers = self.cache.key.layers
         return Taps(
-            encoder=StackTaps(layers=layers, embedding=self._embedding_VD[input_ids_BS], hidden=tuple(encoder)),
-            decoder=StackTaps(layers=layers, embedding=self._embedding_VD[decoder_input_ids_BT], hidden=tuple(decoder)),
-            attention_mask_BS=attention_mask_BS,
-            decoder_final_BTD=final,
+            source=StackTaps(layers=layers, embedding=self._embedding_VD[inputs.source_BS], hidden=tuple(source)),
+            target=StackTaps(layers=layers, embedding=self._embedding_VD[inputs.target_BT], hidden=tuple(target)),
+            source_mask_BS=inputs.source_mask_BS,
+            final_BTD=final,
         )
 
 
-def _without_padding(decoder_input_ids_T: Tensor, spec: BackboneSpec) -> Tensor:
-    """Cut a row to the positions whose output is a label: the same ids whatever the batch's width.
-
-    Labels moved right lose their last column, so the end token stays in rows that are shorter than their batch and goes from the longest.
-    The start token, which may be the padding id, stays.
-    """
-    real = (decoder_input_ids_T[1:] != spec.pad_token_id).nonzero()
-    length = int(real[-1]) + 2 if len(real) else 1
-    return decoder_input_ids_T[: length - 1 if length > 1 and decoder_input_ids_T[length - 1] == spec.eos_token_id else length]
+def _wanted(inputs: Inputs) -> Wanted:
+    return Wanted(keys=inputs.keys, width=(inputs.source_BS.shape[1], inputs.target_BT.shape[1]))

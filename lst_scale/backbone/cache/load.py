@@ -49,7 +49,7 @@ def load_caching(
         fingerprint=identity.fingerprint,
         precision=identity.precision,
         layers=wanted.layers,
-        decoder_final=wanted.decoder_final,
+        decoder_final=wanted.target_final,
         d_model=checkpoint.spec.d_model,
         dtype=cache.dtype,
     )

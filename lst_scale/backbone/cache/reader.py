@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from lst_scale.backbone.cache.store import TapCache
+from lst_scale.backbone.inputs import RowKeys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """A batch as the cache knows it; equal for equal batches."""
 
-    encoder: tuple[bytes, ...]  # digests, one a row
-    decoder: tuple[bytes, ...]
-    source_lengths: tuple[int, ...]
-    target_lengths: tuple[int, ...]
+    keys: RowKeys
     width: tuple[int, int]  # S and T
 
 
-Read = tuple[list[Tensor], list[Tensor]]  # the states of encoder and decoder, each (B, S, D) or (B, T, D), on the CPU
+Read = tuple[list[Tensor], list[Tensor]]  # the states of source and target, each (B, S, D) or (B, T, D), on the CPU
 
 
 class TapReader:
@@ -55,31 +53,31 @@ class TapReader:
         # What was missing may have been written since.
         return found or self._thread.submit(self._read, wanted).result()
 
-    def read_beside(self, encoder: list[Tensor] | None, wanted: Wanted) -> Read | None:
-        """Return a batch whose encoder's states were read before, if they were."""
-        return self._thread.submit(self._read, wanted, encoder).result()
+    def read_beside(self, source: list[Tensor] | None, wanted: Wanted) -> Read | None:
+        """Return a batch whose sources' states were read before, if they were."""
+        return self._thread.submit(self._read, wanted, source).result()
 
-    def _read(self, wanted: Wanted, encoder: list[Tensor] | None = None) -> Read | None:
+    def _read(self, wanted: Wanted, source: list[Tensor] | None = None) -> Read | None:
         """Return a batch, or None when any of it is missing or damaged; nothing is read when something is known to be missing.
 
-        `encoder`: its encoder's states, where they were read before.
+        `source`: its sources' states, where they were read before.
         """
         if not self._has(wanted):
             self.cache.refresh()  # another process may have written it since
             if not self._has(wanted):
                 return None
-        layers = len(self.cache.key.layers)
-        encoder = encoder or self._read_stack(wanted.encoder, wanted.source_lengths, wanted.width[0], layers)
-        if encoder is None:
+        keys, layers = wanted.keys, len(self.cache.key.layers)
+        source = source or self._read_states(keys.sources, keys.source_lengths, wanted.width[0], layers)
+        if source is None:
             return None
-        decoder = self._read_stack(wanted.decoder, wanted.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
-        return None if decoder is None else (encoder, decoder)
+        target = self._read_states(keys.targets, keys.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
+        return None if target is None else (source, target)
 
     def _has(self, wanted: Wanted) -> bool:
-        return all(digest in self.cache for digest in (*wanted.encoder, *wanted.decoder))
+        return all(digest in self.cache for digest in (*wanted.keys.sources, *wanted.keys.targets))
 
-    def _read_stack(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
-        """Return one stack's states, read straight into batches; padding is zero, which masked attention never sees."""
+    def _read_states(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
+        """Return the states of sources or of targets, read straight into batches; padding is zero, which masked attention never sees."""
         shape = (len(digests), width, self.cache.key.d_model)
         batches = [torch.empty(shape, dtype=self.cache.floating, pin_memory=self._pinned) for _ in range(states)]
         for row, (digest, length) in enumerate(zip(digests, lengths, strict=True)):

@@ -15,7 +15,6 @@ Shapes: L tokens (source or target), K states, D = d_model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -37,17 +36,6 @@ from lst_scale.system.durable import write_file
 
 RECORD = struct.Struct("<16sQII")  # digest, offset, tokens, CRC-32 of the payload
 STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
-
-
-def encoder_digest(input_ids: Tensor) -> bytes:
-    """Return the name of a row's encoder taps; `input_ids` without padding."""
-    return hashlib.blake2b(b"e" + _id_bytes(input_ids), digest_size=16).digest()
-
-
-def decoder_digest(input_ids: Tensor, decoder_input_ids: Tensor) -> bytes:
-    """Return the name of a row's decoder taps."""
-    both = _id_bytes(input_ids) + b"|" + _id_bytes(decoder_input_ids)
-    return hashlib.blake2b(b"d" + both, digest_size=16).digest()
 
 
 class TapCache:
@@ -272,7 +260,3 @@ def _time_of(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _id_bytes(ids: Tensor) -> bytes:
-    return bytes(ids.to("cpu", torch.int32).contiguous().numpy().data)

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lst_scale.backbone.placement import tensor_parallel
 from lst_scale.backbone.placement.meta import MetaBackbone, finish
 from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.backbone.taps import Replica, StackTaps, TapRequest, Taps
+from lst_scale.backbone.taps import Inputs, Replica, StackTaps, TapRequest, Taps
 from lst_scale.backbone.weights import assemble
 from lst_scale.backbone.weights import precision as precisions
 from lst_scale.errors import ArgumentError
@@ -25,19 +23,18 @@ class GroupedBackbone(LocalBackbone):
 
     group: Group
 
-    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
-        S, T = input_ids_BS.shape[1], decoder_input_ids_BT.shape[1]
+    def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
+        S, T = inputs.source_BS.shape[1], inputs.target_BT.shape[1]
         pad = self.spec.pad_token_id
-        all_ids, own = self.group.gather_rows(input_ids_BS, pad)
-        all_mask, _ = self.group.gather_rows(attention_mask_BS, 0)
-        all_decoder_ids, _ = self.group.gather_rows(decoder_input_ids_BT, pad)
-        taps = super().__call__(all_ids, all_mask, all_decoder_ids, request)
-        final = taps.decoder_final_BTD
+        source, own = self.group.gather_rows(inputs.source_BS, pad)
+        mask, _ = self.group.gather_rows(inputs.source_mask_BS, 0)
+        target, _ = self.group.gather_rows(inputs.target_BT, pad)
+        taps = super().__call__(Inputs(source_BS=source, source_mask_BS=mask, target_BT=target), request)
         return Taps(
-            encoder=_rows(taps.encoder, own, S),
-            decoder=_rows(taps.decoder, own, T),
-            attention_mask_BS=attention_mask_BS,
-            decoder_final_BTD=None if final is None else final[own, :T].clone(),
+            source=_rows(taps.source, own, S),
+            target=_rows(taps.target, own, T),
+            source_mask_BS=inputs.source_mask_BS,
+            final_BTD=None if taps.final_BTD is None else taps.final_BTD[own, :T].clone(),
         )
 
 

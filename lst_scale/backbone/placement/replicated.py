@@ -17,13 +17,14 @@ from lst_scale.backbone.placement.prefetch import Prefetcher
 from lst_scale.backbone.taps import (
     BackboneIdentity,
     BackboneSpec,
-    DecoderState,
-    EncoderState,
+    Inputs,
     Replica,
+    SourceState,
     StackTaps,
     Tap,
     TapRequest,
     Taps,
+    TargetState,
     cast_tap,
     joined,
 )
@@ -112,39 +113,32 @@ class LocalBackbone:
         return sum(tensors.values()) + (self.conveyor.resident_bytes if self.conveyor is not None else 0)
 
     @torch.no_grad()
-    def encode(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, request: TapRequest) -> EncoderState:
-        """Run the encoder on token ids (B, S); mask 1 = token, 0 = padding."""
-        embedding_BSD = self.embed(input_ids_BS)
+    def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
+        embedding_BSD = self.embed(source_BS)
         with _capture(self.blocks[0], request, self.family) as hidden:
-            final_BSD = self.family.read(self._model, embedding_BSD, attention_mask_BS)
+            final = self.family.read(self._model, embedding_BSD, source_mask_BS)
         taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
-        return EncoderState(taps=taps, final_BSD=final_BSD, attention_mask_BS=attention_mask_BS)
+        return SourceState(taps=taps, final=final, source_mask_BS=source_mask_BS)
 
     @torch.no_grad()
-    def decode(self, decoder_input_ids_BT: Tensor, encoder: EncoderState, request: TapRequest, cache: Any | None = None) -> DecoderState:
-        """Run the decoder on token ids (B, T); with a cache, on the new positions only. Blocks that nobody reads are not run."""
-        embedding_BTD, blocks = self.embed(decoder_input_ids_BT), self.blocks[1]
-        needed = len(blocks) if request.decoder_final else request.layers[-1] + 1
+    def extend(self, target_BT: Tensor, source: SourceState, request: TapRequest, cache: Any | None = None) -> TargetState:
+        """With a cache, `target_BT` are the new positions only. Blocks that nobody reads are not run."""
+        embedding_BTD, blocks = self.embed(target_BT), self.blocks[1]
+        needed = len(blocks) if request.target_final else request.layers[-1] + 1
         with _capture(blocks, request, self.family) as hidden:
-            final_BTD = self.family.extend(
-                self._model, embedding_BTD, encoder.final_BSD, encoder.attention_mask_BS, cache, num_blocks=needed
-            )
+            final_BTD = self.family.extend(self._model, embedding_BTD, source.final, source.source_mask_BS, cache, num_blocks=needed)
         taps = StackTaps(layers=request.layers, embedding=embedding_BTD, hidden=tuple(hidden))
-        return DecoderState(taps=taps, final_BTD=final_BTD if request.decoder_final else None)
+        return TargetState(taps=taps, final_BTD=final_BTD if request.target_final else None)
 
-    def __call__(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor, request: TapRequest) -> Taps:
-        """Return all that a side network reads of one batch."""
-        encoder = self.encode(input_ids_BS, attention_mask_BS, request)
-        decoder = self.decode(decoder_input_ids_BT, encoder, request)
-        return joined(encoder, decoder)
+    def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
+        source = self.read(inputs.source_BS, inputs.source_mask_BS, request)
+        return joined(source, self.extend(inputs.target_BT, source, request))
 
     @torch.no_grad()
-    def each_target(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor], request: TapRequest
-    ) -> Iterator[Taps]:
-        encoder = self.encode(input_ids_BS, attention_mask_BS, request)
-        for decoder_input_ids_BT in targets:
-            yield joined(encoder, self.decode(decoder_input_ids_BT, encoder, request))
+    def each_target(self, several: Sequence[Inputs], request: TapRequest) -> Iterator[Taps]:
+        source = self.read(several[0].source_BS, several[0].source_mask_BS, request)
+        for inputs in several:
+            yield joined(source, self.extend(inputs.target_BT, source, request))
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -154,7 +148,7 @@ class LocalBackbone:
 
     reads_ahead = False
 
-    def prefetch(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, decoder_input_ids_BT: Tensor) -> None:
+    def prefetch(self, inputs: Inputs) -> None:
         """Do nothing: what is run is not read."""
 
 

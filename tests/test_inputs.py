@@ -1,0 +1,52 @@
+"""By what a cache knows a row: its token ids alone, hashed once, where they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.inputs import inputs_of
+from helpers.tiny import tiny_ladder
+from lst_scale.backbone import inputs as module
+from lst_scale.data.batches import Batch
+from lst_scale.methods.lst import inputs_of as of_batch
+
+SOURCES = ["359c909618f9b85d827914fe3a0f50a3", "03f6b489f717338dd504311f6b8beb2f"]  # as the first caches on disk have them
+TARGETS = ["b05e314be40bfaa28d1ff5ba8c8e938e", "fd743d2236aebb0ec2b17998acf24b49"]
+
+
+def padded(more: int) -> Batch:
+    """Return rows of the sources 5 6 1 and 4 1 and the labels 7 8 1 and 9 1, padded to 3 tokens and some more."""
+    rows = {"input_ids_BS": [[5, 6, 1], [4, 1, 0]], "attention_mask_BS": [[1, 1, 1], [1, 1, 0]], "labels_BT": [[7, 8, 1], [9, 1, -100]]}
+    fill = {"input_ids_BS": 0, "attention_mask_BS": 0, "labels_BT": -100}
+    tensors = {name: torch.nn.functional.pad(torch.tensor(row), (0, more), value=fill[name]) for name, row in rows.items()}
+    return Batch(indices=(0, 1), target_lengths=(3, 2), **tensors)
+
+
+@pytest.mark.parametrize("more", [0, 4])
+def test_a_row_has_the_name_that_it_has_had_whatever_its_batch_is_padded_to(more: int) -> None:
+    keys = of_batch(padded(more), tiny_ladder().spec).keys
+    assert ([key.hex() for key in keys.sources], [key.hex() for key in keys.targets]) == (SOURCES, TARGETS)
+    assert (keys.source_lengths, keys.target_lengths) == ((3, 2), (3, 2))
+
+
+def test_a_label_that_is_scored_has_the_name_of_the_same_label_trained_on() -> None:
+    inputs = of_batch(padded(2), tiny_ladder().spec)
+    assert inputs.with_target(torch.tensor([0, 7, 8])).keys.targets[0].hex() == TARGETS[0]
+    assert inputs.with_target(torch.tensor([0, 9])).keys.targets[1].hex() == TARGETS[1]
+
+
+def test_ids_are_hashed_once_and_where_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = of_batch(padded(0), tiny_ladder().spec)
+    hashed: list[Tensor] = []
+    make = module.source_digest
+    monkeypatch.setattr(module, "source_digest", lambda ids: hashed.append(ids) or make(ids))  # type: ignore[func-returns-value]
+    there = here.to(torch.device("meta"))  # from which no id could come back
+    assert there.keys is here.keys and there.to(torch.device("meta")).keys is here.keys and len(hashed) == 2
+    assert there.with_target(torch.tensor([0, 9])).keys.sources == here.keys.sources
+
+
+def test_left_padding_is_no_part_of_a_source() -> None:
+    left = inputs_of(torch.tensor([[0, 0, 4, 1]]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 9]]))
+    assert left.keys.sources[0].hex() == SOURCES[1] and left.keys.targets[0].hex() == TARGETS[1]
