@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from lst_scale.data.ahead import Ahead
 from lst_scale.data.batches import Batch, Step, evaluation_batches, training_steps
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.tasks import load_task
 from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.errors import DataError
 from lst_scale.recipe.schema import parse_recipe
 
 RECIPE = "{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst, side_layers: [1, 2]}}"
@@ -85,3 +88,20 @@ EVALUATED = ["f0cd1f5161d6dc67e8c0", "ca9dfad4b1239da95080"]
 def test_rows_are_evaluated_in_the_order_and_the_padding_that_lists_gave() -> None:
     split = encoded("text", 331)
     assert [digest_of(evaluation_batches(split, batch_size=16, rank=rank, world_size=2, equally_many=True)) for rank in (0, 1)] == EVALUATED
+
+
+def test_a_step_is_made_before_it_is_asked_for_and_what_fails_in_the_thread_is_raised_where_it_is_asked_for() -> None:
+    made: dict[int, threading.Event] = {number: threading.Event() for number in range(4)}
+
+    def make(number: int) -> int:
+        made[number].set()
+        if number == 2:
+            raise DataError("row 2")
+        return number * 10
+
+    steps = Ahead(make, 4)
+    assert steps[0] == 0 and made[1].wait(60) and not made[2].is_set()
+    assert steps[1] == 10
+    with pytest.raises(DataError, match="row 2"):
+        steps[2]
+    assert steps[3] == 30

@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from lst_scale.data.batches import FILLER, IGNORED, evaluation_batches, merge_predictions, training_steps
+from lst_scale.data.columns import Ids
 from lst_scale.data.encode import EncodedSplit, answer_in, encode
 from lst_scale.data.metrics import METRICS
 from lst_scale.data.scores import majority_score, score
@@ -24,7 +25,9 @@ from lst_scale.recipe.task import FileTask
 def split_of(count: int) -> EncodedSplit:
     draw = random.Random(count)
     ids = [[3 + row] * draw.randint(1, 30) for row in range(count)]
-    return EncodedSplit(rows=[Row("", "")] * count, input_ids=ids, labels=[[row + 3, 1] for row in range(count)], pad_token_id=0)
+    return EncodedSplit(
+        rows=[Row("", "")] * count, input_ids=Ids.of(ids), labels=Ids.of([row + 3, 1] for row in range(count)), pad_token_id=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_a_session_knows_the_next_micro_batch_across_steps_and_epochs(tiny_t5_di
         folder=tmp_path,
         identity={},
     )
-    asked = [(step, index) for step in range(plan.total_steps) for index in range(len(trainer._step(step).micro_batches))]
+    asked = [(step, index) for step in range(plan.total_steps) for index in range(len(trainer._steps[step].micro_batches))]
     following = [trainer._after(step, index) for step, index in asked]
-    expected = [trainer._step(step).micro_batches[index].indices for step, index in asked]
+    expected = [trainer._steps[step].micro_batches[index].indices for step, index in asked]
     assert len(asked) == 24 and following[-1] is None
     assert [batch.indices for batch in following[:-1] if batch is not None] == expected[1:]

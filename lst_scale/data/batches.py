@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
 
 T = TypeVar("T")
@@ -48,7 +50,7 @@ class Step:
 class MicroBatches(Sequence[Batch]):
     """Batches that are padded when they are asked for, so that a resume builds none of those before it."""
 
-    def __init__(self, split: EncodedSplit, groups: list[list[int]]) -> None:
+    def __init__(self, split: EncodedSplit, groups: Numbers) -> None:
         self._split, self._groups = split, groups
 
     def __len__(self) -> int:
@@ -58,28 +60,58 @@ class MicroBatches(Sequence[Batch]):
         return collate(self._split, self._groups[index])
 
 
+class Steps(Sequence[Step]):
+    """The steps of one epoch as one rank sees them. What is kept is the order of the rows, an array; a step is made when asked for."""
+
+    def __init__(self, split: EncodedSplit, epoch: Epoch, *, micro_batch_size: int, rank: int, world_size: int) -> None:
+        self._split, self._epoch, self._rank, self._world_size = split, epoch, rank, world_size
+        self._num_groups = -(-epoch.size // (micro_batch_size * world_size)) * world_size
+
+    def __len__(self) -> int:
+        return len(self._epoch)
+
+    def __getitem__(self, index: int) -> Step:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        rows = self._epoch[index]
+        groups = _cut(rows, self._num_groups)[self._rank :: self._world_size]
+        tokens = int(self._split.labels.lengths[rows].sum(dtype=np.int64))
+        return Step(micro_batches=MicroBatches(self._split, groups), num_target_tokens=tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """The global batches of an epoch: which comes when, and the rows of all of them, batch after batch, each sorted by length."""
+
+    batches: Numbers
+    rows: Numbers
+    size: int  # rows of each but one
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Numbers:
+        first = int(self.batches[index]) * self.size
+        return self.rows[first : first + self.size]
+
+
 def training_steps(
     split: EncodedSplit, *, epoch: int, seed: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-) -> list[Step]:
+) -> Steps:
     """Return the steps of one epoch as this rank sees them. Over all ranks every row comes exactly once."""
-    num_groups = -(-global_batch_size // (micro_batch_size * world_size)) * world_size
-    steps = []
-    for rows in global_batches(split, epoch=epoch, seed=seed, size=global_batch_size):
-        groups = _cut(rows, num_groups)
-        tokens = sum(len(split.labels[row]) for row in rows)
-        steps.append(Step(micro_batches=MicroBatches(split, groups[rank::world_size]), num_target_tokens=tokens))
-    return steps
+    order = global_batches(split, epoch=epoch, seed=seed, size=global_batch_size)
+    return Steps(split, order, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
 
 
-def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int) -> list[list[int]]:
-    """Return the row numbers of every global batch of an epoch, each sorted by length, the batches in random order."""
+def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int) -> Epoch:
+    """Return the rows of every global batch of an epoch, each sorted by length, the batches in random order."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split.rows), generator=generator).tolist()
-    batches: list[list[int]] = []
+    order, lengths = torch.randperm(len(split), generator=generator).numpy(), split.input_ids.lengths
     for start in range(0, len(order), size * POOL):
-        pool = sorted(order[start : start + size * POOL], key=lambda row: len(split.input_ids[row]))
-        batches += [pool[first : first + size] for first in range(0, len(pool), size)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        pool = order[start : start + size * POOL]
+        pool[:] = pool[_by_length(lengths[pool])]
+    batches = torch.randperm(-(-len(order) // size), generator=generator).numpy()
+    return Epoch(batches=batches, rows=order.astype(np.int32), size=size)
 
 
 def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world_size: int, equally_many: bool = False) -> Iterator[Batch]:
@@ -87,7 +119,7 @@ def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world
 
     With `equally_many` a rank that has fewer ends with a batch of one filler row.
     """
-    order = sorted(range(len(split.rows)), key=lambda row: len(split.input_ids[row]))
+    order = _by_length(split.input_ids.lengths)
     for first in range(0, len(order), batch_size * world_size):
         start = first + rank * batch_size
         if start < len(order):
@@ -96,10 +128,12 @@ def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world
             yield collate(split, [FILLER])
 
 
-def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
+def collate(split: EncodedSplit, rows: Iterable[int]) -> Batch:
     """Pad rows to the longest among them."""
-    sources = [split.input_ids[row] if row != FILLER else [split.pad_token_id] for row in rows]
-    targets = [split.labels[row] if row != FILLER and split.labels else [IGNORED] for row in rows]
+    indices = tuple(map(int, rows))
+    filler_source, filler_target = np.array([split.pad_token_id]), np.array([IGNORED])
+    sources = [split.input_ids[row] if row != FILLER else filler_source for row in indices]
+    targets = [split.labels[row] if row != FILLER and len(split.labels) else filler_target for row in indices]
     input_ids_BS = _padded(sources, split.pad_token_id)
     # A filler row keeps one visible token: attention over nothing would be undefined.
     lengths = torch.tensor([len(source) for source in sources])
@@ -108,7 +142,7 @@ def collate(split: EncodedSplit, rows: Sequence[int]) -> Batch:
         input_ids_BS=input_ids_BS,
         attention_mask_BS=attention_mask_BS,
         labels_BT=_padded(targets, IGNORED),
-        indices=tuple(rows),
+        indices=indices,
         target_lengths=tuple(map(len, targets)),
     )
 
@@ -123,13 +157,21 @@ def merge_predictions(gathered: Iterable[Iterable[tuple[int, T]]], count: int) -
     return [merged[index] for index in range(count)]
 
 
-def _cut(rows: list[int], num_groups: int) -> list[list[int]]:
+def _by_length(lengths: Numbers) -> Numbers:
+    """Return the places of rows by length; rows of one length stay in order."""
+    return np.argsort(lengths, kind="stable")
+
+
+def _cut(rows: Numbers, num_groups: int) -> Numbers:
     """Cut rows into groups of equal length but for fillers in the last ones."""
     size = -(-len(rows) // num_groups)
-    padded = rows + [FILLER] * (size * num_groups - len(rows))
-    return [padded[start : start + size] for start in range(0, len(padded), size)]
+    padded = np.full(size * num_groups, FILLER, rows.dtype)
+    padded[: len(rows)] = rows
+    return padded.reshape(num_groups, size)
 
 
-def _padded(rows: list[list[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.long)
+def _padded(rows: Sequence[Numbers], fill: int) -> Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(padded)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, join_chunks
 from lst_scale.data.tasks import Row
 from lst_scale.errors import DataError, fence, printable
+
+AT_ONCE = 1024  # rows that the tokenizer is given: it needs 25 KB a row while it works
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +19,88 @@ class EncodedSplit:
     """Token ids of a split. Both sides end with </s>; nothing is padded yet."""
 
     rows: Sequence[Row]
-    input_ids: list[list[int]]
-    labels: list[list[int]]  # empty where targets are not known
+    input_ids: Ids
+    labels: Ids  # empty where targets are not known
     pad_token_id: int
     cut_sources: int = 0  # rows whose source was longer than the limit
     cut_targets: int = 0
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     @property
     def longest_target(self) -> int:
         """How many tokens the longest target has, </s> among them."""
-        return max(map(len, self.labels))
+        return int(self.labels.lengths.max())
 
     def part(self, first: int, end: int) -> EncodedSplit:
         """Return some rows that follow one another, as a split of its own."""
-        return replace(self, rows=self.rows[first:end], input_ids=self.input_ids[first:end], labels=self.labels[first:end])
+        return replace(self, rows=self.rows[first:end], input_ids=self.input_ids.part(first, end), labels=self.labels.part(first, end))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRows:
+    """Token ids of some rows that follow one another."""
+
+    input_ids: Chunk
+    labels: Chunk
+    cut_sources: int
+    cut_targets: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How texts become ids: sources are cut at `max_source_length` tokens, targets at `max_target_length` when given."""
+
+    tokenizer: Any
+    max_source_length: int
+    max_target_length: int | None = None
+    target_prefix: str = ""
+
+    def chunks(self, rows: Iterable[Row]) -> Iterator[EncodedRows]:
+        """Yield the ids of CHUNK rows at a time; the tokenizer is given fewer.
+
+        Raises:
+            DataError: a target has no token at all.
+        """
+        numbers = itertools.count(1, AT_ONCE)
+        for some in by_chunks(rows):
+            parts = [self._encode(part, next(numbers)) for part in by_chunks(some, AT_ONCE)]
+            yield EncodedRows(
+                input_ids=join_chunks([part.input_ids for part in parts]),
+                labels=join_chunks([part.labels for part in parts]),
+                cut_sources=sum(part.cut_sources for part in parts),
+                cut_targets=sum(part.cut_targets for part in parts),
+            )
+
+    def sources(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Return the ids of sources, and how many of these were cut."""
+        with fence(DataError, "the rows can't be tokenized"):
+            ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_source_length).input_ids
+            return ids, _count_cut(texts, ids, self.tokenizer, self.max_source_length)
+
+    def _encode(self, rows: Sequence[Row], first: int) -> EncodedRows:
+        sources, cut_sources = self.sources([row.source for row in rows])
+        targets, cut_targets = self._targets([row.target for row in rows], first)
+        return EncodedRows(input_ids=chunk_of(sources), labels=chunk_of(targets), cut_sources=cut_sources, cut_targets=cut_targets)
+
+    def _targets(self, answers: Sequence[str], first: int) -> tuple[list[list[int]], int]:
+        """Return the ids of targets, and how many of these were cut; `first` is the number of the first one's row."""
+        texts = [target_text(answer, self.target_prefix) for answer in answers]
+        truncated = {"truncation": True, "max_length": self.max_target_length} if self.max_target_length is not None else {}
+        with fence(DataError, "the rows can't be tokenized"):
+            ids = self.tokenizer(text_target=texts, **truncated).input_ids
+            cut = _count_cut(texts, ids, self.tokenizer, self.max_target_length)
+        for number, (target, answer) in enumerate(zip(ids, answers, strict=True), start=first):
+            if not any(token != self.tokenizer.eos_token_id for token in target):
+                raise self._empty(answer, number)
+        return ids, cut
+
+    def _empty(self, answer: str, number: int) -> DataError:
+        shown = printable(repr(answer))
+        if self.max_target_length == 1:
+            return DataError(f"data.max_target_length=1 leaves nothing of the target {shown} but its end: write 2 or more, or remove it")
+        return DataError(f"row {number} has the empty target {shown}; fill it in or remove the row")
 
 
 def encode(
@@ -39,28 +111,30 @@ def encode(
     Raises:
         DataError: a target has no token at all.
     """
-    texts, written = [row.source for row in rows], [target_text(row.target, target_prefix) for row in rows]
-    with fence(DataError, "the rows can't be tokenized"):
-        sources = tokenizer(texts, truncation=True, max_length=max_source_length).input_ids
-        truncated = {"truncation": True, "max_length": max_target_length} if max_target_length is not None else {}
-        targets = tokenizer(text_target=written, **truncated).input_ids
-        cut_sources = _count_cut(texts, sources, tokenizer, max_source_length)
-        cut_targets = _count_cut(written, targets, tokenizer, max_target_length)
-    for number, target in enumerate(targets, start=1):
-        if not any(token != tokenizer.eos_token_id for token in target):
-            answer = printable(repr(rows[number - 1].target))
-            if max_target_length == 1:
-                raise DataError(
-                    f"data.max_target_length=1 leaves nothing of the target {answer} but its end: write 2 or more, or remove it"
-                )
-            raise DataError(f"row {number} has the empty target {answer}; fill it in or remove the row")
+    encoding = Encoding(
+        tokenizer=tokenizer, max_source_length=max_source_length, max_target_length=max_target_length, target_prefix=target_prefix
+    )
+    chunks = list(encoding.chunks(rows))
     return EncodedSplit(
         rows=rows,
-        input_ids=sources,
-        labels=targets,
+        input_ids=Ids([chunk.input_ids for chunk in chunks]),
+        labels=Ids([chunk.labels for chunk in chunks]),
         pad_token_id=tokenizer.pad_token_id,
-        cut_sources=cut_sources,
-        cut_targets=cut_targets,
+        cut_sources=sum(chunk.cut_sources for chunk in chunks),
+        cut_targets=sum(chunk.cut_targets for chunk in chunks),
+    )
+
+
+def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int) -> EncodedSplit:
+    """Tokenize the sources of rows whose targets are not known, as `encode` does."""
+    encoding = Encoding(tokenizer=tokenizer, max_source_length=max_source_length)
+    found = [encoding.sources(some) for some in by_chunks(texts, AT_ONCE)]
+    return EncodedSplit(
+        rows=[Row(text, "") for text in texts],
+        input_ids=Ids.of(row for ids, _ in found for row in ids),
+        labels=Ids([]),
+        pad_token_id=tokenizer.pad_token_id,
+        cut_sources=sum(cut for _, cut in found),
     )
 
 
@@ -70,15 +144,6 @@ def _count_cut(texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: An
         return 0
     full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) >= limit]
     return sum(len(tokens) > limit for tokens in tokenizer(full, verbose=False).input_ids) if full else 0
-
-
-def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int) -> EncodedSplit:
-    """Tokenize the sources of rows whose targets are not known, as `encode` does."""
-    with fence(DataError, "the rows can't be tokenized"):
-        sources = tokenizer(list(texts), truncation=True, max_length=max_source_length).input_ids
-        cut = _count_cut(texts, sources, tokenizer, max_source_length)
-    rows = [Row(text, "") for text in texts]
-    return EncodedSplit(rows=rows, input_ids=sources, labels=[], pad_token_id=tokenizer.pad_token_id, cut_sources=cut)
 
 
 def target_text(answer: str, prefix: str) -> str:

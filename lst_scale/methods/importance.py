@@ -10,6 +10,7 @@ from torch import Tensor
 from lst_scale.backbone.taps import Backbone
 from lst_scale.backbone.weights.checkpoint import open_checkpoint
 from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
+from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.system import distributed
@@ -25,8 +26,8 @@ def task_importance(recipe: Recipe, split: EncodedSplit, backbone: Backbone, wor
     method = recipe.method
     if not isinstance(method, LstRecipe) or method.initialization != "fisher":
         return None
-    order = torch.randperm(len(split.rows), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
-    examples = [Example(input_ids_S=torch.tensor(split.input_ids[row]), labels_T=torch.tensor(split.labels[row])) for row in order]
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
+    examples = [Example(input_ids_S=_tensor(split.input_ids[row]), labels_T=_tensor(split.labels[row])) for row in order]
     tree = recipe.model_dump(mode="json")
     key = {"backbone": backbone.identity.fingerprint, "task": tree["task"], "data": tree["data"], "samples": len(examples)}
     key |= {"seed": recipe.seed}
@@ -39,3 +40,7 @@ def task_importance(recipe: Recipe, split: EncodedSplit, backbone: Backbone, wor
         stored_importance(folder, key, make)
     distributed.barrier()
     return stored_importance(folder, key, make)
+
+
+def _tensor(ids: Numbers) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)

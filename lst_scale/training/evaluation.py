@@ -71,7 +71,7 @@ def each_row(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
     )
     # As many rounds on every rank, so that all can leave together between two batches.
-    for number in range(-(-len(split.rows) // (recipe.batch_size * replica.count))):
+    for number in range(-(-len(split) // (recipe.batch_size * replica.count))):
         distributed.poll_interruption(world)
         batch = next(batches, None)
         replies = yield from reply(batch, Moment(*at, number))
@@ -79,7 +79,7 @@ def each_row(
             mine.extend((row, said) for row, said in zip(batch.indices, replies, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
-    return merge_predictions(by_replica.values(), len(split.rows))
+    return merge_predictions(by_replica.values(), len(split))
 
 
 def generated(

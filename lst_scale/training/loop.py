@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lst_scale.data.ahead import Ahead
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.errors import BackboneError, LstScaleError, TrainingError
@@ -90,7 +91,8 @@ class Trainer:
         self.folder, self.identity = folder, identity
         self._trace = Trace(recipe.logging.profile_steps, folder, world, logger.say if logger is not None else print)
         self._request: int | None = None  # to leave, of any rank, as the last step's sums told
-        self._epochs: dict[int, list[Step]] = {}  # this one and, once its end is near, the next
+        self._epochs: dict[int, Sequence[Step]] = {}  # this one and, once its end is near, the next
+        self._steps = Ahead(self._gather, plan.total_steps)
 
     def session(self, progress: Progress) -> Session[Progress]:
         """Train from `progress` to the end, or until the score has not improved for `training.patience` evaluations."""
@@ -116,7 +118,7 @@ class Trainer:
                 return replace(progress, finished=True)
             try:
                 self._trace.before(progress.step + 1)
-                progress = yield from self._train_step(self._step(progress.step), progress)
+                progress = yield from self._train_step(self._steps[progress.step], progress)
                 self._trace.after(progress.step)
             except Interrupted:  # thrown in while others left: this step was not taken
                 self._keep(progress)
@@ -135,21 +137,22 @@ class Trainer:
         last = progress.step == self.plan.total_steps
         return progress.step > progress.evaluated_at and (progress.step % self.plan.evaluate_every == 0 or last)
 
-    def _step(self, number: int) -> Step:
-        """Return a step by its number; the epochs before the last one asked for but one are forgotten."""
+    def _after(self, number: int, index: int) -> Batch | None:
+        """Return the micro-batch after the given one of step `number`: in it, or the first of the next step."""
+        micro_batches = self._steps[number].micro_batches
+        if index + 1 < len(micro_batches):
+            return micro_batches[index + 1]
+        return self._steps[number + 1].micro_batches[0] if number + 1 < self.plan.total_steps else None
+
+    def _gather(self, number: int) -> Step:
+        """Return a step by its number, with its rows; of the epochs the one before is kept, too. Always called in one thread."""
         epoch, index = divmod(number, self.plan.steps_per_epoch)
         if epoch not in self._epochs:
             self._epochs = {kept: steps for kept, steps in self._epochs.items() if kept == epoch - 1} | {epoch: self._steps_of(epoch)}
-        return self._epochs[epoch][index]
+        step = self._epochs[epoch][index]
+        return replace(step, micro_batches=list(step.micro_batches))
 
-    def _after(self, number: int, index: int) -> Batch | None:
-        """Return the micro-batch after the given one of step `number`: in it, or the first of the next step."""
-        micro_batches = self._step(number).micro_batches
-        if index + 1 < len(micro_batches):
-            return micro_batches[index + 1]
-        return self._step(number + 1).micro_batches[0] if number + 1 < self.plan.total_steps else None
-
-    def _steps_of(self, epoch: int) -> list[Step]:
+    def _steps_of(self, epoch: int) -> Sequence[Step]:
         return training_steps(
             self.train_split,
             epoch=epoch,

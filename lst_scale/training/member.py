@@ -39,7 +39,7 @@ class Member:
     def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
         self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
         world, splits, backbone = shared.world, shared.splits, shared.backbone
-        plan = make_plan(recipe, len(splits["train"].rows), recipe.training.epochs or shared.task.epochs, world.size)
+        plan = make_plan(recipe, len(splits["train"]), recipe.training.epochs or shared.task.epochs, world.size)
         logger.say(
             f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
@@ -117,7 +117,7 @@ class Member:
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(summary_sentence(result, folder))
         if only is not None:
-            self.logger.say(only_answer_sentence(only, split, len(shared.splits[split].rows)))
+            self.logger.say(only_answer_sentence(only, split, len(shared.splits[split])))
         return result
 
     def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:

@@ -25,10 +25,11 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
+from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
-from lst_scale.data.tokenizer import load_tokenizer, refuse_misfit, refuse_unknown_text
+from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
 from lst_scale.methods import check_method
 from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of
@@ -142,7 +143,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
             )
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
         batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
-        for _ in range(-(-len(split.rows) // (size * world.size))):  # as often on every rank, so that all can leave together
+        for _ in range(-(-len(split) // (size * world.size))):  # as often on every rank, so that all can leave together
             distributed.poll_interruption(world)
             batch = next(batches, None)
             if batch is None:
@@ -151,7 +152,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
         backbone.cache.flush()
         backbone.close()
     distributed.barrier()
-    return len(split.rows), backbone.cache.folder
+    return len(split), backbone.cache.folder
 
 
 def load_fitting_tokenizer(recipe: Recipe, task: TaskData) -> tuple[Any, str | None]:
@@ -163,7 +164,7 @@ def load_fitting_tokenizer(recipe: Recipe, task: TaskData) -> tuple[Any, str | N
     """
     checkpoint = recipe.backbone.checkpoint
     tokenizer = load_tokenizer_of(checkpoint, recipe.backbone.revision)
-    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train], checkpoint)
+    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train[:SAMPLED_ROWS]], checkpoint)
     refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
     return tokenizer, unknown
 
@@ -215,7 +216,10 @@ def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], wor
         _check_quantization(live, splits["train"], recipe, logger)
 
     backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
-    rows = [(torch.tensor(s), _target_ids(t, backbone)) for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)]
+    rows = [
+        (torch.tensor(s, dtype=torch.long), _target_ids(t, backbone))
+        for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)
+    ]
     writes = backbone.claim_rows(rows, world)
     missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
     if writes:
@@ -227,14 +231,14 @@ def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], wor
     return backbone
 
 
-def _target_ids(labels: list[int], backbone: CachingBackbone) -> Tensor:
-    return shift_right(torch.tensor([labels]), backbone.spec)[0]
+def _target_ids(labels: Numbers, backbone: CachingBackbone) -> Tensor:
+    return shift_right(torch.tensor(labels, dtype=torch.long)[None], backbone.spec)[0]
 
 
 def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:
     """Compare a quantized backbone with its checkpoint on the first rows, and log what was found."""
     if backbone.identity.precision not in QUANTIZED:
         return
-    batch = collate(split, range(min(CHECKED_ROWS, len(split.rows))))
+    batch = collate(split, range(min(CHECKED_ROWS, len(split))))
     report = check_quantization(backbone, inputs_of(batch, backbone.spec), recipe.backbone.max_quantization_error)
     logger.say(report.sentence)
