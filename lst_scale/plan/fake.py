@@ -20,9 +20,11 @@ from lst_scale.backbone.weights.assemble import compute_dtype
 from lst_scale.data.batches import Batch
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.methods.full import WholeModelTrainee
+from lst_scale.plan.lora import add_lora
+from lst_scale.recipe.schema import LoraRecipe, LstRecipe, Recipe
 from lst_scale.side import loss
-from lst_scale.side.count import Shape
+from lst_scale.side.count import Shape, check_targets
 from lst_scale.side.designs import attention as side_attention
 
 
@@ -65,14 +67,26 @@ def trainee(recipe: Recipe, on: LocalBackbone) -> Trainee:
     """Return the recipe's method. Weights are drawn, not carved out of the backbone: they take the same room."""
     if isinstance(recipe.method, LstRecipe):
         recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"initialization": "random"})})
-    with _unmoved():
+    if isinstance(recipe.method, LoraRecipe):
+        return sized_lora(recipe.method, on)
+    with unmoved():
         found = build_trainee(recipe, on, zero_stage=0)
     found.module.train()
     return found
 
 
+def sized_lora(method: LoraRecipe, on: LocalBackbone) -> Trainee:
+    """Return LoRA without peft."""
+    check_targets(method, on.spec)
+    model = on.give_model()
+    add_lora(model, on.family, method)
+    if method.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return WholeModelTrainee(model.train(), on, bf16=method.precision == "bf16", in_step=False, facts={})
+
+
 @contextlib.contextmanager
-def _unmoved() -> Iterator[None]:
+def unmoved() -> Iterator[None]:
     """Let `Module.to` do nothing: peft moves what it adds to where it is already, and torch refuses to move modules of fake tensors."""
     to = nn.Module.to
     nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
