@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
-from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, worst_of
+from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, packed_otherwise, worst_of
 from lst_scale.recipe.backbone import Replicated
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side.count import Shape
 
+RUN_PACKED = "int8"  # the packing that steps are run in; in another one only the held weights are other
 SHALLOWEST = 2  # the first block of a stack, which holds the position table, and one like all the others
 
 
@@ -23,11 +25,20 @@ def planned(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step needs on each rank, as `footprint` does."""
     depth = shape.spec.depth
     if not _of_one_depth(shape) or depth <= SHALLOWEST + 1 or not isinstance(recipe.backbone.placement, Replicated):
-        return footprint(recipe, shape, setting)
+        return _run(recipe, shape, setting)
     if isinstance(recipe.method, LstRecipe) and recipe.method.side_layers != (depth - 1,):
-        return footprint(recipe, shape, setting)
-    first, second = (footprint(_on_the_last(recipe, number), _of_depth(shape, number), setting) for number in (SHALLOWEST, SHALLOWEST + 1))
+        return _run(recipe, shape, setting)
+    first, second = (_run(_on_the_last(recipe, number), _of_depth(shape, number), setting) for number in (SHALLOWEST, SHALLOWEST + 1))
     return _sum([(first, 1 - (depth - SHALLOWEST)), (second, depth - SHALLOWEST)])
+
+
+@cache
+def _run(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
+    """Return a step's footprint; where only the packing is another than that of a step that was run, without running it again."""
+    if setting.packed in (None, RUN_PACKED):
+        return footprint(recipe, shape, setting)
+    found = _run(recipe, shape, replace(setting, packed=RUN_PACKED))
+    return packed_otherwise(found, recipe, shape, before=RUN_PACKED, after=setting.packed)
 
 
 def _on_the_last(recipe: Recipe, number: int) -> Recipe:

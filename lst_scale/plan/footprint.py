@@ -19,7 +19,7 @@ from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
-from lst_scale.plan.packed import pack
+from lst_scale.plan.packed import pack, packed_bytes
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import load_ds_config
@@ -63,7 +63,8 @@ class Footprint:
 
 def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step of one run needs on each rank."""
-    with FakeTensorMode(), fake.all_labelled(), fake.fused_attention() if setting.on_gpu else contextlib.nullcontext():
+    live = LiveBytes()
+    with FakeTensorMode(), live, fake.all_labelled(), fake.fused_attention() if setting.on_gpu else contextlib.nullcontext():
         placement = recipe.backbone.placement
         shards = placement.shards(setting.world_size)
         backbone = fake.backbone(shape, recipe, shards=shards)
@@ -75,16 +76,21 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
         engine = engine_bytes([p.numel() for p in trained.values()], stage=stage, world_size=setting.world_size)
         # What trains inside the backbone is counted with the engine, the rest of the module with the backbone.
         weights = _resident(recipe, backbone, trainee, setting)
-        live = LiveBytes()
-        with live:
-            for tensor in (*held_tensors(backbone._model), *held_tensors(trainee.module)):
-                live.see(tensor)
-            batch = fake.batch(setting.rows, setting.source, setting.target)
-            live.forget()
-            kept = _step(trainee, batch, live, setting, shards)
+        batch = fake.batch(setting.rows, setting.source, setting.target)
+        live.forget()
+        kept = _step(trainee, batch, live, setting, shards)
     static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}
     moments = {moment: static | _at(live, moment, engine) for moment in MOMENTS}
     return worst_of(moments, kept=kept, trainable=sum(p.numel() for p in trained.values()))
+
+
+def packed_otherwise(found: Footprint, recipe: Recipe, shape: Shape, *, before: str, after: str) -> Footprint:
+    """Return the footprint of a step on packed matrices with these packed otherwise: what both passes do with them is the same."""
+    with FakeTensorMode(), LiveBytes():
+        backbone = fake.backbone(shape, recipe)
+        more = packed_bytes(backbone, after) - packed_bytes(backbone, before)
+    moments = {moment: parts | {WEIGHTS: parts[WEIGHTS] + more} for moment, parts in found.moments.items()}
+    return worst_of(moments, kept=found.kept, trainable=found.trainable)
 
 
 def worst_of(moments: dict[str, dict[str, int]], *, kept: int, trainable: int) -> Footprint:

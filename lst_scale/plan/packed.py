@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.weights import precision as precisions
+from lst_scale.plan.live import nbytes
 
 
 class PackedLinear(nn.Module):
@@ -24,8 +25,8 @@ class PackedLinear(nn.Module):
         self.weight = None  # as in lst_scale/backbone/weights/precision.py
         self.held = precisions.sized_quantized_linear(like, precision)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.out_features, self.in_features, dtype=dtype)
+    def unpacked(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.out_features, self.in_features)
 
     def forward(self, hidden: Tensor) -> Tensor:
         result: Tensor = _Product.apply(hidden.to(torch.bfloat16), self)  # type: ignore[no-untyped-call]
@@ -36,11 +37,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, linear: PackedLinear) -> Tensor:
         ctx.linear = linear
-        return nn.functional.linear(hidden, linear.unpacked(hidden.dtype))
+        return nn.functional.linear(hidden, linear.unpacked(hidden))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0] @ ctx.linear.unpacked(gradients[0].dtype), None
+        return gradients[0] @ ctx.linear.unpacked(gradients[0]), None
+
+
+def packed_bytes(backbone: LocalBackbone, precision: str) -> int:
+    """Return what the matrices of a backbone's blocks take when they are packed."""
+    blocks = (ref.get(backbone._model) for ref in backbone.family.blocks(backbone.spec))
+    linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+    return sum(nbytes(precisions.sized_quantized_linear(linear, precision).buffers()) for linear in linears)
 
 
 def pack(backbone: LocalBackbone, precision: str) -> None:
