@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ class Gpu:
 
     def needed(self, tensors: int) -> int:
         return self.context + int(tensors * (1 + self.fragmentation))
+
+    def room(self, memory: int) -> int:
+        """Return about how many bytes of tensors need `memory`."""
+        return int((memory - self.context) / (1 + self.fragmentation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ def lines(
     for name, ways, where in _ways(members, setting):
         begin(name)
         distinct, count = _distinct(ways), len(ways)
-        peak = cache(partial(_peak, distinct, count, shape))
+        peak = partial(_peak, distinct, count, shape)
         yield Line(name=name, found=peak(where), largest=None if memory is None else largest_rows(peak, where, memory, gpu))
 
 
@@ -146,36 +151,38 @@ def together(found: Sequence[Footprint], count: int) -> Footprint:
 def largest_rows(peak: Callable[[Setting], Footprint], setting: Setting, memory: int, gpu: Gpu | None) -> int:
     """Return the most rows a micro-batch may have; 0: not even one.
 
-    A peak grows almost as a straight line in the rows: each try is where the line through the last two meets the limit.
+    A peak is the highest of straight lines in the rows, one for each moment of the step. So each try is where the line through the last
+    two meets the limit, and a try just on that line says that all is one line up to there, which one row more is not below.
     """
 
-    def needed(rows: int) -> int:
-        tensors = peak(replace(setting, rows=rows)).peak
-        return tensors if gpu is None else gpu.needed(tensors)
+    def fits(tensors: int | Fraction) -> bool:
+        return (tensors if gpu is None else gpu.needed(int(tensors))) <= memory
 
-    low, low_bytes = 1, needed(1)  # fits
-    if low_bytes > memory:
-        return 0
-    high, high_bytes = max(setting.rows, 9), needed(max(setting.rows, 9))
+    limit = memory if gpu is None else gpu.room(memory)
+    standing = sum(peak(setting).parts.get(part, 0) for part in (WEIGHTS, TRAINED, OPTIMIZER))
+    low, high = 0, max(min(MOST_ROWS, MOST_TARGET_TOKENS // setting.target), setting.rows) + 1  # what fits, and what does not
+    tries, rows = [(0, standing)], setting.rows  # no row was tried, and is but a first guess
     for _ in range(TRIES):
-        slope = max((high_bytes - low_bytes) / (high - low), 1.0)
-        room = int((memory - low_bytes) / slope)
-        if high_bytes <= memory:
-            low, low_bytes = high, high_bytes
-            high = min(MOST_ROWS, MOST_TARGET_TOKENS // setting.target, low + int((memory - low_bytes) / slope) + 1)
-            if high <= low:
-                return low
-            high_bytes = needed(high)
-        elif room < 1 or high - low == 1:
-            return low
-        else:
-            middle = min(low + room, high - 1)
-            size = needed(middle)
-            if size <= memory:
-                low, low_bytes = middle, size
-            else:
-                high, high_bytes = middle, size
+        size = peak(replace(setting, rows=rows)).peak
+        foretold = len(tries) > 2 and _on_line(tries, rows) == size
+        tries.append((rows, size))
+        low, high = (rows, high) if fits(size) else (low, rows)
+        if high - low == 1 or (foretold and low == rows and not fits(_on_line(tries, rows + 1))):
+            break
+        rows = min(max(_where_line_meets(tries, limit), low + 1), high - 1)
     return low
+
+
+def _on_line(tries: Sequence[tuple[int, int]], rows: int) -> Fraction:
+    """Return the bytes that the line through the last two tries (rows, bytes) has at `rows`."""
+    (x, y), (x_last, y_last) = tries[-2:]
+    return y + Fraction((y_last - y) * (rows - x), x_last - x)
+
+
+def _where_line_meets(tries: Sequence[tuple[int, int]], limit: int) -> int:
+    """Return the most rows at which the line through the last two tries is not above `limit`."""
+    slope = _on_line(tries, 1) - _on_line(tries, 0)
+    return int((limit - _on_line(tries, 0)) / max(slope, Fraction(1)))
 
 
 def _ways(members: Sequence[Recipe], setting: Setting) -> Iterator[tuple[str, Sequence[Recipe], Setting]]:
