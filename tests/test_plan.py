@@ -17,10 +17,11 @@ from helpers.ranks import Finished
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.weights.precision import quantized_linear, sized_quantized_linear
 from lst_scale.errors import ArgumentError
-from lst_scale.plan import depth, memo, picture, report
-from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint
+from lst_scale.methods import build_trainee
+from lst_scale.plan import depth, fake, memo, picture, report
+from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint, packed_otherwise
 from lst_scale.plan.live import LiveBytes
-from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.recipe.schema import LoraRecipe, Recipe, load_recipe
 from lst_scale.side.count import shape_of
 from lst_scale.system import distributed
 
@@ -199,6 +200,37 @@ def test_shallow_steps_give_a_deep_one_exactly(overrides: list[str], packed: str
     shape = replace(shape, spec=replace(shape.spec, **numbers))
     setting = replace(SMALL, on_gpu=True, packed=packed)
     assert depth.planned(recipe, shape, setting) == footprint(recipe, shape, setting)
+
+
+@pytest.mark.parametrize("backbone", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{name: lora}",
+        "{name: lora, bitfit: true, targets: [q, wo]}",
+        "{name: lora, rank: 4, dropout: 0.0, precision: bf16, gradient_checkpointing: true}",
+    ],
+)
+def test_lora_is_planned_as_peft_runs_it(method: str, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("quickstart", [f"method={method}", f"backbone.precision={backbone}"])
+    ours = planned(recipe, replace(SMALL, on_gpu=True))
+
+    def theirs(method: LoraRecipe, on: Any) -> Any:
+        with fake.unmoved():
+            return build_trainee(recipe, on, zero_stage=0)
+
+    monkeypatch.setattr(fake, "sized_lora", theirs)
+    assert planned(recipe, replace(SMALL, on_gpu=True)) == ours
+
+
+@pytest.mark.parametrize("again", ["true", "false"])
+def test_a_step_on_one_packing_tells_that_on_another_exactly(again: str) -> None:
+    recipe = load_recipe("quickstart", [f"method={{name: lora, gradient_checkpointing: {again}}}", "backbone.precision=bf16"])
+    shape = shape_of(recipe.backbone.checkpoint)
+    assert shape is not None
+    setting = replace(SMALL, packed="nf4")
+    found = packed_otherwise(planned(recipe, replace(SMALL, packed="int8")), recipe, shape, before="int8", after="nf4")
+    assert found == planned(recipe, setting)
 
 
 def test_a_packed_backbone_takes_its_bits_and_keeps_nothing_more_for_the_backward_pass() -> None:
