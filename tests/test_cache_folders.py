@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from lst_scale.backbone.cache.claim import Claim
 from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import TapCache
-from lst_scale.backbone.inputs import source_digest
 from lst_scale.cli.main import app
 from lst_scale.errors import BackboneError, LstScaleError
+from lst_scale.inputs.keys import source_digest
 
 KEY = CacheKey(fingerprint="f", precision="fp32", layers=(0, 2), decoder_final=False, d_model=8, dtype="fp32")
 

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from helpers.inputs import inputs_of
 from helpers.tiny import tiny_ladder
-from lst_scale.backbone import inputs as module
-from lst_scale.data.batches import Batch
+from lst_scale.data.batches import FILLER, Batch, collate
+from lst_scale.data.columns import Ids
+from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.tasks import Row
+from lst_scale.inputs import batch as module
 from lst_scale.methods.lst import inputs_of as of_batch
+from lst_scale.methods.lst import with_keys
 
 SOURCES = ["359c909618f9b85d827914fe3a0f50a3", "03f6b489f717338dd504311f6b8beb2f"]  # as the first caches on disk have them
 TARGETS = ["b05e314be40bfaa28d1ff5ba8c8e938e", "fd743d2236aebb0ec2b17998acf24b49"]
@@ -50,3 +54,20 @@ def test_ids_are_hashed_once_and_where_they_were_made(monkeypatch: pytest.Monkey
 def test_left_padding_is_no_part_of_a_source() -> None:
     left = inputs_of(torch.tensor([[0, 0, 4, 1]]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 9]]))
     assert left.keys.sources[0].hex() == SOURCES[1] and left.keys.targets[0].hex() == TARGETS[1]
+
+
+def test_rows_are_hashed_once_when_they_are_encoded_and_their_batches_carry_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, labels = [[4, 1], [5, 6, 1], [9, 9, 9, 1]], [[9, 1], [7, 8, 1], [3, 1]]
+    split = EncodedSplit(rows=[Row("", "")] * 3, input_ids=Ids.of(sources), labels=Ids.of(labels), pad_token_id=0)
+    spec, rows = tiny_ladder().spec, [1, FILLER, 0]
+    here, label = of_batch(collate(split, rows), spec), torch.tensor([0, 7, 8])
+    expected, expected_label = here.keys, here.with_target(label).keys
+    named = with_keys(split, spec)
+    monkeypatch.setattr(module, "source_digest", lambda ids: pytest.fail("a source was hashed again"))
+    for some, numbers in ((named, rows), (named.part(0, 2), rows), (named.part(1, 3), [0, FILLER])):
+        there = of_batch(collate(some, numbers), spec).to(torch.device("meta"))
+        assert there.keys.sources[0].hex() == SOURCES[0] and there.keys.targets[0].hex() == TARGETS[0]
+        assert there.with_target(label).keys.targets[0].hex() == TARGETS[0]
+        if numbers == rows:
+            assert there.keys == expected and there.with_target(label).keys == expected_label
+    assert [key.source.hex() for key in named.keys or ()][:2] == SOURCES[::-1] and named.keys is not None and len(named.keys) == 3

@@ -24,8 +24,8 @@ from helpers.training import train
 from helpers.writers import KEY, digest_of, states, write_for_ever
 from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import RECORD, TapCache
-from lst_scale.backbone.inputs import source_digest, target_digest
 from lst_scale.errors import BackboneError
+from lst_scale.inputs.keys import source_digest, target_digest
 
 
 def key(**changes: Any) -> CacheKey:

@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.inputs import Inputs as Inputs
 from lst_scale.backbone.spec import BackboneSpec as BackboneSpec
+from lst_scale.inputs.batch import Inputs as Inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
+from lst_scale.inputs.keys import FILLER as FILLER
+from lst_scale.inputs.keys import RowKeys
 
 T = TypeVar("T")
 IGNORED = -100
-FILLER = -1
 POOL = 50  # global batches that are sorted by length together: long enough to save padding, short enough to stay random
 
 
@@ -37,6 +38,7 @@ class Batch:
     labels_BT: Tensor
     indices: tuple[int, ...]
     target_lengths: tuple[int, ...] | None = None  # of each row's labels, at least 1; None: all T
+    keys: RowKeys | None = None  # where the split has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ def collate(split: EncodedSplit, rows: Iterable[int]) -> Batch:
         labels_BT=_padded(targets, IGNORED),
         indices=indices,
         target_lengths=tuple(map(len, targets)),
+        keys=None if split.keys is None else RowKeys.of(map(split.keys.__getitem__, indices)),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, join_chunks
 from lst_scale.data.tasks import Row
 from lst_scale.errors import DataError, fence, printable
+from lst_scale.inputs.keys import KeyTable
 
 AT_ONCE = 1024  # rows that the tokenizer is given: it needs 25 KB a row while it works
 
@@ -24,6 +25,7 @@ class EncodedSplit:
     pad_token_id: int
     cut_sources: int = 0  # rows whose source was longer than the limit
     cut_targets: int = 0
+    keys: KeyTable | None = None  # by what a tap cache knows each row; None: there is no cache
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -35,7 +37,13 @@ class EncodedSplit:
 
     def part(self, first: int, end: int) -> EncodedSplit:
         """Return some rows that follow one another, as a split of its own."""
-        return replace(self, rows=self.rows[first:end], input_ids=self.input_ids.part(first, end), labels=self.labels.part(first, end))
+        return replace(
+            self,
+            rows=self.rows[first:end],
+            input_ids=self.input_ids.part(first, end),
+            labels=self.labels.part(first, end),
+            keys=None if self.keys is None else self.keys.part(first, end),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lst_scale.backbone.taps import Backbone, BackboneSpec, Inputs, SourceState, TapRequest, Taps, select, where_not_finite
-from lst_scale.data.batches import Batch
+from lst_scale.data.batches import Batch, collate
+from lst_scale.data.encode import EncodedSplit
+from lst_scale.inputs.keys import FILLER, KeyTable, RowKey
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.files import refuse_config_of_another
@@ -20,6 +22,8 @@ from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initi
 from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
+
+HASHED_AT_ONCE = 1024  # rows that are padded together
 
 
 class LadderTrainee:
@@ -73,13 +77,24 @@ class LadderTrainee:
 
 
 def inputs_of(batch: Batch, spec: BackboneSpec) -> Inputs:
-    """Return a batch as a backbone takes it, on the CPU, where the rows' names for a cache are made."""
+    """Return a batch as a backbone takes it, on the CPU."""
     return Inputs(
         source_BS=batch.input_ids_BS,
         source_mask_BS=batch.attention_mask_BS,
         target_BT=shift_right(batch.labels_BT, spec),
         target_lengths=batch.target_lengths,
+        encoded_keys=batch.keys,
     )
+
+
+def with_keys(split: EncodedSplit, spec: BackboneSpec) -> EncodedSplit:
+    """Return a split whose batches say by what a tap cache knows their rows, so that no batch's ids are hashed again."""
+
+    def keys(rows: Sequence[int]) -> Iterator[RowKey]:
+        return inputs_of(collate(split, rows), spec).keys.rows()
+
+    each = (key for first in range(0, len(split), HASHED_AT_ONCE) for key in keys(range(len(split))[first : first + HASHED_AT_ONCE]))
+    return replace(split, keys=KeyTable(each, next(keys([FILLER]))))
 
 
 def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lst_scale.backbone.cache.backbone import CachingBackbone
 from lst_scale.backbone.cache.load import load_caching
@@ -25,17 +24,15 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
-from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit, encode
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
 from lst_scale.methods import check_method
-from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of
+from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of, with_keys
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.runs.logs import Logger
-from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideNetwork
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
@@ -98,7 +95,8 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     distributed.poll_interruption(world)
     start = time.perf_counter()
     live = None if recipe.cache.enabled else load_placed(recipe.backbone, world)
-    backbone: Backbone = live or _remembering(recipes, splits, world, logger)
+    backbone: Backbone
+    backbone, splits = (live, splits) if live is not None else _remembering(recipes, splits, world, logger)
     loading = {
         "loading_seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
@@ -130,8 +128,9 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     with Logger(None) as logger:
         task = load_task(recipe)
         tokenizer, _ = load_fitting_tokenizer(recipe, task)
-        split = _encode(task.train, tokenizer, recipe, task.target_prefix)
-        backbone = _remembering([recipe], {"train": split}, world, logger)
+        encoded = {"train": _encode(task.train, tokenizer, recipe, task.target_prefix)}
+        backbone, splits = _remembering([recipe], encoded, world, logger)
+        split = splits["train"]
         request = _taps_of([recipe], backbone.spec)
         if not backbone.lock.held():
             raise distributed.same_everywhere(
@@ -207,8 +206,10 @@ def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> En
     return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
 
 
-def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger) -> CachingBackbone:
-    """Open the backbone's tap cache; the backbone itself is loaded only if a row is missing there."""
+def _remembering(
+    recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger
+) -> tuple[CachingBackbone, dict[str, EncodedSplit]]:
+    """Open the backbone's tap cache, and return splits with their keys; the backbone itself is loaded only if a row is missing there."""
     recipe = recipes[0]
 
     def check(live: LocalBackbone) -> None:
@@ -216,23 +217,18 @@ def _remembering(recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], wor
         _check_quantization(live, splits["train"], recipe, logger)
 
     backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
-    rows = [
-        (torch.tensor(s, dtype=torch.long), _target_ids(t, backbone))
-        for s, t in zip(splits["train"].input_ids, splits["train"].labels, strict=True)
-    ]
+    splits = {name: with_keys(split, backbone.spec) for name, split in splits.items()}
+    rows = splits["train"].keys
+    assert rows is not None
     writes = backbone.claim_rows(rows, world)
-    missing = [(source, target) for source, target in rows if not backbone.known(source, target)]
+    missing = [row for row in rows if not backbone.known(row)]
     if writes:
-        backbone.cache.refuse_if_too_large(sum(len(source) for source, _ in missing), sum(len(target) for _, target in missing))
+        backbone.cache.refuse_if_too_large(sum(row.source_length for row in missing), sum(row.target_length for row in missing))
     why = backbone.lock.refused
     others = f"the others can't be written: {why}" if why else "another run writes the others"
     elsewhere = f"; {others}" if missing and not writes else ""
     logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
-    return backbone
-
-
-def _target_ids(labels: Numbers, backbone: CachingBackbone) -> Tensor:
-    return shift_right(torch.tensor(labels, dtype=torch.long)[None], backbone.spec)[0]
+    return backbone, splits
 
 
 def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:

@@ -11,7 +11,7 @@ another batch pads differently, which moves the last bits of float32 and bf16 su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from lst_scale.backbone.cache.lazy import LazyBackbone
 from lst_scale.backbone.cache.reader import Read, TapReader, Wanted
 from lst_scale.backbone.cache.store import TapCache
 from lst_scale.backbone.cache.write_lock import WriteLock
-from lst_scale.backbone.inputs import Inputs, source_digest, target_digest
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import (
     BackboneIdentity,
@@ -37,6 +36,8 @@ from lst_scale.backbone.taps import (
     joined,
     select,
 )
+from lst_scale.inputs.batch import Inputs
+from lst_scale.inputs.keys import RowKey
 from lst_scale.system.distributed import World
 
 
@@ -142,17 +143,17 @@ class CachingBackbone:
             self._write(inputs, taps)
             yield select(taps, request)
 
-    def claim_rows(self, rows: Sequence[tuple[Tensor, Tensor]], world: World) -> bool:
-        """Claim the writing of these rows (source ids and target ids, without padding); return whether this run has it.
+    def claim_rows(self, rows: Iterable[RowKey], world: World) -> bool:
+        """Claim the writing of these rows; return whether this run has it.
 
         All ranks must call it, and all write or none does. A run of one process asks again whenever it had to run a batch: the one that
         writes may have ended.
         """
-        return self.lock.claim(Claim(self.cache.folder, name_of(target_digest(source, target) for source, target in rows)), world)
+        return self.lock.claim(Claim(self.cache.folder, name_of(row.target for row in rows)), world)
 
-    def known(self, source: Tensor, target: Tensor) -> bool:
-        """Whether a row's taps are in the cache; ids without padding."""
-        return source_digest(source) in self.cache and target_digest(source, target) in self.cache
+    def known(self, row: RowKey) -> bool:
+        """Whether a row's taps are in the cache."""
+        return row.source in self.cache and row.target in self.cache
 
     def _write(self, inputs: Inputs, taps: Taps) -> None:
         keys = inputs.keys

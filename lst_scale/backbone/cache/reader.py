@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lst_scale.backbone.cache.store import TapCache
-from lst_scale.backbone.inputs import RowKeys
+from lst_scale.inputs.keys import RowKeys
 
 
 @dataclass(frozen=True, kw_only=True)

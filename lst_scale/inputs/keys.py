@@ -1,0 +1,89 @@
+"""By what a cache knows a row: a digest of its source, and one of its source and target. Imports no torch.
+
+A digest is made of token ids without padding, so equal rows have equal digests however their batch is padded. Caches on disk are found
+by them: what `source_digest` and `target_digest` return never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BYTES = 16  # of a digest
+FILLER = -1  # the number of a row that fills a batch up
+
+
+class RowKey(NamedTuple):
+    """One row: its digests, and how many tokens its source and target have without padding."""
+
+    source: bytes
+    target: bytes  # of the source and the target
+    source_length: int
+    target_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKeys:
+    """The same of a batch."""
+
+    sources: tuple[bytes, ...]
+    targets: tuple[bytes, ...]
+    source_lengths: tuple[int, ...]
+    target_lengths: tuple[int, ...]
+
+    def rows(self) -> Iterator[RowKey]:
+        columns = (self.sources, self.targets, self.source_lengths, self.target_lengths)
+        return (RowKey(*values) for values in zip(*columns, strict=True))
+
+    @staticmethod
+    def of(rows: Iterable[RowKey]) -> RowKeys:
+        sources, targets, source_lengths, target_lengths = zip(*rows, strict=True)
+        return RowKeys(sources=sources, targets=targets, source_lengths=source_lengths, target_lengths=target_lengths)
+
+
+class KeyTable:
+    """The same of a whole split, 40 bytes a row. The last, which is not counted, is that of FILLER."""
+
+    _ROW = np.dtype([("digests", np.uint8, (2, BYTES)), ("lengths", np.int32, 2)])
+
+    def __init__(self, rows: Iterable[RowKey], filler: RowKey) -> None:
+        self._rows = np.fromiter((_packed(row) for row in (*rows, filler)), self._ROW)
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def __getitem__(self, row: int) -> RowKey:
+        assert FILLER <= row < len(self), row
+        (source, target), (source_length, target_length) = self._rows[row]
+        return RowKey(source.tobytes(), target.tobytes(), int(source_length), int(target_length))
+
+    def __iter__(self) -> Iterator[RowKey]:
+        return map(self.__getitem__, range(len(self)))
+
+    def part(self, first: int, end: int) -> KeyTable:
+        """Return some rows that follow one another, and the filler's."""
+        return KeyTable(map(self.__getitem__, range(first, min(end, len(self)))), self[FILLER])
+
+
+def source_digest(source: Any) -> bytes:
+    """Return the digest of a row's source; token ids without padding, in memory."""
+    return hashlib.blake2b(b"e" + _id_bytes(source), digest_size=BYTES).digest()
+
+
+def target_digest(source: Any, target: Any) -> bytes:
+    """Return the digest of a row's target, given its source; token ids without padding, in memory."""
+    both = _id_bytes(source) + b"|" + _id_bytes(target)
+    return hashlib.blake2b(b"d" + both, digest_size=BYTES).digest()
+
+
+def _packed(row: RowKey) -> tuple[Any, tuple[int, int]]:
+    digests = np.frombuffer(row.source + row.target, np.uint8).reshape(2, BYTES)
+    return digests, (row.source_length, row.target_length)
+
+
+def _id_bytes(ids: Any) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
