@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lst_scale.data.encode import EncodedSplit, answer_in, target_text
+from lst_scale.data.columns import by_chunks
+from lst_scale.data.encode import AT_ONCE, EncodedSplit, answer_in, target_text
+from lst_scale.data.rows import targets_of
 from lst_scale.data.tasks import TaskData
 from lst_scale.errors import DataError, fence, printable
 from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe
@@ -37,9 +39,9 @@ def refuse_unanswerable(task: TaskData, tokenizer: Any, data: DataRecipe, evalua
 
 def unmatchable_share(task: TaskData, tokenizer: Any) -> str | None:
     """Return a sentence on the expected answers that no answer of this tokenizer can equal; None: all can be, or labels were checked."""
-    expected = [row.target for name, rows in task.splits().items() if name != "train" for row in rows]
-    if task.labels is not None or not expected:
+    if task.labels is not None:
         return None
+    expected = [target for name, rows in task.splits().items() if name != "train" for target in targets_of(rows)]
     distinct = list(dict.fromkeys(expected))
     ids = _encoded(distinct, tokenizer, task.target_prefix)
     back = dict(zip(distinct, _decoded(ids, tokenizer, task.target_prefix), strict=True))
@@ -116,8 +118,8 @@ def _refuse_equal(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
 
 def _encoded(targets: Sequence[str], tokenizer: Any, prefix: str) -> list[list[int]]:
     with fence(DataError, "the targets can't be tokenized"):
-        ids: list[list[int]] = tokenizer(text_target=[target_text(target, prefix) for target in targets]).input_ids
-    return ids
+        parts = by_chunks((target_text(target, prefix) for target in targets), AT_ONCE)
+        return [ids for part in parts for ids in tokenizer(text_target=part).input_ids]
 
 
 def _decoded(ids: Sequence[Sequence[int]], tokenizer: Any, prefix: str) -> list[str]:

@@ -87,6 +87,12 @@ def chunk_of(rows: Sequence[Sequence[int] | Numbers]) -> Chunk:
     return Chunk(ends, np.fromiter((token for row in rows for token in row), np.int32, count=int(ends[-1])))
 
 
+def chunk_of_texts(texts: Sequence[str]) -> Chunk:
+    """Put some texts one after another."""
+    encoded = [text.encode() for text in texts]
+    return Chunk(_ends([len(text) for text in encoded]), np.frombuffer(b"".join(encoded), np.uint8))
+
+
 def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
     """Return several chunks' rows as one chunk."""
     lengths = np.concatenate([np.diff(chunk.ends) for chunk in chunks])

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, join_chunks
-from lst_scale.data.tasks import Row
+from lst_scale.data.rows import Row, StoredRows
+from lst_scale.data.tables import Facts, Write, digest_of, stored_table
+from lst_scale.data.tokenizer import tokenizer_digest
 from lst_scale.errors import DataError, fence, printable
 from lst_scale.inputs.keys import KeyTable
 
+COLUMNS = {"input_ids": "ids", "labels": "ids"}
+BYTES_OF_IDS = 100  # that a source or target is likely to take
 AT_ONCE = 1024  # rows that the tokenizer is given: it needs 25 KB a row while it works
 
 
@@ -122,6 +126,8 @@ def encode(
     encoding = Encoding(
         tokenizer=tokenizer, max_source_length=max_source_length, max_target_length=max_target_length, target_prefix=target_prefix
     )
+    if isinstance(rows, StoredRows):
+        return _stored(rows, encoding)
     chunks = list(encoding.chunks(rows))
     return EncodedSplit(
         rows=rows,
@@ -130,6 +136,29 @@ def encode(
         pad_token_id=tokenizer.pad_token_id,
         cut_sources=sum(chunk.cut_sources for chunk in chunks),
         cut_targets=sum(chunk.cut_targets for chunk in chunks),
+    )
+
+
+def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
+    """Return the ids of many rows, written to a table first where none holds them."""
+    limits = {"source": encoding.max_source_length, "target": encoding.max_target_length, "prefix": encoding.target_prefix}
+    key = digest_of({"rows": rows.key, "tokenizer": tokenizer_digest(encoding.tokenizer), "limits": limits})
+
+    def fill(write: Write) -> Facts:
+        cut_sources = cut_targets = 0
+        for chunk in encoding.chunks(rows):
+            write({"input_ids": chunk.input_ids, "labels": chunk.labels})
+            cut_sources, cut_targets = cut_sources + chunk.cut_sources, cut_targets + chunk.cut_targets
+        return {"cut_sources": cut_sources, "cut_targets": cut_targets}
+
+    table = stored_table(key, COLUMNS, fill, likely_bytes=2 * BYTES_OF_IDS * len(rows))
+    return EncodedSplit(
+        rows=rows,
+        input_ids=table.ids("input_ids"),
+        labels=table.ids("labels"),
+        pad_token_id=encoding.tokenizer.pad_token_id,
+        cut_sources=table.facts["cut_sources"],
+        cut_targets=table.facts["cut_targets"],
     )
 
 

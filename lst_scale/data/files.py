@@ -5,15 +5,21 @@ Whatever a file holds, reading it ends in records or in one line that names the 
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import glob
+import gzip
+import io
 import itertools
 import json
+import lzma
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lst_scale.errors import DataError, did_you_mean, fence, printable
 from lst_scale.system.assets import resolve
@@ -22,12 +28,22 @@ HUB = "hub:"
 Record = Mapping[str, Any]
 Records = Sequence[Record]
 
+OPENERS: Mapping[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 OTHER_DELIMITERS = ";\t|"  # than the comma: what Excel writes where the comma is the decimal point, and what databases do
 
 
+@dataclass(frozen=True)
+class Found:
+    """One record and where it is."""
+
+    record: Record
+    path: str
+    number: int  # of the row in its file, from 1
+
+
 def load_records(name: str, split: str, at_most: int | None = None, *, where: str | None = None) -> Records:
-    """Return the records of "embedded:...", a local file, or "hub:owner/name[:config][:split]"; the first `at_most` of a file.
+    """Return the records of "embedded:...", local files, or "hub:owner/name[:config][:split]"; the first `at_most` of them.
 
     Args:
         where: what a message calls the place of `name`; None: task.SPLIT.
@@ -35,24 +51,84 @@ def load_records(name: str, split: str, at_most: int | None = None, *, where: st
     Raises:
         DataError: it is not there, not readable, or empty.
     """
+    return [found.record for found in itertools.islice(read_records(name, split, where=where), at_most)]
+
+
+def read_records(name: str, split: str, *, where: str | None = None) -> Iterator[Found]:
+    """Yield records one by one, as `load_records` finds them.
+
+    Raises:
+        DataError: it is not there, not readable, or empty.
+    """
     if name.startswith(HUB):
-        dataset, config, wanted = _hub_parts(name, split)
-        return load_hub_splits(dataset, config, (wanted,))[wanted]
+        for number, record in enumerate(hub_split(name, split), start=1):
+            yield Found(record, name, number)
+        return
+    for path in paths_of(name, split, where=where):
+        called = str(path) if _is_pattern(name) else name
+        what = f"{where or f'task.{split}'}: {printable(called)}"
+        number = 0
+        with fence(DataError, what):
+            for number, record in enumerate(READERS[ending(path)](path), start=1):
+                yield Found(record, called, number)
+        if not number:
+            raise DataError(f"{what} has no rows")
+
+
+def hub_split(name: str, split: str) -> Any:
+    """Return the data set that "hub:..." names."""
+    dataset, config, wanted = _hub_parts(name, split)
+    return load_hub_splits(dataset, config, (wanted,))[wanted]
+
+
+def paths_of(name: str, split: str, *, where: str | None = None) -> list[Path]:
+    """Return the files that a name stands for: one, or in order those that a pattern such as data/train-*.parquet matches.
+
+    Raises:
+        DataError: one is not there, or is no file of rows.
+    """
     what = f"{where or f'task.{split}'}: {printable(name)}"
     with fence(DataError, what):
-        path = _path_of(name, what)
-        records = list(itertools.islice(READERS[path.suffix.lower()](path), at_most))
-    if not records:
-        raise DataError(f"{what} has no rows")
-    return records
+        if not _is_pattern(name):
+            return [_path_of(name, what)]
+        found = sorted(glob.glob(str(Path(name).expanduser()), recursive=True))
+        if not found:
+            raise DataError(f"{what} matches no file; write a pattern of files that are there, relative to {Path.cwd()}")
+        return [_path_of(path, f"{where or f'task.{split}'}: {printable(path)}") for path in found]
 
 
-def load_hub_splits(dataset: str, config: str | None, splits: Sequence[str]) -> dict[str, Records]:
-    """Return splits of a data set on the hub, from the local cache when there is no network."""
+def states_of(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Return what changes when files do: where they are, their sizes and when they were written."""
+    with fence(DataError, str(paths[0])):
+        states = [(path.resolve(), path.stat()) for path in paths]
+    return [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
+
+
+def _is_pattern(name: str) -> bool:
+    return glob.has_magic(name) and not Path(resolve(name)).exists()
+
+
+def ending(path: Path) -> str:
+    """Return the ending that says how a file's rows are written, without that of its compression."""
+    name = path.name.lower()
+    for compression in OPENERS:
+        name = name.removesuffix(compression)
+    return Path(name).suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file to read what it holds when it is not compressed."""
+    opener = OPENERS.get(path.suffix.lower())
+    file: IO[bytes] = path.open("rb") if opener is None else opener(path, "rb")
+    return file
+
+
+def load_hub_splits(dataset: str, config: str | None, splits: Sequence[str]) -> dict[str, Any]:
+    """Return splits of a data set on the hub, mapped from the local cache, which is filled first where there is a network."""
     from datasets import load_dataset
 
     try:
-        return {split: list(load_dataset(dataset, config, split=split)) for split in splits}
+        return {split: load_dataset(dataset, config, split=split) for split in splits}
     except Exception as error:  # datasets raises a dozen kinds; all mean the same to a user
         reason = str(error).strip().split("\n")[0]
         raise DataError(
@@ -68,7 +144,7 @@ def missing_field(path: str, number: int, field: str, record: Mapping[str, Any])
 
 def _path_of(name: str, what: str) -> Path:
     path = Path(resolve(name))
-    if path.suffix.lower() not in READERS:
+    if ending(path) not in READERS or (path.suffix.lower() in OPENERS and ending(path) == ".parquet"):
         raise DataError(f"{what} must end in {', '.join(READERS)}; convert it to one of them")
     if path.is_dir():
         raise DataError(f"{what} is a folder; write the path of a file in it")
@@ -93,7 +169,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
     _refuse_utf_16(path, "in a spreadsheet, save it as 'CSV UTF-8'")
     previous = csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters a cell
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             yield from _csv_rows(file, path)
     except UnicodeDecodeError as error:
         raise DataError(
@@ -145,7 +221,7 @@ def _spoken(delimiter: str) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
     _refuse_utf_16(path, "save it as UTF-8")
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _json_object(line, path, number)
@@ -172,7 +248,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 def _refuse_utf_16(path: Path, remedy: str) -> None:
     """UTF-16 is what Windows calls Unicode; read as UTF-8 it makes no sense."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         start = file.read(4)
     if start.startswith(UTF_16_AND_32) or (len(start) == 4 and b"\0" in start[:2] and start[:2] != b"\0\0"):
         raise DataError(f"{path} is UTF-16 text: {remedy}")

@@ -8,13 +8,14 @@ that are no errors; where there are only errors, minus their mean.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from lst_scale.data import own_metric
 from lst_scale.data.measures import MEASURES
-from lst_scale.data.tasks import Row, TaskData
+from lst_scale.data.rows import Row, targets_of
+from lst_scale.data.tasks import TaskData
 
 
 def score(task: TaskData, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -31,9 +32,9 @@ def score(task: TaskData, predictions: Sequence[str], references: Sequence[str])
 
 def majority_score(task: TaskData, rows: Sequence[Row]) -> dict[str, float]:
     """Return the scores of always giving the commonest training target (the median, for a regression)."""
-    targets = [row.target for row in task.train]
-    constant = sorted(targets, key=float)[len(targets) // 2] if task.kind == "regression" else _commonest(targets)
-    return score(task, [constant] * len(rows), [row.target for row in rows])
+    targets = targets_of(task.train)
+    constant = sorted(targets, key=float)[len(task.train) // 2] if task.kind == "regression" else _commonest(targets)
+    return score(task, [constant] * len(rows), list(targets_of(rows)))
 
 
 def try_own_metrics(task: TaskData) -> None:
@@ -42,10 +43,10 @@ def try_own_metrics(task: TaskData) -> None:
     Raises:
         RecipeError: one is not there, fails, or returns no finite number.
     """
-    targets = [row.target for row in task.validation]
-    for name in task.metrics:
-        if name not in MEASURES:
-            own_metric.measured(name, targets, targets)
+    own = [name for name in task.metrics if name not in MEASURES]
+    targets = list(targets_of(task.validation)) if own else []
+    for name in own:
+        own_metric.measured(name, targets, targets)
 
 
 def only_answer(predictions: Sequence[str], references: Sequence[str]) -> str | None:
@@ -60,7 +61,7 @@ def _measured(name: str, predictions: Sequence[str], references: Sequence[str]) 
     return measure(predictions, references) * (1 if measure.is_error else 100)
 
 
-def _commonest(targets: Sequence[str]) -> str:
+def _commonest(targets: Iterable[str]) -> str:
     """Return the target that comes most often; of several the first in the alphabet."""
     counts = Counter(targets)
     return min(counts, key=lambda target: (-counts[target], target))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from lst_scale.data import files
+from lst_scale.data.columns import Numbers
+from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows
 from lst_scale.errors import DataError, printable
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, metrics_misfit
@@ -22,16 +25,10 @@ from lst_scale.recipe.template import fill
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000
 FILE_TASK_EPOCHS = 3
+BYTES_A_ROW = 200  # of data sets that don't say how large they are
+LEAST_BYTES = 200_000  # of a file that may hold as many rows as are kept in a table
 FILE_SPLITS = ("train", "validation", "test")
 WRITABLE = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # cells whose text says what they are
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example as text."""
-
-    source: str
-    target: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,42 +141,44 @@ def source_text(prefix: str | None, fields: Sequence[tuple[str, str]], record: M
     return " ".join([*([prefix] if prefix else []), *(f"{written} {record[column]}" for written, column in fields)])
 
 
-def split_glue(name: str, sets: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+def split_glue(name: str, sets: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
     """Return train, validation and test by the paper's protocol, given GLUE's own labelled sets."""
     rule = GLUE[name].splitting
     if rule == "mnli":
-        return {
-            "train": list(sets["train"]),
-            "validation": list(sets["validation_mismatched"]),
-            "test": list(sets["validation_matched"]),
-        }
+        return {"train": sets["train"], "validation": sets["validation_mismatched"], "test": sets["validation_matched"]}
     if rule == "halve":
         rows, half = sets["validation"], len(sets["validation"]) // 2
         order = _permutation(len(rows))
-        return {"train": list(sets["train"]), "validation": [rows[i] for i in order[:half]], "test": [rows[i] for i in order[half:]]}
+        return {"train": sets["train"], "validation": select_rows(rows, order[:half]), "test": select_rows(rows, order[half:])}
     rows = sets["train"]
     order = _permutation(len(rows))
     return {
-        "train": [rows[i] for i in order[HELD_OUT_ROWS:]],
-        "validation": [rows[i] for i in order[:HELD_OUT_ROWS]],
-        "test": list(sets["validation"]),
+        "train": select_rows(rows, order[HELD_OUT_ROWS:]),
+        "validation": select_rows(rows, order[:HELD_OUT_ROWS]),
+        "test": sets["validation"],
     }
 
 
-def _permutation(count: int) -> list[int]:
+def _permutation(count: int) -> Numbers:
     import torch
 
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+    order: Numbers = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
     return order
 
 
 def _load_glue(name: str) -> TaskData:
     task = GLUE[name]
     wanted = ("train", "validation_matched", "validation_mismatched") if name == "mnli" else ("train", "validation")
-    records = files.load_hub_splits("nyu-mll/glue", name, wanted)
-    splits = split_glue(name, {split: [glue_row(name, record) for record in rows] for split, rows in records.items()})
+    sets = files.load_hub_splits("nyu-mll/glue", name, wanted)
+    splits = split_glue(name, {split: _glue_rows(name, records) for split, records in sets.items()})
     kind = "regression" if task.labels is None else "classification"
     return TaskData(name=name, kind=kind, labels=task.labels, metrics=task.metrics, epochs=task.epochs, **cast(Any, splits))
+
+
+def _glue_rows(name: str, records: Any) -> Sequence[Row]:
+    rows = (glue_row(name, record) for record in records)
+    key = lambda: {"glue": name, "records": records._fingerprint}  # noqa: E731
+    return keep_rows(rows, key, tally=False, likely_bytes=BYTES_A_ROW * len(records))
 
 
 def _load_files(task: FileTask) -> TaskData:
@@ -207,20 +206,31 @@ def labels_of(task: FileTask, train: Sequence[Row]) -> tuple[str, ...] | None:
     Raises:
         DataError: a metric can't measure them.
     """
-    labels = (task.labels or tuple(sorted({row.target for row in train}))) if task.kind == "classification" else None
+    labels = (task.labels or tuple(sorted(first_of_each_target(train)))) if task.kind == "classification" else None
     if misfit := metrics_misfit(task.kind, task.metrics or DEFAULT_METRICS[task.kind], labels):
         raise DataError(f"task.{misfit}")
     return labels
 
 
-def file_rows(task: FileTask, split: str, at_most: int | None = None) -> list[Row]:
-    """Return the rows of one split of one's own files, the first `at_most` of a local file.
+def file_rows(task: FileTask, split: str, at_most: int | None = None) -> Sequence[Row]:
+    """Return the rows of one split of one's own files, the first `at_most` of local ones. Many are kept in a table on disk.
 
     Raises:
         DataError: the file, a field or a row is wrong; the message names it.
     """
-    path = getattr(task, split)
-    return [_file_row(task, record, path, number) for number, record in enumerate(files.load_records(path, split, at_most), start=1)]
+    name = getattr(task, split)
+    rows = (_file_row(task, found.record, found.path, found.number) for found in files.read_records(name, split))
+    if at_most is not None:
+        return list(itertools.islice(rows, at_most))
+    text = {"source": task.source, "target": task.target, "prefix": task.prefix, "template": task.template, "kind": task.kind}
+    if name.startswith(files.HUB):
+        records = files.hub_split(name, split)
+        key, size = {"text": text, "records": records._fingerprint}, BYTES_A_ROW * len(records)
+    else:
+        states = files.states_of(files.paths_of(name, split))
+        key, size = {"text": text, "files": states}, sum(state[1] for state in states)
+    known = known_rows(key) if size > LEAST_BYTES else None
+    return known or keep_rows(rows, lambda: key, tally=task.kind == "classification", likely_bytes=size)
 
 
 def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
@@ -277,9 +287,10 @@ def refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]
         DataError: names split, row and label.
     """
     known = frozenset(labels)
-    for number, row in enumerate(rows, start=1):
-        if row.target not in known:
-            raise DataError(
-                f"{split}: row {number} has the label {printable(repr(row.target))}; known: {printable(', '.join(labels[:8]))}. "
-                "Add it to task.labels, or fix the row"
-            )
+    unknown = {number: label for label, number in first_of_each_target(rows).items() if label not in known}
+    if unknown:
+        number = min(unknown)
+        raise DataError(
+            f"{split}: row {number} has the label {printable(repr(unknown[number]))}; known: {printable(', '.join(labels[:8]))}. "
+            "Add it to task.labels, or fix the row"
+        )

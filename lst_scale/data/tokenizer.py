@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,17 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> Any:
     refuse_missing_tokenizer(checkpoint)
     with fence(DataError, f"the tokenizer of {checkpoint} could not be loaded"):
         return AutoTokenizer.from_pretrained(resolve(checkpoint), revision=revision, trust_remote_code=False)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return what changes when a text may get other ids."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    what = [type(tokenizer).__name__, transformers.__version__, tokenizers.__version__, tokenizer.all_special_tokens, rules]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def refuse_missing_tokenizer(checkpoint: str) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import Backbone
+from lst_scale.data.rows import targets_of
 from lst_scale.data.scores import only_answer, score
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.methods import build_trainee
@@ -140,7 +141,7 @@ class Member:
                 longest=shared.splits["train"].longest_target,
                 at=at,
             )
-        expected = [row.target for row in split.rows]
+        expected = list(targets_of(split.rows))
         return score(task, texts, expected), only_answer(texts, expected)
 
 

@@ -1,0 +1,149 @@
+"""Tables of rows on disk: written once a machine, whole or not at all, and mapped into memory by every process that reads them.
+
+    ~/.cache/lst_scale/rows/KEY/rows.arrow    record batches of CHUNK rows; KEY is the digest of all that the rows depend on
+    ~/.cache/lst_scale/rows/KEY/facts.json    what is known of all rows together
+
+One process writes, under a lock that the system lets go of when it ends, however it ends; others wait for it. Imports pyarrow where it
+is used: few rows need no table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lst_scale.data.columns import Chunk, Ids, Texts
+from lst_scale.errors import StorageError
+from lst_scale.system.assets import cache_folder
+from lst_scale.system.durable import write_directory
+
+FORMAT = 1
+ROWS, FACTS = "rows.arrow", "facts.json"
+SETTING = "XDG_CACHE_HOME"  # what to change for another place
+KINDS = {"texts": ("uint8", Texts), "ids": ("int32", Ids)}
+
+Facts = dict[str, Any]
+Write = Callable[[Mapping[str, Chunk]], None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table, mapped."""
+
+    folder: Path
+    kinds: Mapping[str, str]  # texts or ids, by the column's name
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def facts(self) -> Facts:
+        found: Facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
+        return found
+
+    def texts(self, name: str) -> Texts:
+        return Texts(self._chunks[name])
+
+    def ids(self, name: str) -> Ids:
+        return Ids(self._chunks[name])
+
+    @cached_property
+    def _chunks(self) -> dict[str, list[Chunk]]:
+        import pyarrow
+
+        with pyarrow.memory_map(str(self.folder / ROWS)) as source:
+            reader = pyarrow.ipc.open_file(source)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        return {name: [_chunk(batch.column(name), KINDS[kind][0]) for batch in batches] for name, kind in self.kinds.items()}
+
+
+def digest_of(what: Mapping[str, Any]) -> str:
+    """Return a table's key, given all that its rows depend on."""
+    return hashlib.sha256(json.dumps({"format": FORMAT, **what}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def known_table(key: str, kinds: Mapping[str, str]) -> Table | None:
+    """Return a table that was written before; None: there is none."""
+    folder = cache_folder("rows") / key
+    return Table(folder, kinds) if (folder / FACTS).is_file() else None
+
+
+def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Facts], *, likely_bytes: int) -> Table:
+    """Return a table, written first by `fill` where nobody did. `fill` is given a function that takes a chunk of each column.
+
+    Raises:
+        StorageError: the disk is full, or nothing can be written there; nothing is left behind.
+        LstScaleError: what `fill` raises.
+    """
+    folder = cache_folder("rows") / key
+    if (found := known_table(key, kinds)) is not None:
+        return found
+    with _alone(folder):
+        if (found := known_table(key, kinds)) is not None:  # another process wrote it meanwhile
+            return found
+        _refuse_full_disk(folder.parent, likely_bytes)
+
+        def write(partial: Path) -> None:
+            facts = _write_rows(partial / ROWS, kinds, fill)
+            (partial / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+        write_directory(folder, write, lambda whole: Table(whole, kinds).facts, SETTING)
+    return Table(folder, kinds)
+
+
+def _write_rows(path: Path, kinds: Mapping[str, str], fill: Callable[[Write], Facts]) -> Facts:
+    import pyarrow
+
+    schema = pyarrow.schema([(name, pyarrow.large_list(getattr(pyarrow, KINDS[kind][0])())) for name, kind in kinds.items()])
+    with path.open("wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
+
+        def write(chunks: Mapping[str, Chunk]) -> None:
+            arrays = [pyarrow.LargeListArray.from_arrays(chunks[name].ends, chunks[name].values) for name in kinds]
+            writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
+
+        return fill(write)
+
+
+def _chunk(column: Any, dtype: str) -> Chunk:
+    """Return a column of a record batch as arrays on the mapped file itself."""
+    _, ends, _, values = column.buffers()
+    return Chunk(np.frombuffer(ends, np.int64)[: len(column) + 1], np.frombuffer(values, dtype) if values else np.zeros(0, dtype))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes this table, and keep others waiting."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StorageError(
+            f"the rows' table can't be written to {folder.parent} ({error.strerror}): make it writable, or choose another {SETTING}"
+        ) from error
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: each writes, and the last one's stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_full_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"the rows' table needs about {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: free space, "
+            f"or choose another {SETTING}"
+        )

@@ -1,0 +1,179 @@
+"""Many rows: read, checked and encoded once a machine, into tables that are mapped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lst_scale.data import columns, encode, tables, tasks
+from lst_scale.data import rows as rows_module
+from lst_scale.data.batches import training_steps
+from lst_scale.data.columns import chunk_of
+from lst_scale.data.rows import StoredRows
+from lst_scale.data.tables import known_table, stored_table
+from lst_scale.data.tasks import Row, load_task
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.errors import DataError, StorageError
+from lst_scale.recipe.schema import Recipe, parse_recipe
+
+RECIPE = "{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst, side_layers: [1, 2]}}"
+KIND = {"n": "ids"}
+
+
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Let ten rows be many, and the cache be empty; return where it is."""
+    for module in (columns, rows_module):
+        monkeypatch.setattr(module, "CHUNK", 10)
+    monkeypatch.setattr(columns.by_chunks, "__defaults__", (10,))
+    monkeypatch.setattr(tasks, "LEAST_BYTES", 0)
+    monkeypatch.setattr(encode, "AT_ONCE", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lst_scale" / "rows"
+
+
+def records(count: int) -> list[dict[str, str]]:
+    return [{"x": f"héllo number {number} {'and more ' * (number % 7)}", "y": str(number % 3)} for number in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def recipe_of(path: Path | str, *overrides: str, **task: Any) -> Recipe:
+    fields = {"kind": "classification", "train": str(path), "validation": str(path), "source": ["x"], "target": "y"} | task
+    return parse_recipe(RECIPE, "t.yaml", [f"task={json.dumps(fields)}", *overrides])
+
+
+def expected(count: int) -> list[Row]:
+    return [Row(f"x: {row['x']}", row["y"]) for row in records(count)]
+
+
+def test_many_rows_are_those_of_a_list_and_give_the_same_batches(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", records(53))
+    task = load_task(recipe_of(path))
+    assert isinstance(task.train, StoredRows) and list(task.train) == expected(53) and task.labels == ("0", "1", "2")
+    tokenizer = load_tokenizer("embedded:tiny-t5")
+    for _ in ("written", "mapped"):
+        stored, listed = (encode.encode(rows, tokenizer, 12, 2) for rows in (task.train, list(task.train)))
+        assert (stored.cut_sources, stored.cut_targets, stored.longest_target) == (listed.cut_sources, listed.cut_targets, 2)
+        how = {"epoch": 1, "seed": 3, "global_batch_size": 7, "micro_batch_size": 4, "rank": 1, "world_size": 2}
+        for one, other in zip(training_steps(stored, **how), training_steps(listed, **how), strict=True):
+            assert one.num_target_tokens == other.num_target_tokens
+            for mine, its in zip(one.micro_batches, other.micro_batches, strict=True):
+                assert mine.indices == its.indices and mine.input_ids_BS.equal(its.input_ids_BS) and mine.labels_BT.equal(its.labels_BT)
+
+
+def test_a_second_start_reads_neither_the_file_nor_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(write_rows(tmp_path / "a.jsonl", records(30)))
+    tokenizer = load_tokenizer("embedded:tiny-t5")
+    first = encode.encode(load_task(recipe).train, tokenizer, 12, None)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the rows were read again")
+
+    monkeypatch.setattr("lst_scale.data.files._read_jsonl", refuse)
+    monkeypatch.setitem(tasks.files.READERS, ".jsonl", refuse)  # type: ignore[arg-type]
+    monkeypatch.setattr(encode.Encoding, "chunks", refuse)
+    second = encode.encode(load_task(recipe).train, tokenizer, 12, None)
+    assert all(np.array_equal(*pair) for pair in zip(first.input_ids, second.input_ids, strict=True))
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", records(30))
+    assert len(load_task(recipe_of(path)).train) == 30
+    write_rows(path, records(31))
+    assert list(load_task(recipe_of(path)).train) == expected(31)
+
+
+def test_several_files_and_compressed_ones_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train-1.jsonl.gz", records(25)[12:])
+    write_rows(tmp_path / "train-0.jsonl", records(12))
+    assert list(load_task(recipe_of(tmp_path / "train-*")).train) == expected(25)
+    with pytest.raises(DataError, match="matches no file"):
+        load_task(recipe_of(tmp_path / "nothing-*.csv"))
+
+
+@pytest.mark.parametrize("number", [3, 27])
+def test_a_broken_row_in_the_middle_is_named_and_leaves_nothing_behind(number: int, tmp_path: Path, few_are_many: Path) -> None:
+    rows = records(40)
+    del rows[number - 1]["y"]
+    write_rows(tmp_path / "a-0.jsonl", records(13))
+    write_rows(tmp_path / "a-1.jsonl", rows)
+    with pytest.raises(DataError, match=rf"a-1\.jsonl: row {number} has no field 'y'"):
+        load_task(recipe_of(tmp_path / "a-*.jsonl"))
+    assert not [path for path in few_are_many.glob("*") if path.suffix != ".lock"]
+
+
+def test_a_label_that_is_not_known_is_named_with_its_first_row(tmp_path: Path) -> None:
+    rows = records(40)
+    rows[33]["y"] = rows[35]["y"] = "5"
+    with pytest.raises(DataError, match="train: row 34 has the label '5'; known: 0, 1, 2"):
+        load_task(recipe_of(write_rows(tmp_path / "a.jsonl", rows), labels=["0", "1", "2"]))
+
+
+def test_the_first_rows_of_a_table_and_rows_in_another_order_are_tables_too(tmp_path: Path) -> None:
+    rows = load_task(recipe_of(write_rows(tmp_path / "a.jsonl", records(40)), "data.max_train_rows=25")).train
+    assert isinstance(rows, StoredRows) and list(rows) == expected(25)
+    turned = rows.select(np.arange(25)[::-1])
+    assert list(turned) == expected(25)[::-1] and len({rows.key, turned.key, turned.table.key}) == 3
+    assert list(rows[3:5]) == expected(25)[3:5] and rows[-1] == expected(25)[-1]
+
+
+def test_one_writes_and_others_wait() -> None:
+    written, entered, go_on = [], threading.Event(), threading.Event()
+
+    def fill(write: tables.Write) -> Mapping[str, Any]:
+        entered.set()
+        assert go_on.wait(60)
+        write({"n": chunk_of([[1, 2], [], [3]])})
+        written.append(1)
+        return {"rows": 3}
+
+    found: list[tables.Table] = []
+    threads = [threading.Thread(target=lambda: found.append(stored_table("k", KIND, fill, likely_bytes=1))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(60) and known_table("k", KIND) is None
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 3 and written == [1]
+    assert [row.tolist() for row in found[0].ids("n")] == [[1, 2], [], [3]] and found[0].facts == {"rows": 3}
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way(few_are_many: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        stored_table("k", KIND, lambda write: os._exit(9), likely_bytes=1)
+    os.waitpid(pid, 0)
+    assert (few_are_many / ".k.partial").exists() and known_table("k", KIND) is None
+
+    def fill(write: tables.Write) -> dict[str, Any]:
+        write({"n": chunk_of([[7]])})
+        return {}
+
+    assert [row.tolist() for row in stored_table("k", KIND, fill, likely_bytes=1).ids("n")] == [[7]]
+    assert not (few_are_many / ".k.partial").exists()
+
+
+def test_a_full_disk_is_one_line_with_the_space_that_is_needed_and_leaves_nothing(few_are_many: Path) -> None:
+    with pytest.raises(StorageError, match=r"the rows' table needs about 1000000\.00 GB in .*rows, where .* GB are free"):
+        stored_table("k", KIND, lambda write: {}, likely_bytes=10**15)
+
+    def fill(write: tables.Write) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left on device; free space"):
+        stored_table("k", KIND, fill, likely_bytes=1)
+    assert [path.name for path in few_are_many.iterdir()] == [".k.lock"]
