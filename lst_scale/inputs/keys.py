@@ -7,11 +7,13 @@ by them: what `source_digest` and `target_digest` return never changes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 BYTES = 16  # of a digest
 FILLER = -1  # the number of a row that fills a batch up
@@ -51,10 +53,27 @@ class KeyTable:
     _ROW = np.dtype([("digests", np.uint8, (2, BYTES)), ("lengths", np.int32, 2)])
 
     def __init__(self, rows: Iterable[RowKey], filler: RowKey) -> None:
-        self._rows = np.fromiter((_packed(row) for row in (*rows, filler)), self._ROW)
+        self._rows = np.fromiter(map(_packed, itertools.chain(rows, [filler])), self._ROW)
 
     def __len__(self) -> int:
         return len(self._rows) - 1
+
+    @property
+    def sources(self) -> NDArray[np.uint8]:
+        """The digests of all rows' sources, an array (rows, 16)."""
+        digests: NDArray[np.uint8] = self._rows["digests"][:-1, 0]
+        return digests
+
+    @property
+    def targets(self) -> NDArray[np.uint8]:
+        digests: NDArray[np.uint8] = self._rows["digests"][:-1, 1]
+        return digests
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """How many tokens the source and the target of each row have, an array (rows, 2)."""
+        lengths: NDArray[np.int32] = self._rows["lengths"][:-1]
+        return lengths
 
     def __getitem__(self, row: int) -> RowKey:
         assert FILLER <= row < len(self), row

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lst_scale.backbone.cache.backbone import CachingBackbone
@@ -221,13 +222,14 @@ def _remembering(
     rows = splits["train"].keys
     assert rows is not None
     writes = backbone.claim_rows(rows, world)
-    missing = [row for row in rows if not backbone.known(row)]
+    missing = ~backbone.known(rows)
+    num_missing = int(missing.sum())
     if writes:
-        backbone.cache.refuse_if_too_large(sum(row.source_length for row in missing), sum(row.target_length for row in missing))
+        backbone.cache.refuse_if_too_large(*map(int, rows.lengths[missing].sum(0, dtype=np.int64)))
     why = backbone.lock.refused
     others = f"the others can't be written: {why}" if why else "another run writes the others"
-    elsewhere = f"; {others}" if missing and not writes else ""
-    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - len(missing):,} of {len(rows):,} training rows are there{elsewhere}")
+    elsewhere = f"; {others}" if num_missing and not writes else ""
+    logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - num_missing:,} of {len(rows):,} training rows are there{elsewhere}")
     return backbone, splits
 
 

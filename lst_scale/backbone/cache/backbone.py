@@ -11,10 +11,12 @@ another batch pads differently, which moves the last bits of float32 and bf16 su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lst_scale.backbone.cache.claim import Claim, name_of
@@ -37,7 +39,7 @@ from lst_scale.backbone.taps import (
     select,
 )
 from lst_scale.inputs.batch import Inputs
-from lst_scale.inputs.keys import RowKey
+from lst_scale.inputs.keys import KeyTable
 from lst_scale.system.distributed import World
 
 
@@ -143,17 +145,17 @@ class CachingBackbone:
             self._write(inputs, taps)
             yield select(taps, request)
 
-    def claim_rows(self, rows: Iterable[RowKey], world: World) -> bool:
+    def claim_rows(self, rows: KeyTable, world: World) -> bool:
         """Claim the writing of these rows; return whether this run has it.
 
         All ranks must call it, and all write or none does. A run of one process asks again whenever it had to run a batch: the one that
         writes may have ended.
         """
-        return self.lock.claim(Claim(self.cache.folder, name_of(row.target for row in rows)), world)
+        return self.lock.claim(Claim(self.cache.folder, name_of(rows.targets)), world)
 
-    def known(self, row: RowKey) -> bool:
-        """Whether a row's taps are in the cache."""
-        return row.source in self.cache and row.target in self.cache
+    def known(self, rows: KeyTable) -> NDArray[np.bool_]:
+        """Return of which rows the taps are in the cache."""
+        return self.cache.has_each(rows.sources) & self.cache.has_each(rows.targets)
 
     def _write(self, inputs: Inputs, taps: Taps) -> None:
         keys = inputs.keys

@@ -8,9 +8,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
+from lst_scale.backbone.cache.segment import Digests, sorted_digests
 from lst_scale.errors import reason_of
 
 ENDING = ".claim"
@@ -64,9 +64,9 @@ def _open(path: Path) -> int:
         return os.open(path, flags | os.O_RDONLY)  # somebody else's: a lock asks for no more
 
 
-def name_of(digests: Iterable[bytes]) -> str:
+def name_of(digests: Digests) -> str:
     """Return the same short name for the same rows, in whatever order."""
-    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=10).hexdigest()
+    return hashlib.blake2b(sorted_digests(digests).tobytes(), digest_size=10).hexdigest()
 
 
 def is_claimed(folder: Path) -> bool:

@@ -28,13 +28,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lst_scale.backbone.cache.key import KEY, CacheKey, read_key
+from lst_scale.backbone.cache.segment import Digests, Segment
 from lst_scale.errors import BackboneError, reason_of
 from lst_scale.system.durable import write_file
 
 RECORD = struct.Struct("<16sQII")  # digest, offset, tokens, CRC-32 of the payload
+MANY = 4096  # records that are mapped and looked up where they are; fewer are read
 STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
@@ -44,7 +47,9 @@ class TapCache:
     def __init__(self, root: Path, key: CacheKey) -> None:
         self.key, self.folder = key, root / key.folder
         self.damaged: list[str] = []  # payloads that were passed over, named for the log
-        self._where: dict[bytes, tuple[Path, int, int, int]] = {}
+        self._where: dict[bytes, tuple[Path, int, int, int]] = {}  # what is new
+        self._segments: list[Segment] = []  # what was there, the newest first
+        self._dropped: set[bytes] = set()  # damaged there
         self._files: dict[Path, int] = {}  # open for reading
         self._seen: dict[Path, int] = {}  # how much of each index was read
         self._data: Any = None
@@ -75,10 +80,28 @@ class TapCache:
         return torch.bfloat16 if self.key.dtype == "int8" else STORAGE[self.key.dtype]
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._where
+        return self._find(digest) is not None
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._where) + sum(map(len, self._segments))
+
+    def has_each(self, digests: Digests) -> NDArray[np.bool_]:
+        """Return which of many digests are here."""
+        found = np.zeros(len(digests), bool)
+        for segment in self._segments:
+            missing = np.flatnonzero(~found)
+            found[missing] = segment.has_each(digests[missing])
+        if self._dropped:
+            found &= np.fromiter((row.tobytes() not in self._dropped for row in digests), bool, len(digests))
+        if self._where:
+            missing = np.flatnonzero(~found)
+            found[missing] = np.fromiter((digests[row].tobytes() in self._where for row in missing), bool, len(missing))
+        return found
+
+    def _find(self, digest: bytes) -> tuple[Path, int, int, int] | None:
+        if (found := self._where.get(digest)) is not None or digest in self._dropped:
+            return found
+        return next((found for segment in self._segments if (found := segment.find(digest)) is not None), None)
 
     def refresh(self) -> None:
         """Look for what was written since, by any process. What can't be read counts as missing."""
@@ -93,11 +116,19 @@ class TapCache:
         path = index.with_suffix(".taps")
         if index.stat().st_size - seen < RECORD.size or not path.exists():
             return
+        written = index.stat().st_size - seen
+        whole = written - written % RECORD.size  # a record cut short by a kill is left out
+        if whole >= MANY * RECORD.size:
+            token = self.key.bytes_a_token() * len(self.key.layers)
+            segment = Segment(index, seen, seen + whole, size=path.stat().st_size, bytes_a_token=token)
+            self._segments.insert(0, segment)
+            self._dropped = {digest for digest in self._dropped if segment.find(digest) is None}
+            self._seen[index] = seen + whole
+            return
         with index.open("rb") as file:
             file.seek(seen)
-            raw = file.read()
+            raw = file.read(whole)
         size = path.stat().st_size  # asked last: the data of a record is there before the record
-        whole = len(raw) - len(raw) % RECORD.size  # a record cut short by a kill is left out
         for start in range(0, whole, RECORD.size):
             digest, offset, tokens, checksum = RECORD.unpack_from(raw, start)
             if offset + tokens * self.key.bytes_a_token() * len(self.key.layers) <= size:
@@ -106,7 +137,7 @@ class TapCache:
 
     def read(self, digest: bytes, states: int) -> list[Tensor] | None:
         """Return `states` tensors (L, D) in the storage's floating dtype, or None when they are missing or damaged."""
-        found = self._where.get(digest)
+        found = self._find(digest)
         if found is None:
             return None
         into = [torch.empty(found[2], self.key.d_model, dtype=self.floating) for _ in range(states)]
@@ -117,7 +148,7 @@ class TapCache:
 
         Floating storage is read straight into place, and what has arrived there is what the checksum is taken of.
         """
-        found = self._where.get(digest)
+        found = self._find(digest)
         if found is None:
             return False
         path, offset, tokens, checksum = found
@@ -149,7 +180,7 @@ class TapCache:
 
     def write(self, digest: bytes, states: list[Tensor]) -> None:
         """Append one row's states, each (L, D)."""
-        if digest in self._where:
+        if digest in self:
             return
         payload = self._payload(states)
         try:
@@ -222,7 +253,8 @@ class TapCache:
     def _drop(self, digest: bytes, path: Path, offset: int) -> None:
         """Forget a payload that can't be used, and remember where it was."""
         self.damaged.append(f"{path} at byte {offset}")
-        del self._where[digest]
+        self._where.pop(digest, None)
+        self._dropped.add(digest)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
