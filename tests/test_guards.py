@@ -55,6 +55,22 @@ def test_nobody_asks_which_kind_of_backbone_there_is() -> None:
         assert found <= allowed, (word, found)
 
 
+def test_the_harness_speaks_of_source_and_target() -> None:
+    """Which stack makes whose states is a family's business. The names allowed are those of files and of transformers."""
+    package = ROOT / "lst_scale"
+    rooms = ("backbone", "data", "inference", "inputs", "methods", "plan", "runs", "system", "training")
+    files = {path for room in rooms for path in (package / room).rglob("*.py") if package / "backbone" / "families" not in path.parents}
+    words = {f"{path.relative_to(ROOT)}: {word}" for path in files for word in re.findall(r"\w*(?:en|de)coder\w*", path.read_text())}
+    assert {word for word in words if not word.endswith((": decoder_final", ": decoder_start_token_id"))} == set()
+
+
+def test_nobody_reaches_into_a_backbone_or_a_trainee() -> None:
+    words = r"\b(?:backbone|live|shared)\._\w+|trainee\.backbone\b|lambda.*\bBackbone\b"
+    package = ROOT / "lst_scale"
+    found = {f"{p.relative_to(ROOT)}: {word}" for p in package.rglob("*.py") for word in re.findall(words, p.read_text())}
+    assert found == set()
+
+
 def test_no_name_of_a_parameter_is_a_switch() -> None:
     found = [str(p) for p in (ROOT / "lst_scale").rglob("*.py") if '"gate" in' in p.read_text()]
     assert not found, found

@@ -30,7 +30,7 @@ class QuantizationReport:
     """Relative error ||quantized - reference|| / ||reference|| after every block, over real tokens only."""
 
     precision: str
-    errors: dict[str, float]  # "encoder block 0" -> error
+    errors: dict[str, float]  # by a block's label
     threshold: float
 
     @property
@@ -89,19 +89,19 @@ class _Reference:
     def refs(self, stack: str) -> list[BlockRef]:
         return [ref for ref in self.family.blocks(self.spec) if ref.stack == stack]
 
-    def stack(self, stack: str, embedding: Tensor, encoder_final: Tensor | None, encoder_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+    def stack(self, stack: str, embedding: Tensor, source_final: Tensor | None, source_mask_BS: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the outputs of all blocks (on the CPU in bf16) and the final normed state."""
         hidden = embedding.to(self.dtype)
-        cross_mask = padding_mask(encoder_mask)
-        self_mask = cross_mask if encoder_final is None else causal_mask(hidden.shape[1], 0, hidden.device)
+        cross_mask = padding_mask(source_mask_BS)
+        self_mask = cross_mask if source_final is None else causal_mask(hidden.shape[1], 0, hidden.device)
         along: Any = None
         outputs = []
         for ref in self.refs(stack):
             block = filled(self.family.block(self.checkpoint.config, ref), ref.path, self._read)
             if along is None:
                 along = self.family.positions(block)(hidden.shape[1], hidden.device)
-            source_mask = None if encoder_final is None else cross_mask
-            hidden, along = self.family.run_block(block, hidden, along, mask=self_mask, source=encoder_final, source_mask=source_mask)
+            source_mask = None if source_final is None else cross_mask
+            hidden, along = self.family.run_block(block, hidden, along, mask=self_mask, source=source_final, source_mask=source_mask)
             outputs.append(hidden.to("cpu", torch.bfloat16))
         return outputs, filled(*self.family.final_norm(self.spec, stack), self._read)(hidden)
 

@@ -34,6 +34,10 @@ class BackboneSpec:
         """How many layers of a cache of keys and values the backbone fills."""
         raise NotImplementedError
 
+    def with_depth(self, depth: int) -> BackboneSpec | None:
+        """Return the spec of a model of this kind with so many blocks; None where depth is not one number."""
+        raise NotImplementedError
+
     @property
     def widths(self) -> Mapping[str, int]:
         """What a side network's reduction factor must divide."""

@@ -17,7 +17,7 @@ from lst_scale.data.batches import Batch
 class Scoring(Protocol):
     """The rows of one batch, about to be scored on several targets. What depends on their source alone is made once."""
 
-    def logits(self, decoder_input_ids_BT: Tensor, taps: Any) -> Tensor:
+    def logits(self, target_BT: Tensor, taps: Any) -> Tensor:
         """Return logits (B, T, V) of one target; `taps`: what the frozen backbone makes of it, None where there is none."""
         ...
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
+from lst_scale.backbone.families import Family
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
@@ -57,12 +57,8 @@ class WholeModelTrainee:
         device, spec = self.backbone.device, self.backbone.spec
         labels_BT = batch.labels_BT.to(device)
         with self._precision():
-            logits_BTV: Tensor = engine(
-                input_ids=batch.input_ids_BS.to(device),
-                attention_mask=batch.attention_mask_BS.to(device),
-                decoder_input_ids=shift_right(labels_BT, spec),
-                use_cache=False,
-            ).logits
+            source_BS, mask_BS = batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device)
+            logits_BTV = self.backbone.family.whole_logits(engine, source_BS, mask_BS, shift_right(labels_BT, spec))[0]
         return (
             nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
             + 0.0 * logits_BTV.float().sum()
@@ -80,7 +76,7 @@ class WholeModelTrainee:
         self._put(weights)
         self.module.eval()
         try:
-            yield WholeModel(self.module, self.backbone.spec, self._replica, self.backbone.device, self._precision)
+            yield WholeModel(self.module, self.backbone, self._replica, self._precision)
         finally:
             self.module.train()
 
@@ -132,8 +128,11 @@ class WholeModelTrainee:
 class WholeModel:
     """The trained model as evaluation uses it."""
 
-    def __init__(self, model: Any, spec: BackboneSpec, replica: Replica, device: torch.device, precision: Any) -> None:
-        self._model, self.spec, self.replica, self.device, self._precision = model, spec, replica, device, precision
+    def __init__(self, model: Any, backbone: LocalBackbone, replica: Replica, precision: Any) -> None:
+        self._model, self.replica, self._precision = model, replica, precision
+        self.family: Family = backbone.family
+        self.spec: BackboneSpec = backbone.spec
+        self.device: torch.device = backbone.device
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, source: None = None, **options: Any) -> Any:
@@ -145,26 +144,25 @@ class WholeModel:
         return WholeModelScoring(self, input_ids_BS, attention_mask_BS)
 
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoder runs once."""
+        """Yield logits (B, T, V) for each of several targets (B, T) of one source, which runs once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)
-        return (scoring.logits(decoder_input_ids_BT) for decoder_input_ids_BT in targets)
+        return map(scoring.logits, targets)
 
     @torch.no_grad()
     def run(self, **inputs: Any) -> Any:
         with self._precision():
-            return self._model(use_cache=False, **inputs)
+            return self._model(**inputs)
 
 
 class WholeModelScoring:
-    """Several targets of the rows of one batch; the encoder runs for the first."""
+    """Several targets of the rows of one batch; their source runs for the first."""
 
-    def __init__(self, model: WholeModel, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> None:
-        self._model, self._source = model, {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
-        self._encoded: BaseModelOutput | None = None
+    def __init__(self, model: WholeModel, source_BS: Tensor, source_mask_BS: Tensor) -> None:
+        self._model, self._rows = model, (source_BS, source_mask_BS)
+        self._source: Any | None = None
 
-    def logits(self, decoder_input_ids_BT: Tensor, taps: None = None) -> Tensor:
-        output = self._model.run(**self._source, encoder_outputs=self._encoded, decoder_input_ids=decoder_input_ids_BT)
+    def logits(self, target_BT: Tensor, taps: None = None) -> Tensor:
+        logits_BTV, source = self._model.family.whole_logits(self._model.run, *self._rows, target_BT, self._source)
         if not self._model.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
-            self._encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-        logits_BTV: Tensor = output.logits
+            self._source = source
         return logits_BTV

@@ -45,13 +45,13 @@ def with_lora(model: Any, family: Family, recipe: LoraRecipe, checkpoint: str, s
 
 
 def with_prompt(model: Any, family: Family, recipe: PromptRecipe, checkpoint: str, seed: int) -> Any:
-    """Return `model` with trained vectors before the encoder's input, which start as the embedding's first rows, as in the release."""
+    """Return `model` with trained vectors before the source, which start as the embedding's first rows, as in the release."""
     from peft import PromptTuningConfig
 
     config = PromptTuningConfig(
         task_type=family.peft_task,
         num_virtual_tokens=recipe.num_vectors,
-        num_transformer_submodules=1,  # the encoder alone
+        num_transformer_submodules=1,  # before the source alone
         base_model_name_or_path=checkpoint,
     )
     wrapped = _wrap(model, config, seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, packed_otherwise, worst_of
 from lst_scale.recipe.backbone import Replicated
@@ -24,11 +23,15 @@ SHALLOWEST = 2  # the first block of a stack, which holds the position table, an
 def planned(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step needs on each rank, as `footprint` does."""
     depth = shape.spec.depth
-    if not _of_one_depth(shape) or depth <= SHALLOWEST + 1 or not isinstance(recipe.backbone.placement, Replicated):
+    shallow = [(number, shape.spec.with_depth(number)) for number in (SHALLOWEST, SHALLOWEST + 1)]
+    if depth <= SHALLOWEST + 1 or not isinstance(recipe.backbone.placement, Replicated):
         return _run(recipe, shape, setting)
     if isinstance(recipe.method, LstRecipe) and recipe.method.side_layers != (depth - 1,):
         return _run(recipe, shape, setting)
-    first, second = (_run(_on_the_last(recipe, number), _of_depth(shape, number), setting) for number in (SHALLOWEST, SHALLOWEST + 1))
+    steps = [_run(_on_the_last(recipe, number), replace(shape, spec=spec), setting) for number, spec in shallow if spec is not None]
+    if not steps:
+        return _run(recipe, shape, setting)
+    first, second = steps
     return _sum([(first, 1 - (depth - SHALLOWEST)), (second, depth - SHALLOWEST)])
 
 
@@ -46,16 +49,6 @@ def _on_the_last(recipe: Recipe, number: int) -> Recipe:
     if not isinstance(recipe.method, LstRecipe):
         return recipe
     return recipe.model_copy(update={"method": recipe.method.model_copy(update={"side_layers": (number - 1,)})})
-
-
-def _of_one_depth(shape: Shape) -> bool:
-    """Whether this is a family whose two stacks are as deep as each other, by the names that a shallow one is made by."""
-    return shape.spec.depth == getattr(shape.spec, "num_layers", None) == getattr(shape.spec, "num_decoder_layers", None)
-
-
-def _of_depth(shape: Shape, number: int) -> Shape:
-    numbers: Any = {"num_layers": number, "num_decoder_layers": number}
-    return replace(shape, spec=replace(shape.spec, **numbers))
 
 
 def _sum(weighted: list[tuple[Footprint, int]]) -> Footprint:

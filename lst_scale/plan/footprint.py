@@ -78,7 +78,7 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
         weights = _resident(recipe, backbone, trainee, setting)
         batch = fake.batch(setting.rows, setting.source, setting.target)
         live.forget()
-        kept = _step(trainee, batch, live, setting, shards)
+        kept = _step(trainee, backbone, batch, live, setting, shards)
     static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}
     moments = {moment: static | _at(live, moment, engine) for moment in MOMENTS}
     return worst_of(moments, kept=kept, trainable=sum(p.numel() for p in trained.values()))
@@ -99,10 +99,10 @@ def worst_of(moments: dict[str, dict[str, int]], *, kept: int, trainable: int) -
     return Footprint(parts=moments[where], where=where, kept=kept, trainable=trainable, moments=moments)
 
 
-def _step(trainee: Trainee, batch: Batch, live: LiveBytes, setting: Setting, shards: int) -> int:
+def _step(trainee: Trainee, backbone: LocalBackbone, batch: Batch, live: LiveBytes, setting: Setting, shards: int) -> int:
     """Run a step on fake tensors and return the bytes that its forward pass leaves alive."""
     live.enter_phase(FORWARD)
-    prepared = _prepare(trainee, batch, setting, shards)
+    prepared = _prepare(trainee, backbone, batch, setting, shards)
     live.enter_phase(METHOD, survivors=TAPS)
     nll = trainee.nll(trainee.module, batch, prepared)
     live.enter_phase(BACKWARD, survivors=SAVED)
@@ -114,11 +114,10 @@ def _step(trainee: Trainee, batch: Batch, live: LiveBytes, setting: Setting, sha
     return kept
 
 
-def _prepare(trainee: Trainee, batch: Batch, setting: Setting, shards: int) -> Any:
+def _prepare(trainee: Trainee, backbone: LocalBackbone, batch: Batch, setting: Setting, shards: int) -> Any:
     request = trainee.request
     if request is None:
         return trainee.prepare(batch)
-    backbone: LocalBackbone = trainee.backbone  # type: ignore[attr-defined]
     if setting.cached:
         return _read_taps(backbone, batch, request)
     if shards == 1:
@@ -160,7 +159,7 @@ def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Ta
 
 def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting: Setting) -> int:
     """Return the bytes of frozen weights on a rank: all, its share, or the blocks that are there at a time."""
-    model, placement = backbone._model, recipe.backbone.placement
+    model, placement = backbone.give_model(), recipe.backbone.placement
     blocks = [nbytes(held_tensors(ref.get(model))) for ref in backbone.family.blocks(backbone.spec)]
     if isinstance(recipe.method, LstRecipe):
         ends = nbytes(held_tensors(model)) - sum(blocks)

@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
 
 def packed_bytes(backbone: LocalBackbone, precision: str) -> int:
     """Return what the matrices of a backbone's blocks take when they are packed."""
-    blocks = (ref.get(backbone._model) for ref in backbone.family.blocks(backbone.spec))
+    blocks = (ref.get(backbone.give_model()) for ref in backbone.family.blocks(backbone.spec))
     linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
     return sum(nbytes(precisions.sized_quantized_linear(linear, precision).buffers()) for linear in linears)
 
@@ -54,7 +54,7 @@ def packed_bytes(backbone: LocalBackbone, precision: str) -> int:
 def pack(backbone: LocalBackbone, precision: str) -> None:
     """Put packed matrices in the place of the blocks' frozen ones, beneath what peft has put around them."""
     for ref in backbone.family.blocks(backbone.spec):
-        block = ref.get(backbone._model)
+        block = ref.get(backbone.give_model())
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 precisions.replace(block, name, PackedLinear(module, precision))

@@ -27,7 +27,7 @@ class CacheKey:
     fingerprint: str
     precision: str  # of the backbone
     layers: tuple[int, ...]
-    decoder_final: bool
+    decoder_final: bool  # whether the target's final state is there too; the name in key.json
     d_model: int
     dtype: str  # of storage: bf16, fp32, or int8 with one scale a token
 
@@ -45,8 +45,8 @@ class CacheKey:
 
     def bytes_of(self, source_tokens: int, target_tokens: int) -> int:
         """Return what rows with so many tokens take on disk."""
-        decoder_states = len(self.layers) + self.decoder_final
-        return self.bytes_a_token() * (source_tokens * len(self.layers) + target_tokens * decoder_states)
+        target_states = len(self.layers) + self.decoder_final
+        return self.bytes_a_token() * (source_tokens * len(self.layers) + target_tokens * target_states)
 
 
 def read_key(folder: Path) -> CacheKey:

@@ -4,7 +4,7 @@
     FOLDER/KEY/WRITER.taps       payloads, one after another, no padding
     FOLDER/KEY/WRITER.index      32 bytes a payload: digest of its token ids, offset, tokens, CRC-32
 
-A row's encoder taps are found by its source ids, its decoder taps by source and decoder ids, so a change of tokenizer, text format or
+A row's source taps are found by its source ids, its target taps by source and target ids, so a change of tokenizer, text format or
 truncation finds nothing, and a change of weights or precision looks in another folder: there is nothing that could be stale. Each
 process appends to files of its own, data before index; a killed writer leaves whole payloads behind, and any number of processes and
 ranks read them, while it writes too. A payload whose checksum is wrong counts as missing and is made again. Which of several runs on
@@ -281,7 +281,7 @@ def damaged_payloads(folder: Path) -> Iterator[str]:
         data = np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and path.stat().st_size else np.zeros(0, np.uint8)
         for start in range(0, len(raw) - RECORD.size + 1, RECORD.size):
             _, offset, tokens, checksum = RECORD.unpack_from(raw, start)
-            # A record does not say which stack it is of: decoders may have one state more.
+            # A record does not say whether it is of a source or of a target, which may have one state more.
             sizes = {states * tokens * token for states in (layers, layers + finals)}
             if all(zlib.crc32(data[offset : offset + size].tobytes()) != checksum for size in sizes):
                 yield f"{path} at byte {offset}"

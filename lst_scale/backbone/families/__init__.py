@@ -168,12 +168,12 @@ class Family(Protocol):
         """Return the blocks that make the states of the target, or of the source."""
         ...
 
-    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """Run the source and return its final states, which the target's blocks attend to."""
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Any:
+        """Run the source and return what `extend` needs of it. Only the family looks into that."""
         ...
 
     def extend(
-        self, model: Any, embedding_BTD: Tensor, source_BSD: Tensor, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
+        self, model: Any, embedding_BTD: Tensor, source: Any, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
     ) -> Tensor:
         """Run the first `num_blocks` blocks on the target, given the source; with a cache, on its new positions only."""
         ...
@@ -221,7 +221,16 @@ class Family(Protocol):
         """Return the linear maps of a block whose inputs tensor parallelism divides, and whose outputs are sums over ranks."""
         ...
 
-    # Inside it: where methods that train the model itself put what they add.
+    # Inside it: methods that train the model itself, and where they put what they add.
+
+    def whole_logits(
+        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Any | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return a target's logits (B, T, V) and, for other targets of these rows, the `source` that need not be run again.
+
+        `run` is the whole model, perhaps wrapped.
+        """
+        ...
 
     def adapter_sites(self, model: Any) -> Iterator[str]:
         """Yield the paths of the linear maps that end self-attention and feed-forward of every block."""

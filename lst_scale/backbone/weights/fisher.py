@@ -129,17 +129,17 @@ class _Walk:
     def run(self) -> None:
         sources, targets = self._looked_up()
         source_stack, target_stack = self.family.stacks
-        encoder_inputs = self._up(source_stack, sources, None)
-        encoder_last = encoder_inputs.pop()
-        encoder_norm = self._norm(source_stack)
+        source_inputs = self._up(source_stack, sources, None)
+        source_last = source_inputs.pop()
+        source_norm = self._norm(source_stack)
         with torch.no_grad():
-            encoder_final = [encoder_norm(hidden) for hidden in encoder_last]
-        decoder_inputs = self._up(target_stack, targets, encoder_final)
-        gradients, head_parts = self._head(decoder_inputs.pop())
-        to_encoder = [torch.zeros_like(final) for final in encoder_final]
-        to_targets = self._down(target_stack, decoder_inputs, gradients, encoder_final, to_encoder)
-        through_norm = [_backward(encoder_norm, hidden, gradient) for hidden, gradient in zip(encoder_last, to_encoder, strict=True)]
-        to_sources = self._down(source_stack, encoder_inputs, through_norm, None, None)
+            source_final = [source_norm(hidden) for hidden in source_last]
+        target_inputs = self._up(target_stack, targets, source_final)
+        gradients, head_parts = self._head(target_inputs.pop())
+        to_source_final = [torch.zeros_like(final) for final in source_final]
+        to_targets = self._down(target_stack, target_inputs, gradients, source_final, to_source_final)
+        through_norm = [_backward(source_norm, hidden, gradient) for hidden, gradient in zip(source_last, to_source_final, strict=True)]
+        to_sources = self._down(source_stack, source_inputs, through_norm, None, None)
         self._embedding(to_sources, to_targets, head_parts)
 
     def _looked_up(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -147,14 +147,14 @@ class _Walk:
         embedding = self._read(self.family.embedding_name)
         return [embedding[ids] for ids in self.sources], [embedding[ids] for ids in self.targets]
 
-    def _up(self, stack: str, hidden: list[Tensor], encoder: list[Tensor] | None) -> list[list[Tensor]]:
+    def _up(self, stack: str, hidden: list[Tensor], source: list[Tensor] | None) -> list[list[Tensor]]:
         """Return the inputs of every block, and last the last block's outputs, for every example."""
         inputs = []
         for ref in self._refs(stack):
             inputs.append(hidden)
             block = self._block(ref)
             with torch.no_grad():
-                hidden = [self._run(block, stack, x, None if encoder is None else encoder[i]) for i, x in enumerate(hidden)]
+                hidden = [self._run(block, stack, x, None if source is None else source[i]) for i, x in enumerate(hidden)]
             del block  # before the next one is read
         return [*inputs, hidden]
 
@@ -163,12 +163,12 @@ class _Walk:
         stack: str,
         inputs: list[list[Tensor]],
         gradients: list[Tensor],
-        encoder: list[Tensor] | None,
-        to_encoder: list[Tensor] | None,
+        source: list[Tensor] | None,
+        to_source_final: list[Tensor] | None,
     ) -> list[Tensor]:
-        """Return the gradients at the stack's embeddings; add up those at the encoder's final state; sum the squares of all weights'."""
+        """Return the gradients at the stack's embeddings; add up those at the source's final state; sum the squares of all weights'."""
         for ref in reversed(self._refs(stack)):
-            self._down_block(ref, inputs.pop(), gradients, encoder, to_encoder)
+            self._down_block(ref, inputs.pop(), gradients, source, to_source_final)
         return gradients
 
     def _down_block(
@@ -176,21 +176,21 @@ class _Walk:
         ref: BlockRef,
         inputs: list[Tensor],
         gradients: list[Tensor],
-        encoder: list[Tensor] | None,
-        to_encoder: list[Tensor] | None,
+        source: list[Tensor] | None,
+        to_source_final: list[Tensor] | None,
     ) -> None:
         """Replace the gradients at the block's outputs by those at its inputs."""
         block = self._block(ref)
         weights = {f"{ref.path}.{name}": p.requires_grad_(True) for name, p in self.family.matrices(block)}
         for i, (hidden, gradient) in enumerate(zip(inputs, gradients, strict=True)):
             x = hidden.detach().requires_grad_(True)
-            final = None if encoder is None else encoder[i].detach().requires_grad_(True)
+            final = None if source is None else source[i].detach().requires_grad_(True)
             self._run(block, ref.stack, x, final).backward(gradient)  # type: ignore[no-untyped-call]
             assert x.grad is not None
             gradients[i] = x.grad
-            if final is not None and to_encoder is not None:
+            if final is not None and to_source_final is not None:
                 assert final.grad is not None
-                to_encoder[i] += final.grad
+                to_source_final[i] += final.grad
             for name, weight in weights.items():
                 assert weight.grad is not None, name
                 self.total.add(name, weight.grad)
@@ -232,12 +232,12 @@ class _Walk:
         found: tuple[Tensor, Tensor] = tokens.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         return found
 
-    def _run(self, block: nn.Module, stack: str, hidden: Tensor, encoder: Tensor | None) -> Tensor:
-        """Run a block on one example; a target's block looks at its past alone and attends to the encoder's final state."""
+    def _run(self, block: nn.Module, stack: str, hidden: Tensor, source: Tensor | None) -> Tensor:
+        """Run a block on one example; a target's block looks at its past alone and attends to the source's final state."""
         length = hidden.shape[1]
-        mask = None if encoder is None else causal_mask(length, 0, self.device)
+        mask = None if source is None else causal_mask(length, 0, self.device)
         along = self.positions[stack](length, self.device)
-        return self.family.run_block(block, hidden, along, mask=mask, source=encoder)[0]
+        return self.family.run_block(block, hidden, along, mask=mask, source=source)[0]
 
     def _block(self, ref: BlockRef) -> nn.Module:
         return_freed_memory()  # the last block's, between the sums: the C library would keep it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lst_scale.backbone.spec import BackboneSpec
@@ -29,6 +29,9 @@ class T5Spec(BackboneSpec):
     @property
     def cache_layers(self) -> int:
         return self.num_decoder_layers
+
+    def with_depth(self, depth: int) -> T5Spec | None:
+        return replace(self, num_layers=depth, num_decoder_layers=depth) if self.num_layers == self.num_decoder_layers else None
 
     @property
     def widths(self) -> Mapping[str, int]:
