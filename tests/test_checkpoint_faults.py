@@ -213,6 +213,19 @@ def test_a_checkpoint_of_another_run_is_no_damaged_one(folder: Path) -> None:
         load(folder, identity=IDENTITY | {"seed": 1})
 
 
+def test_rows_that_changed_since_are_named_by_their_file(folder: Path) -> None:
+    rows = {"of": "train.csv", "rows": 20, "ids": "a"}
+    state = json.loads(state_of(folder).read_text())
+    assert load(folder, identity=IDENTITY | {"training_rows": rows}) is not None  # an earlier version kept none
+    del state["digest"]
+    state_of(folder).write_text(json.dumps(state | {"format": 1, "identity": IDENTITY | {"training_rows": rows}}))
+    assert load(folder, identity=IDENTITY | {"training_rows": rows}) is not None
+    with pytest.raises(
+        CheckpointError, match=r"train\.csv has changed since .*step-00000008 was written \(20 training rows then, 21 now\)"
+    ):
+        load(folder, identity=IDENTITY | {"training_rows": rows | {"rows": 21, "ids": "b"}})
+
+
 def test_a_checkpoint_of_the_version_before_resumes(folder: Path) -> None:
     state = json.loads(state_of(folder).read_text())
     del state["digest"]

@@ -67,6 +67,7 @@ def test_many_rows_are_those_of_a_list_and_give_the_same_batches(tmp_path: Path)
     for _ in ("written", "mapped"):
         stored, listed = (encode.encode(rows, tokenizer, 12, 2) for rows in (task.train, list(task.train)))
         assert (stored.cut_sources, stored.cut_targets, stored.longest_target) == (listed.cut_sources, listed.cut_targets, 2)
+        assert stored.known_digest == stored.digest == listed.digest
         how = {"epoch": 1, "seed": 3, "global_batch_size": 7, "micro_batch_size": 4, "rank": 1, "world_size": 2}
         for one, other in zip(training_steps(stored, **how), training_steps(listed, **how), strict=True):
             assert one.num_target_tokens == other.num_target_tokens

@@ -31,7 +31,7 @@ class Column:
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         assert all(len(chunk.ends) == CHUNK + 1 for chunk in chunks[:-1]), [len(chunk.ends) for chunk in chunks]
-        self._chunks = chunks
+        self.chunks = chunks
         self._count = sum(len(chunk.ends) - 1 for chunk in chunks)
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Column:
     @cached_property
     def lengths(self) -> Numbers:
         """How many values each row has."""
-        return np.concatenate([np.diff(chunk.ends).astype(np.int32) for chunk in self._chunks]) if self._chunks else np.zeros(0, np.int32)
+        return np.concatenate([np.diff(chunk.ends).astype(np.int32) for chunk in self.chunks]) if self.chunks else np.zeros(0, np.int32)
 
     def _values_of(self, row: int) -> Numbers:
         if row < 0:
@@ -48,7 +48,7 @@ class Column:
         if not 0 <= row < self._count:
             raise IndexError(row)
         chunk, place = divmod(row, CHUNK)
-        ends, values = self._chunks[chunk]
+        ends, values = self.chunks[chunk]
         return values[ends[place] : ends[place + 1]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +30,21 @@ class EncodedSplit:
     pad_token_id: int
     cut_sources: int = 0  # rows whose source was longer than the limit
     cut_targets: int = 0
+    known_digest: str | None = None  # of all ids, where a table says it
     keys: KeyTable | None = None  # by what a tap cache knows each row; None: there is no cache
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def digest(self) -> str:
+        """What changes when any id of any row does."""
+        if self.known_digest is not None:
+            return self.known_digest
+        ids = hashlib.sha256()
+        for chunks in zip(self.input_ids.chunks, self.labels.chunks, strict=True):
+            _add_to(ids, *chunks)
+        return ids.hexdigest()
 
     @property
     def longest_target(self) -> int:
@@ -46,6 +58,7 @@ class EncodedSplit:
             rows=self.rows[first:end],
             input_ids=self.input_ids.part(first, end),
             labels=self.labels.part(first, end),
+            known_digest=None,
             keys=None if self.keys is None else self.keys.part(first, end),
         )
 
@@ -146,10 +159,12 @@ def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
 
     def fill(write: Write) -> Facts:
         cut_sources = cut_targets = 0
+        ids = hashlib.sha256()
         for chunk in encoding.chunks(rows):
             write({"input_ids": chunk.input_ids, "labels": chunk.labels})
+            _add_to(ids, chunk.input_ids, chunk.labels)
             cut_sources, cut_targets = cut_sources + chunk.cut_sources, cut_targets + chunk.cut_targets
-        return {"cut_sources": cut_sources, "cut_targets": cut_targets}
+        return {"cut_sources": cut_sources, "cut_targets": cut_targets, "digest": ids.hexdigest()}
 
     table = stored_table(key, COLUMNS, fill, likely_bytes=2 * BYTES_OF_IDS * len(rows))
     return EncodedSplit(
@@ -159,7 +174,14 @@ def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
         pad_token_id=encoding.tokenizer.pad_token_id,
         cut_sources=table.facts["cut_sources"],
         cut_targets=table.facts["cut_targets"],
+        known_digest=table.facts["digest"],
     )
+
+
+def _add_to(ids: Any, *chunks: Chunk) -> None:
+    for chunk in chunks:
+        ids.update(chunk.ends.tobytes())
+        ids.update(chunk.values.tobytes())
 
 
 def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int) -> EncodedSplit:

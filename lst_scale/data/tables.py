@@ -28,7 +28,7 @@ from lst_scale.errors import StorageError
 from lst_scale.system.assets import cache_folder
 from lst_scale.system.durable import write_directory
 
-FORMAT = 1
+FORMAT = 2
 ROWS, FACTS = "rows.arrow", "facts.json"
 SETTING = "XDG_CACHE_HOME"  # what to change for another place
 KINDS = {"texts": ("uint8", Texts), "ids": ("int32", Ids)}

@@ -33,6 +33,7 @@ from lst_scale.training.engine import MOMENTS as MOMENT_NAMES
 from lst_scale.training.engine import Snapshot
 
 FORMAT = 2  # 1 had no digest of the state itself; it is read, too
+TRAINING_ROWS = "training_rows"  # in an identity: what the rows are of, how many, and a digest of their ids
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
 
 
@@ -218,7 +219,14 @@ class _AnotherRun(CheckpointError):
 
 
 def _refuse_another_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    different = [key for key in expected if found.get(key) != expected[key]]
+    missing = {TRAINING_ROWS} - found.keys()  # an earlier version did not keep them
+    different = [key for key in expected if found.get(key) != expected[key] and key not in missing]
+    rows = expected.get(TRAINING_ROWS, {})
+    if TRAINING_ROWS in different and found[TRAINING_ROWS].get("of") == rows["of"]:
+        raise _AnotherRun(
+            f"{rows['of']} has changed since {path} was written ({found[TRAINING_ROWS].get('rows'):,} training rows then, {rows['rows']:,} "
+            "now): put the file back, choose another output_dir or name, or start again with --overwrite"
+        )
     if different == ["total_steps"]:
         raise _AnotherRun(
             f"{path} is of a run of {found['total_steps']} steps, and its learning rates fell over those; this recipe has "

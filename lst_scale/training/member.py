@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import Backbone
+from lst_scale.data.encode import EncodedSplit
 from lst_scale.data.rows import targets_of
 from lst_scale.data.scores import only_answer, score
 from lst_scale.errors import LadderError, LstScaleError
@@ -24,7 +25,7 @@ from lst_scale.system import distributed
 from lst_scale.system.durable import write_directory, write_file
 from lst_scale.system.preemption import Interrupted
 from lst_scale.training.card import card_of_run
-from lst_scale.training.checkpoint import WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
+from lst_scale.training.checkpoint import TRAINING_ROWS, WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, release, restore_moments
 from lst_scale.training.evaluation import predict_split
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
@@ -45,7 +46,7 @@ class Member:
             f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
-        identity = _identity(recipe, plan, backbone)
+        identity = _identity(recipe, plan, backbone, splits["train"])
         initial = recipe if recipe.training.start_from is None else _without_carving(recipe)
         importance = task_importance(initial, splits["train"], backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -145,11 +146,12 @@ class Member:
         return score(task, texts, expected), only_answer(texts, expected)
 
 
-def _identity(recipe: Recipe, plan: Plan, backbone: Backbone) -> dict[str, Any]:
+def _identity(recipe: Recipe, plan: Plan, backbone: Backbone, train: EncodedSplit) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
     settings = {key.rpartition(".")[2]: value for key, value in marked(recipe, KEPT_BY_RESUME).items()}
     found = {"backbone": backbone.identity.fingerprint, "precision": backbone.identity.precision, "total_steps": plan.total_steps}
-    return settings | found
+    of = recipe.task if isinstance(recipe.task, str) else recipe.task.train
+    return settings | found | {TRAINING_ROWS: {"of": of, "rows": len(train), "ids": train.digest[:20]}}
 
 
 def _without_carving(recipe: Recipe) -> Recipe:
