@@ -34,13 +34,13 @@ def broken(folder: Path, weight: str, value: float) -> Path:
             "encoder.block.1.layer.1.DenseReluDense.wo.weight",
             float("nan"),
             {},
-            "the backbone's taps are not finite at block 2 of the encoder",
+            "the backbone's taps are not finite at block 2 of the source",
         ),
         (
             "decoder.block.0.layer.0.SelfAttention.o.weight",
             float("inf"),
             {},
-            "the backbone's taps are not finite at block 0 of the decoder",
+            "the backbone's taps are not finite at block 0 of the target",
         ),
         ("shared.weight", float("nan"), {}, "the backbone's output head is not finite"),  # of a token that no row holds
         ("encoder.block.1.layer.1.DenseReluDense.wo.weight", float("nan"), {"method": LORA}, "weights are not finite in base_model"),

@@ -64,6 +64,14 @@ def test_the_harness_speaks_of_source_and_target() -> None:
     assert {word for word in words if not word.endswith((": decoder_final", ": decoder_start_token_id"))} == set()
 
 
+def test_training_cache_and_answers_know_the_protocol_and_no_class_behind_it() -> None:
+    """But for methods that train inside a model, and the planner, which holds one without weights."""
+    package = ROOT / "lst_scale"
+    knowing = {path.relative_to(package) for path in package.rglob("*.py") if re.search(r"(?:Local|Grouped)Backbone", path.read_text())}
+    others = {path.as_posix() for path in knowing if path.parts[0] != "plan" and path.parts[:2] != ("backbone", "placement")}
+    assert others <= {"backbone/__init__.py", "methods/__init__.py", "methods/full.py"}
+
+
 def test_nobody_reaches_into_a_backbone_or_a_trainee() -> None:
     words = r"\b(?:backbone|live|shared)\._\w+|trainee\.backbone\b|lambda.*\bBackbone\b"
     package = ROOT / "lst_scale"

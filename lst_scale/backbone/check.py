@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.masks import causal_mask, padding_mask
-from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.backbone.taps import Inputs, TapRequest
+from lst_scale.backbone.taps import Backbone, Inputs, TapRequest
 from lst_scale.backbone.weights.assemble import filled
 from lst_scale.backbone.weights.checkpoint import open_checkpoint, read_to
 from lst_scale.errors import BackboneError
@@ -46,7 +45,7 @@ class QuantizationReport:
 
 @torch.no_grad()
 def check_quantization(
-    backbone: LocalBackbone,
+    backbone: Backbone,
     inputs: Inputs,
     threshold: float | None = None,
 ) -> QuantizationReport:
@@ -58,11 +57,12 @@ def check_quantization(
     allowed = threshold if threshold is not None else DEFAULT_THRESHOLD[backbone.identity.precision]
     inputs = inputs.to(backbone.device)
     mask_BS = inputs.source_mask_BS
-    all_of_source, all_of_target = (TapRequest(layers=tuple(range(len(blocks)))) for blocks in backbone.blocks)
+    reference = _Reference(backbone)
+    first, second = reference.family.stacks
+    all_of_source, all_of_target = (TapRequest(layers=tuple(ref.index for ref in reference.refs(stack))) for stack in (first, second))
     source = backbone.read(inputs.source_BS, mask_BS, all_of_source)
     target = backbone.extend(inputs.target_BT, source, all_of_target)
 
-    reference, (first, second) = _Reference(backbone), backbone.family.stacks
     states, final_BSD = reference.stack(first, source.taps.embedding, None, mask_BS)
     errors = {ref.label: _error(q, r, mask_BS) for ref, q, r in zip(reference.refs(first), source.taps.tensors, states, strict=True)}
     states, _ = reference.stack(second, target.taps.embedding, final_BSD, mask_BS)
@@ -80,9 +80,10 @@ def check_quantization(
 class _Reference:
     """Runs one stack of the checkpoint in float32 or bf16, a block at a time."""
 
-    def __init__(self, backbone: LocalBackbone) -> None:
-        self.family, self.spec, self.device = backbone.family, backbone.spec, backbone.device
+    def __init__(self, backbone: Backbone) -> None:
+        self.spec, self.device = backbone.spec, backbone.device
         self.checkpoint = open_checkpoint(backbone.identity.checkpoint, backbone.identity.revision)
+        self.family = self.checkpoint.family
         # bf16 rounds away 1 % over a deep stack, nearly as much as int8: the reference computes in float32.
         self.dtype = torch.float32
 

@@ -20,7 +20,6 @@ from lst_scale.backbone.cache.load import load_caching
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.placement.load import load_placed
-from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
@@ -213,7 +212,7 @@ def _remembering(
     """Open the backbone's tap cache, and return splits with their keys; the backbone itself is loaded only if a row is missing there."""
     recipe = recipes[0]
 
-    def check(live: LocalBackbone) -> None:
+    def check(live: Backbone) -> None:
         logger.say("some rows are not in the tap cache: the backbone is loaded")
         _check_quantization(live, splits["train"], recipe, logger)
 
@@ -233,7 +232,7 @@ def _remembering(
     return backbone, splits
 
 
-def _check_quantization(backbone: LocalBackbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:
+def _check_quantization(backbone: Backbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:
     """Compare a quantized backbone with its checkpoint on the first rows, and log what was found."""
     if backbone.identity.precision not in QUANTIZED:
         return

@@ -24,8 +24,8 @@ from lst_scale.backbone.cache.lazy import LazyBackbone
 from lst_scale.backbone.cache.reader import Read, TapReader, Wanted
 from lst_scale.backbone.cache.store import TapCache
 from lst_scale.backbone.cache.write_lock import WriteLock
-from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import (
+    Backbone,
     BackboneIdentity,
     BackboneSpec,
     FrozenHead,
@@ -60,7 +60,7 @@ class CachingBackbone:
         embedding_VD: Tensor,
         weight_source: Callable[[str], Tensor],
         replica: Replica,
-        load: Callable[[], LocalBackbone],
+        load: Callable[[], Backbone],
         num_parameters: int,
     ) -> None:
         self.cache, self.spec, self.identity, self.head = cache, spec, identity, head
@@ -73,7 +73,7 @@ class CachingBackbone:
         self.lock = WriteLock()
 
     @property
-    def live(self) -> LocalBackbone:
+    def live(self) -> Backbone:
         """The backbone itself, loaded now if it wasn't."""
         return self._live.get()
 

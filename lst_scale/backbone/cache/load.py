@@ -10,8 +10,7 @@ from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import TapCache
 from lst_scale.backbone.placement.load import load_alone
 from lst_scale.backbone.placement.meta import open_together
-from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
+from lst_scale.backbone.taps import Backbone, BackboneSpec, Replica, TapRequest
 from lst_scale.backbone.weights import assemble
 from lst_scale.errors import BackboneError
 from lst_scale.recipe.backbone import BackboneRecipe
@@ -26,7 +25,7 @@ def load_caching(
     cache: CacheRecipe,
     world: World,
     request: Callable[[BackboneSpec], TapRequest],
-    check: Callable[[LocalBackbone], None],
+    check: Callable[[Backbone], None],
 ) -> CachingBackbone:
     """Open the tap cache of this backbone; the backbone itself is loaded when a row is not in it, and then given to `check`.
 
@@ -56,7 +55,7 @@ def load_caching(
     root = Path(cache.folder).expanduser() if cache.folder is not None else cache_folder("taps")
     alone = World(rank=0, size=1, local_rank=world.local_rank, device=world.device)  # ranks load when they must, not together
 
-    def load() -> LocalBackbone:
+    def load() -> Backbone:
         backbone = load_alone(recipe, alone)
         check(backbone)
         return backbone
