@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.tiny import tiny_ladder
 from lst_scale.data import columns, encode, tables, tasks
 from lst_scale.data import rows as rows_module
 from lst_scale.data.batches import training_steps
@@ -22,6 +23,7 @@ from lst_scale.data.tables import known_table, stored_table
 from lst_scale.data.tasks import Row, load_task
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import DataError, StorageError
+from lst_scale.methods.lst import with_keys
 from lst_scale.recipe.schema import Recipe, parse_recipe
 
 RECIPE = "{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst, side_layers: [1, 2]}}"
@@ -88,6 +90,19 @@ def test_a_second_start_reads_neither_the_file_nor_the_tokenizer(tmp_path: Path,
     monkeypatch.setattr(encode.Encoding, "chunks", refuse)
     second = encode.encode(load_task(recipe).train, tokenizer, 12, None)
     assert all(np.array_equal(*pair) for pair in zip(first.input_ids, second.input_ids, strict=True))
+
+
+def test_digests_of_many_rows_are_made_once_and_are_those_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_task(recipe_of(write_rows(tmp_path / "a.jsonl", records(33)))).train
+    tokenizer = load_tokenizer("embedded:tiny-t5")
+    spec = tiny_ladder().backbone.spec
+    listed = with_keys(encode.encode(list(rows), tokenizer, 12, None), spec).keys
+    split = encode.encode(rows, tokenizer, 12, None)
+    assert listed is not None
+    for _ in ("made", "mapped"):
+        stored = with_keys(split, spec).keys
+        assert stored is not None and list(stored) == list(listed) and stored[-1] == listed[-1] and len(stored) == 33
+        monkeypatch.setattr("lst_scale.methods.lst._each_key", None)
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def chunk_of(rows: Sequence[Sequence[int] | Numbers]) -> Chunk:
     return Chunk(ends, np.fromiter((token for row in rows for token in row), np.int32, count=int(ends[-1])))
 
 
+def chunk_of_arrays(rows: Sequence[Numbers]) -> Chunk:
+    """Put some arrays one after another."""
+    return Chunk(_ends([len(row) for row in rows]), np.concatenate(rows))
+
+
 def chunk_of_texts(texts: Sequence[str]) -> Chunk:
     """Put some texts one after another."""
     encoded = [text.encode() for text in texts]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, join_chunks
+import numpy as np
+
+from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, chunk_of_arrays, join_chunks
 from lst_scale.data.rows import Row, StoredRows
 from lst_scale.data.tables import Facts, Write, digest_of, stored_table
 from lst_scale.data.tokenizer import tokenizer_digest
@@ -176,6 +178,25 @@ def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
         cut_targets=table.facts["cut_targets"],
         known_digest=table.facts["digest"],
     )
+
+
+def stored_keys(split: EncodedSplit, like: Sequence[bytes], make: Callable[[], KeyTable]) -> KeyTable:
+    """Return what `make` does; of rows in a table it is made once a machine.
+
+    Args:
+        like: digests of rows, which say how a backbone's targets are made from labels.
+    """
+    if split.known_digest is None:
+        return make()
+    key = digest_of({"ids": split.known_digest, "like": [digest.hex() for digest in like]})
+
+    def fill(write: Write) -> Facts:
+        for rows in by_chunks(make().numbers):
+            write({"numbers": chunk_of_arrays(rows)})
+        return {}
+
+    table = stored_table(key, {"numbers": "ids"}, fill, likely_bytes=BYTES_OF_IDS * len(split))
+    return KeyTable.of_numbers(np.concatenate([chunk.values for chunk in table.ids("numbers").chunks]))
 
 
 def _add_to(ids: Any, *chunks: Chunk) -> None:

@@ -55,6 +55,18 @@ class KeyTable:
     def __init__(self, rows: Iterable[RowKey], filler: RowKey) -> None:
         self._rows = np.fromiter(map(_packed, itertools.chain(rows, [filler])), self._ROW)
 
+    @classmethod
+    def of_numbers(cls, numbers: NDArray[np.int32]) -> KeyTable:
+        """Return the table whose `numbers` these are."""
+        table = cls.__new__(cls)
+        table._rows = np.ascontiguousarray(numbers).view(cls._ROW).reshape(-1)
+        return table
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """All that is in it as an array (rows + 1, 10), to be kept on disk."""
+        return self._rows.view(np.int32).reshape(len(self._rows), -1)
+
     def __len__(self) -> int:
         return len(self._rows) - 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lst_scale.backbone.taps import Backbone, BackboneSpec, Inputs, SourceState, TapRequest, Taps, select, where_not_finite
 from lst_scale.data.batches import Batch, collate
-from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.encode import EncodedSplit, stored_keys
 from lst_scale.inputs.keys import FILLER, KeyTable, RowKey
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -93,8 +93,17 @@ def with_keys(split: EncodedSplit, spec: BackboneSpec) -> EncodedSplit:
     def keys(rows: Sequence[int]) -> Iterator[RowKey]:
         return inputs_of(collate(split, rows), spec).keys.rows()
 
-    each = (key for first in range(0, len(split), HASHED_AT_ONCE) for key in keys(range(len(split))[first : first + HASHED_AT_ONCE]))
-    return replace(split, keys=KeyTable(each, next(keys([FILLER]))))
+    (filler,), (first,) = keys([FILLER]), keys([0])
+
+    def make() -> KeyTable:
+        return KeyTable(_each_key(keys, len(split)), filler)
+
+    return replace(split, keys=stored_keys(split, [filler.target, first.target], make))
+
+
+def _each_key(keys: Callable[[Sequence[int]], Iterator[RowKey]], count: int) -> Iterator[RowKey]:
+    for first in range(0, count, HASHED_AT_ONCE):
+        yield from keys(range(first, min(first + HASHED_AT_ONCE, count)))
 
 
 def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
