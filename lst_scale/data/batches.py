@@ -146,7 +146,7 @@ def collate(split: EncodedSplit, rows: Iterable[int]) -> Batch:
         labels_BT=_padded(targets, IGNORED),
         indices=indices,
         target_lengths=tuple(map(len, targets)),
-        keys=None if split.keys is None else RowKeys.of(map(split.keys.__getitem__, indices)),
+        keys=None if split.keys is None else split.keys.of(indices),
     )
 
 

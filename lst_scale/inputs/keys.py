@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,11 +40,6 @@ class RowKeys:
     def rows(self) -> Iterator[RowKey]:
         columns = (self.sources, self.targets, self.source_lengths, self.target_lengths)
         return (RowKey(*values) for values in zip(*columns, strict=True))
-
-    @staticmethod
-    def of(rows: Iterable[RowKey]) -> RowKeys:
-        sources, targets, source_lengths, target_lengths = zip(*rows, strict=True)
-        return RowKeys(sources=sources, targets=targets, source_lengths=source_lengths, target_lengths=target_lengths)
 
 
 class KeyTable:
@@ -87,10 +82,22 @@ class KeyTable:
         lengths: NDArray[np.int32] = self._rows["lengths"][:-1]
         return lengths
 
+    def of(self, rows: Sequence[int]) -> RowKeys:
+        """Return those of a batch."""
+        assert all(FILLER <= row < len(self) for row in rows), rows
+        some = self._rows[list(rows)]
+        digests, lengths = some["digests"].tobytes(), some["lengths"]
+        each = [digests[first : first + BYTES] for first in range(0, len(digests), BYTES)]
+        return RowKeys(
+            sources=tuple(each[::2]),
+            targets=tuple(each[1::2]),
+            source_lengths=tuple(lengths[:, 0].tolist()),
+            target_lengths=tuple(lengths[:, 1].tolist()),
+        )
+
     def __getitem__(self, row: int) -> RowKey:
-        assert FILLER <= row < len(self), row
-        (source, target), (source_length, target_length) = self._rows[row]
-        return RowKey(source.tobytes(), target.tobytes(), int(source_length), int(target_length))
+        (key,) = self.of([row]).rows()
+        return key
 
     def __iter__(self) -> Iterator[RowKey]:
         return map(self.__getitem__, range(len(self)))
