@@ -7,11 +7,12 @@ PORT ?= 29533
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_NUM_THREADS=1)
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
-# Two workers: one begins with what waits for Slurm, the other with everything else. Each module's tests stay together, for its fixtures.
-WORKERS ?= 2
+# Three workers on two cores: one begins with what mostly waits for Slurm, the others with everything else. Each module's tests stay together,
+# for its fixtures.
+WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup debian quickstart test test-fast test-newest fuzz lint clean
+.PHONY: setup debian kernels quickstart test test-fast test-newest fuzz lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,7 +31,11 @@ quickstart: setup
 debian:
 	-bash tests/mini_slurm.sh install
 
-test: setup debian
+# DeepSpeed compiles its disk I/O when it is first used, which takes minutes, once a machine (~/.cache/torch_extensions).
+kernels: setup debian
+	-$(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()' >/dev/null
+
+test: setup debian kernels
 	$(OFFLINE) $(CPU) $(BIN)/python $(PYTEST)
 
 test-fast: setup
