@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,6 +76,7 @@ def predict_command(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="also write how likely each label is, as a field of that name")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the answers of a process that was ended")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="rows answered at once (default: the run's)")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="of beam search (default: the run's)")] = None,
 ) -> None:
@@ -83,13 +84,14 @@ def predict_command(
 
     A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
     """
-    preemption.listen("start it again")
+    preemption.listen("start it again with --resume")
     from lst_scale.inference.predict import predict_file
 
     options = {"evaluation.batch_size": batch_size, "evaluation.num_beams": num_beams}
     changes = [*(overrides or ()), *(f"{key}={value}" for key, value in options.items() if value is not None)]
     runs = [run, *(others or ())]
-    count = predict_file(runs, inputs, output, changes, column=column, probabilities=probabilities, say=lambda s: typer.echo(s, err=True))
+    options_of_output: dict[str, Any] = {"column": column, "probabilities": probabilities, "resume": resume}
+    count = predict_file(runs, inputs, output, changes, **options_of_output, say=lambda s: typer.echo(s, err=True))
     typer.echo(f"{count} predictions in {output}")
 
 

@@ -56,15 +56,27 @@ def unmatchable_share(task: TaskData, tokenizer: Any) -> str | None:
 
 def cuts(splits: Mapping[str, EncodedSplit], data: DataRecipe) -> str | None:
     """Return a sentence on how many sources and targets were cut; None: none was."""
+    sizes = {name: len(split.rows) for name, split in splits.items()}
     parts = []
     for what, limit, counts in (
         ("sources", f"data.max_source_length={data.max_source_length}", {name: split.cut_sources for name, split in splits.items()}),
         ("targets", f"data.max_target_length={data.max_target_length}", {name: split.cut_targets for name, split in splits.items()}),
     ):
         if any(counts.values()):
-            each = ", ".join(f"{count:,} of {len(splits[name].rows):,} in {name}" for name, count in counts.items() if count)
-            parts.append(f"{what} cut at {limit} tokens: {each}")
+            parts.append(_cut_sentence(what, limit, counts, sizes))
     return "; ".join(parts) or None
+
+
+def cut_inputs(count: int, rows: int, data: DataRecipe) -> str | None:
+    """The same of inputs without targets."""
+    if not count:
+        return None
+    return _cut_sentence("sources", f"data.max_source_length={data.max_source_length}", {"inputs": count}, {"inputs": rows})
+
+
+def _cut_sentence(what: str, limit: str, counts: Mapping[str, int], sizes: Mapping[str, int]) -> str:
+    each = ", ".join(f"{count:,} of {sizes[name]:,} in {name}" for name, count in counts.items() if count)
+    return f"{what} cut at {limit} tokens: {each}"
 
 
 def _refuse_cut(labels: Sequence[str], ids: Sequence[Sequence[int]], data: DataRecipe, evaluation: EvaluationRecipe) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import decimal
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,26 @@ class LinesFile:
         self._stream, self._partial, self._path = stream, partial, path
         self._count = 0
 
+    def earlier(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of whole lines that an earlier process left under the temporary name."""
+        with self._fence(), self._partial.open("rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return  # cut off by a kill
+                try:
+                    record = json.loads(raw)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise ArgumentError(f"{self._partial} is damaged at line {self._count + 1}: leave --resume out to begin again")
+                yield record
+
+    def keep(self, count: int) -> None:
+        """Leave the first `count` of those lines, to go on after them."""
+        with self._fence(), self._partial.open("rb") as file:
+            self._stream.truncate(sum(len(raw) for raw in itertools.islice(file, count)))
+        self._count = count
+
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write records and hand them to the system, so that they outlive this process."""
         lines = [line(record) for record in records]
@@ -83,13 +104,16 @@ class LinesFile:
             self._stream.flush()
             os.fsync(self._stream.fileno())
             os.replace(self._partial, self._path)
+            _maker_of(self._partial).unlink(missing_ok=True)
             flush(self._path.parent)
 
     def give_up(self) -> str:
         """Keep what was written under the temporary name, or remove an empty file; return what to say of it."""
         if self._count:
             return f"; the first {self._count:,} lines are in {self._partial}"
-        self._partial.unlink(missing_ok=True)
+        if self._partial.stat().st_size == 0:  # or it is what was to be gone on with
+            self._partial.unlink(missing_ok=True)
+            _maker_of(self._partial).unlink(missing_ok=True)
         return ""
 
     @contextlib.contextmanager
@@ -101,11 +125,15 @@ class LinesFile:
 
 
 @contextlib.contextmanager
-def lines_file(path: Path) -> Iterator[LinesFile]:
+def lines_file(path: Path, made_by: str = "", *, resume: bool = False) -> Iterator[LinesFile]:
     """Open a file of lines at once, so that a place that can't be written is known before any work; `finish` puts it in place of `path`.
 
+    Args:
+        made_by: a digest of all that lines depend on beside the inputs.
+        resume: leave the lines that are there under the temporary name, for `earlier` and `keep`.
+
     Raises:
-        ArgumentError: it is no place for a file, or another process writes there.
+        ArgumentError: it is no place for a file, another process writes there, or what is to be gone on with was made otherwise.
     """
     with fence(ArgumentError, f"{path} can't be written"):
         target = path.resolve()  # a link stays one
@@ -118,7 +146,12 @@ def lines_file(path: Path) -> Iterator[LinesFile]:
     file = LinesFile(stream, partial, target)
     try:
         _lock(stream, path)
-        stream.truncate(0)
+        with file._fence():
+            if resume:
+                _refuse_another_maker(partial, made_by)
+            else:
+                stream.truncate(0)
+            _maker_of(partial).write_text(made_by, encoding="utf-8")
         try:
             yield file
         except LstScaleError as error:
@@ -133,6 +166,19 @@ def lines_file(path: Path) -> Iterator[LinesFile]:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # of what was made here, what stayed empty
+
+
+def _maker_of(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.made-by")
+
+
+def _refuse_another_maker(partial: Path, made_by: str) -> None:
+    maker = _maker_of(partial)
+    if partial.stat().st_size and (not maker.is_file() or maker.read_text(encoding="utf-8", errors="replace") != made_by):
+        raise ArgumentError(
+            f"{partial} holds answers that another run or other settings made: repeat the command that began them, "
+            "or leave --resume out to begin again"
+        )
 
 
 def _lock(stream: TextIO, path: Path) -> None:

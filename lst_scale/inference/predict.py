@@ -6,26 +6,32 @@ What can be wrong with the run, the inputs and the place of the answers is found
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.data import files
-from lst_scale.data.answers import cuts
+from lst_scale.data.answers import cut_inputs
 from lst_scale.data.batches import Batch
+from lst_scale.data.columns import by_chunks
 from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
 from lst_scale.data.tasks import GLUE, file_source, refuse_bad_cells, source_text
 from lst_scale.errors import ArgumentError, DataError, fence
 from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
-from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
+from lst_scale.inference.scored_run import ScoredRun, read_result, read_scored_run, refuse_changed_weights
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import Predictor
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee, SharedPasses
 from lst_scale.recipe.schema import Recipe
+from lst_scale.runs.logs import progress_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
 from lst_scale.system import distributed
@@ -47,17 +53,20 @@ def predict_file(
     *,
     column: str = PREDICTION,
     probabilities: bool = False,
+    resume: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> int:
     """Answer every row of `source` with what a finished run trained, and write JSON lines; return how many.
 
-    Each line of the output holds the row's fields and the answer: a text; for a regression a number, or null when it is none. Several
-    ranks share the rows. Several runs of ladders on one backbone answer as an ensemble.
+    The file is gone through twice, some rows at a time: to find what is wrong with it, and to answer. Each line of the output holds the
+    row's fields and the answer: a text; for a regression a number, or null when it is none. Several ranks share the rows. Several runs of
+    ladders on one backbone answer as an ensemble.
 
     Args:
         overrides: change the run's recipe, for instance backbone.placement=streamed or evaluation.num_beams=4.
         column: what the answer is called.
         probabilities: also write how likely each label is beside the others, as "probabilities".
+        resume: go on after the answers that a process which was ended left beside `output`.
         say: is told what is worth knowing, such as how many rows were cut.
 
     Raises:
@@ -67,23 +76,62 @@ def predict_file(
     names = [column, PROBABILITIES] if probabilities else [column]
     if not column or len(set(names)) < len(names):
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
-    records = files.load_records(str(source), "test", where="inputs")
-    texts = [_text(asked, record, str(source), number) for number, record in enumerate(records, start=1)]
-    plain = [_with_room(record, names, str(source), number) for number, record in enumerate(records, start=1)]
+    rows = InputRows(asked, source, names)
+    count = sum(1 for _ in rows)
     _refuse_inputs_as_output(source, output)
     world = distributed.connect()
-    with _written(output, world) as write:
+    with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
-        split = encode_sources(texts, tokenizer, asked.recipe.data.max_source_length)
-        sentence = cuts({"inputs": split}, asked.recipe.data)
-        if sentence is not None:
-            say(sentence)
         with _model(runs, asked.recipe, world) as (model, passes):
-            rows = iter(plain)
-            for answers in _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities):
-                # zip asks for an answer first, so that no row is taken in vain.
-                write([row | dict(zip(names, said, strict=True)) for said, row in zip(answers, rows, strict=False)])
-    return len(plain)
+            at_once = BATCHES_AT_ONCE * asked.recipe.evaluation.batch_size * model.replica.count
+            first = answered - answered % at_once  # the same rows together as without a stop
+            keep(first)
+            if first:
+                say(f"going on after {first:,} rows")
+            cut = 0
+            with progress_of(count, first, shown=world.is_main) as advance:
+                for some in by_chunks(itertools.islice(rows, first, None), at_once):
+                    split = encode_sources([text for text, _ in some], tokenizer, asked.recipe.data.max_source_length)
+                    answers = _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities)
+                    write([row | dict(zip(names, said, strict=True)) for said, (_, row) in zip(answers, some, strict=True)])
+                    cut += split.cut_sources
+                    advance(len(some))
+            if (sentence := cut_inputs(cut, count - first, asked.recipe.data)) is not None:
+                say(sentence)
+    return count
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """The rows of a file, read anew each time they are gone through: as text for the model, and as JSON, with room for `names`."""
+
+    asked: ScoredRun
+    source: Path
+    names: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for found in files.read_records(str(self.source), "test", where="inputs"):
+            text = _text(self.asked, found.record, found.path, found.number)
+            yield text, _with_room(found.record, self.names, found.path, found.number)
+
+    def count_answered(self, earlier: Iterator[dict[str, Any]]) -> int:
+        """Return how many records with answers there are, which must be of these rows.
+
+        Raises:
+            ArgumentError: one is of another row.
+        """
+        count = 0
+        for count, (record, (_, row)) in enumerate(zip(earlier, self, strict=False), start=1):
+            if {name: value for name, value in record.items() if name not in self.names} != row:
+                raise ArgumentError(f"row {count} of {self.source} is not the one that was answered: leave --resume out to begin again")
+        return count
+
+
+def _made_by(runs: Sequence[Path], asked: ScoredRun, names: Sequence[str]) -> str:
+    """Return a digest of all that answers depend on beside the inputs."""
+    weights = [read_result(run).get("saved_sha256") or str(run.resolve()) for run in runs]
+    what = {"runs": weights, "recipe": asked.recipe.model_dump(mode="json"), "names": list(names)}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
@@ -147,27 +195,34 @@ def _refuse_inputs_as_output(source: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written(output: Path, world: World) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-    """Give a function that writes lines on rank 0, into a file that is whole at the end. All ranks must call it."""
+def _written(
+    output: Path, world: World, rows: InputRows, made_by: str, *, resume: bool
+) -> Iterator[tuple[int, Callable[[int], None], Callable[[Sequence[dict[str, Any]]], None]]]:
+    """Open a file of lines on rank 0, which is whole at the end. All ranks must call it, and what it gives.
+
+    Gives how many rows are answered in it, a function that leaves the first of them, and one that writes more.
+    """
     opened: list[LinesFile] = []
     with contextlib.ExitStack() as stack:
-        distributed.on_main_rank(world, lambda: opened.append(stack.enter_context(lines_file(output))))
-        yield lambda records: distributed.on_main_rank(world, lambda: opened[0].write(records))
+        distributed.on_main_rank(world, lambda: opened.append(stack.enter_context(lines_file(output, made_by, resume=resume))))
+        answered = distributed.on_main_rank(world, lambda: rows.count_answered(opened[0].earlier()))
+        yield (
+            answered,
+            lambda count: distributed.on_main_rank(world, lambda: opened[0].keep(count)),
+            lambda records: distributed.on_main_rank(world, lambda: opened[0].write(records)),
+        )
         distributed.on_main_rank(world, lambda: opened[0].finish())
 
 
 def _answers(
     model: Predictor, passes: Passes, split: EncodedSplit, tokenizer: Any, asked: ScoredRun, world: World, *, probabilities: bool
-) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the answers of many rows at a time, in order: each the answer, and with `probabilities` those of the labels."""
+) -> list[tuple[Any, ...]]:
+    """Return the answers to some rows, in order: each the answer, and with `probabilities` those of the labels."""
 
     def reply(batch: Batch | None, moment: Moment) -> Session[list[tuple[Any, ...]]]:
         return _reply(model, batch, tokenizer, asked, moment, probabilities=probabilities)
 
-    evaluation = asked.recipe.evaluation
-    size = BATCHES_AT_ONCE * evaluation.batch_size * model.replica.count
-    for first in range(0, len(split.rows), size):
-        yield run_alone(each_row(model, split.part(first, first + size), evaluation, world, reply), passes)
+    return run_alone(each_row(model, split, asked.recipe.evaluation, world, reply), passes)
 
 
 def _reply(

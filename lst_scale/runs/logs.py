@@ -9,12 +9,14 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lst_scale.errors import StorageError, fence
 from lst_scale.runs.folder import METRICS
@@ -107,6 +109,21 @@ class Logger:
             self._bar.update(self._task, completed=step, description=text)
         elif say:
             self.say(f"step {step}: {text}")
+
+
+@contextlib.contextmanager
+def progress_of(total: int, done: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar over rows, with rows a second and the time left, when the console is a terminal; give what moves it on by some."""
+    console = Console(file=sys.stderr, highlight=False)
+    columns = (TextColumn("row"), MofNCompleteColumn(), BarColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} a second")
 
 
 def _kind_of(line: str) -> str:
