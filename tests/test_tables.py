@@ -112,6 +112,28 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     assert list(load_task(recipe_of(path)).train) == expected(31)
 
 
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "facts cut", "facts of another kind", "nested facts", "facts as folder"])
+def test_a_damaged_table_is_written_again(damage: str, tmp_path: Path, few_are_many: Path) -> None:
+    recipe = recipe_of(write_rows(tmp_path / "a.jsonl", records(53)))
+    load_task(recipe)
+    (folder,) = {path.parent for path in few_are_many.glob("*/rows.arrow")}
+    rows, facts = folder / "rows.arrow", folder / "facts.json"
+    raw = rows.read_bytes()
+    if damage == "cut":
+        rows.write_bytes(raw[:-9])
+    elif damage == "flip":
+        rows.write_bytes(raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :])
+    elif damage == "gone":
+        rows.unlink()
+    elif damage == "facts as folder":
+        facts.unlink()
+        facts.mkdir()
+    else:
+        facts.write_text({"facts cut": facts.read_text()[:-3], "facts of another kind": "[1]", "nested facts": "[" * 100_000}[damage])
+    assert list(load_task(recipe).train) == expected(53)
+    assert rows.read_bytes() == raw and facts.is_file()
+
+
 def test_several_files_and_compressed_ones_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     write_rows(tmp_path / "train-1.jsonl.gz", records(25)[12:])
     write_rows(tmp_path / "train-0.jsonl", records(12))

@@ -1,7 +1,9 @@
 """Tables of rows on disk: written once a machine, whole or not at all, and mapped into memory by every process that reads them.
 
     ~/.cache/lst_scale/rows/KEY/rows.arrow    record batches of CHUNK rows; KEY is the digest of all that the rows depend on
-    ~/.cache/lst_scale/rows/KEY/facts.json    what is known of all rows together
+    ~/.cache/lst_scale/rows/KEY/facts.json    what is known of all rows together, and the size and the CRC-32 of rows.arrow
+
+A table that is not as it was written counts as missing, and is written again.
 
 One process writes, under a lock that the system lets go of when it ends, however it ends; others wait for it. Imports pyarrow where it
 is used: few rows need no table.
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +31,7 @@ from lst_scale.errors import StorageError
 from lst_scale.system.assets import cache_folder
 from lst_scale.system.durable import write_directory
 
-FORMAT = 2
+FORMAT = 3
 ROWS, FACTS = "rows.arrow", "facts.json"
 SETTING = "XDG_CACHE_HOME"  # what to change for another place
 KINDS = {"texts": ("uint8", Texts), "ids": ("int32", Ids)}
@@ -50,7 +53,7 @@ class Table:
 
     @cached_property
     def facts(self) -> Facts:
-        found: Facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
+        found: Facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))["facts"]
         return found
 
     def texts(self, name: str) -> Texts:
@@ -77,7 +80,24 @@ def digest_of(what: Mapping[str, Any]) -> str:
 def known_table(key: str, kinds: Mapping[str, str]) -> Table | None:
     """Return a table that was written before; None: there is none."""
     folder = cache_folder("rows") / key
-    return Table(folder, kinds) if (folder / FACTS).is_file() else None
+    return Table(folder, kinds) if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a table is there and as it was written."""
+    try:
+        known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return isinstance(known["facts"], dict) and known["file"] == _state_of(folder / ROWS)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _state_of(path: Path) -> dict[str, int]:
+    checksum = 0
+    with path.open("rb", buffering=0) as file:  # read, not mapped: it would count as memory of this process
+        while some := file.read(1 << 22):
+            checksum = zlib.crc32(some, checksum)
+        return {"bytes": file.tell(), "crc32": checksum}
 
 
 def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Facts], *, likely_bytes: int) -> Table:
@@ -97,7 +117,7 @@ def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Fac
 
         def write(partial: Path) -> None:
             facts = _write_rows(partial / ROWS, kinds, fill)
-            (partial / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            (partial / FACTS).write_text(json.dumps({"facts": facts, "file": _state_of(partial / ROWS)}), encoding="utf-8")
 
         write_directory(folder, write, lambda whole: Table(whole, kinds).facts, SETTING)
     return Table(folder, kinds)
