@@ -182,14 +182,14 @@ def test_ctrl_c_while_a_cache_is_built_keeps_what_is_written(
 ) -> None:
     path = write_recipe("taps", cache={"enabled": True, "folder": str(tmp_path / "taps"), "dtype": "fp32"})
     preemption.listen("start it again, rows that are written stay")
-    real, calls = shared.shift_right, iter(range(100))
+    real, calls = shared.taps_of, iter(range(100))
 
     def signalled(*arguments: Any) -> Any:
-        if next(calls) == 25:  # 22 to look rows up, and the third batch
+        if next(calls) == 2:  # at the third batch
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(shared, "shift_right", signalled)
+    monkeypatch.setattr(shared, "taps_of", signalled)
     with pytest.raises(Interrupted, match="start it again, rows that are written stay"):
         build_cache(load_recipe(str(path)))
     preemption.listen()
