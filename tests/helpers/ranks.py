@@ -173,6 +173,9 @@ def _start_server() -> None:
 
 def _begin(program: Program, arguments: list[str], environment: dict[str, str], output: str) -> None:
     os.setsid()
+    # As in a process of a shell's own, even where the tests run in the background or under nohup and these are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(f"{output}/{name}", "wb") as file:
             os.dup2(file.fileno(), descriptor)
