@@ -31,9 +31,10 @@ quickstart: setup
 debian:
 	-bash tests/mini_slurm.sh install
 
-# DeepSpeed compiles its disk I/O when it is first used, which takes minutes, once a machine (~/.cache/torch_extensions).
+# DeepSpeed compiles its disk I/O when it is first used, which takes minutes, once a machine (~/.cache/torch_extensions). A lock that an ended
+# compilation left there would keep the next one waiting for ever.
 kernels: setup debian
-	-$(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()' >/dev/null
+	-$(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" timeout 1200 $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()' >/dev/null
 
 test: setup debian kernels
 	$(OFFLINE) $(CPU) $(BIN)/python $(PYTEST)

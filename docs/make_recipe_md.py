@@ -94,7 +94,7 @@ def _row(field: str, schema: dict[str, Any], name: str, definitions: dict[str, A
     default = "required" if required else _default(schema.get("default"), schema)
     meaning = meanings(name).get(field, "").replace("METRICS", ", ".join(recipe_task.METRICS))
     rules = [rule.meaning for rule in _class(name).model_fields[field].metadata if isinstance(rule, Mark)]
-    cells = (f"`{field}`", "; ".join([meaning, *rules]), default, _allowed(schema))
+    cells = (f"`{field}`", "; ".join([meaning.rstrip("."), *rules]) if rules else meaning, default, _allowed(schema))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -53,12 +53,17 @@ def test_what_is_there_is_found_one_by_one_and_all_at_once(many: int, tmp_path: 
     assert names[1] in other and cache.read(names[11], 1) is None
 
 
-def test_a_damaged_payload_of_a_mapped_index_counts_as_missing_until_it_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What a cache holds whose index will be mapped."""
     monkeypatch.setattr(store, "MANY", 1)
     names = digests(5)
     filled(tmp_path, names)
+    return names
+
+
+def test_a_damaged_payload_of_a_mapped_index_counts_as_missing_until_it_is_made_again(mapped: list[bytes], tmp_path: Path) -> None:
+    names = mapped
     (data,) = (tmp_path / KEY.folder).glob("*.taps")
     data.write_bytes(b"\xff" + data.read_bytes()[1:])
     cache = TapCache(tmp_path, KEY)
@@ -70,12 +75,17 @@ def test_a_damaged_payload_of_a_mapped_index_counts_as_missing_until_it_is_made_
     assert TapCache(tmp_path, KEY).read(names[0], 1) is not None  # what was made again comes later
 
 
-def test_a_mapped_record_is_left_out_whose_payload_was_cut_off_and_so_is_half_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "MANY", 1)
-    names = digests(5)
-    filled(tmp_path, names)
+def test_a_mapped_record_with_a_damaged_offset_is_left_out(mapped: list[bytes], tmp_path: Path) -> None:
+    (index,) = (tmp_path / KEY.folder).glob("*.index")
+    raw = bytearray(index.read_bytes())
+    raw[16:24] = b"\xff" * 8  # with the payload's length it wraps round to a small number
+    index.write_bytes(raw)
+    cache = TapCache(tmp_path, KEY)
+    assert [name in cache for name in mapped] == [False, *[True] * 5] and cache.read(mapped[0], 1) is None
+
+
+def test_a_mapped_record_is_left_out_whose_payload_was_cut_off_and_so_is_half_a_record(mapped: list[bytes], tmp_path: Path) -> None:
+    names = mapped
     (data,), (index,) = ((tmp_path / KEY.folder).glob(ending) for ending in ("*.taps", "*.index"))
     data.write_bytes(data.read_bytes()[:-1])
     index.write_bytes(index.read_bytes() + b"half")

@@ -22,10 +22,9 @@ from torch import Tensor
 from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.inputs.keys import FILLER as FILLER
-from lst_scale.inputs.keys import RowKeys
+from lst_scale.inputs.keys import IGNORED, RowKeys
 
 T = TypeVar("T")
-IGNORED = -100
 POOL = 50  # global batches that are sorted by length together: long enough to save padding, short enough to stay random
 
 

@@ -60,10 +60,6 @@ class Ids(Column):
         """Return a column in memory."""
         return cls([chunk_of(list(some)) for some in by_chunks(rows)])
 
-    def part(self, first: int, end: int) -> Ids:
-        """Return some rows that follow one another, as a column in memory."""
-        return Ids.of([self[row] for row in range(first, min(end, len(self)))])
-
     def __getitem__(self, row: int) -> Numbers:
         return self._values_of(row)
 

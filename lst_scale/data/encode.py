@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,17 +52,6 @@ class EncodedSplit:
     def longest_target(self) -> int:
         """How many tokens the longest target has, </s> among them."""
         return int(self.labels.lengths.max())
-
-    def part(self, first: int, end: int) -> EncodedSplit:
-        """Return some rows that follow one another, as a split of its own."""
-        return replace(
-            self,
-            rows=self.rows[first:end],
-            input_ids=self.input_ids.part(first, end),
-            labels=self.labels.part(first, end),
-            known_digest=None,
-            keys=None if self.keys is None else self.keys.part(first, end),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 BYTES = 16  # of a digest
 FILLER = -1  # the number of a row that fills a batch up
+IGNORED = -100  # a label that nobody predicts, as transformers and torch have it
 
 
 class RowKey(NamedTuple):
@@ -101,10 +102,6 @@ class KeyTable:
 
     def __iter__(self) -> Iterator[RowKey]:
         return map(self.__getitem__, range(len(self)))
-
-    def part(self, first: int, end: int) -> KeyTable:
-        """Return some rows that follow one another, and the filler's."""
-        return KeyTable(map(self.__getitem__, range(first, min(end, len(self)))), self[FILLER])
 
 
 def source_digest(source: Any) -> bytes:

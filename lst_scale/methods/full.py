@@ -20,9 +20,10 @@ from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
 from lst_scale.errors import LadderError, fence
+from lst_scale.inputs.keys import IGNORED
 from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.side.files import read_weights
-from lst_scale.side.loss import IGNORED, shift_right
+from lst_scale.side.loss import shift_right
 from lst_scale.system.durable import write_directory
 
 WEIGHTS, CONFIG = "trained.safetensors", "method.json"

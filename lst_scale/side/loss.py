@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lst_scale.backbone.families import IGNORED as IGNORED
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+from lst_scale.inputs.keys import IGNORED
 
 CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,128 pieces
 

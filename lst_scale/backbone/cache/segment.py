@@ -19,7 +19,7 @@ class Segment:
         self.path = index.with_suffix(".taps")
         self._records: Any = np.memmap(index, dtype=RECORD, mode="r", offset=start, shape=((end - start) // RECORD.itemsize,))
         ends = self._records["offset"] + self._records["tokens"] * np.uint64(bytes_a_token)
-        there = np.flatnonzero(ends <= size)
+        there = np.flatnonzero((self._records["offset"] <= size) & (ends <= size))  # a damaged offset may wrap round
         heads = _heads(self._records["digest"][there])
         order = np.argsort(heads, kind="stable")  # of equal digests the later record comes later
         self._heads, self._places = heads[order], there[order].astype(np.uint32)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lst_scale.backbone.taps import FrozenHead
     from lst_scale.recipe.schema import Method
 
-IGNORED = -100  # a label that nobody predicts, as transformers and torch have it
 ROOMS = {"t5": "t5", "mt5": "t5"}  # model_type -> folder
 
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from lst_scale.backbone.cache_argument import cache_argument
-from lst_scale.backbone.families import IGNORED, BlockRef
+from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
 from lst_scale.backbone.taps import FrozenHead
+from lst_scale.inputs.keys import IGNORED
 
 ENCODER, DECODER = "encoder", "decoder"
 SHARED, HEAD = "shared.weight", "lm_head.weight"
