@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from transformers import MT5ForConditionalGeneration
 
-from helpers import counting
+from helpers import counting, slurm
 from helpers.launchers import fresh, launch
 from helpers.models import make_t5
 from helpers.paths import EMBEDDED, ROOT
@@ -53,8 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what waits for Slurm: it takes longest, and leaves the other worker a core. Skip what needs a GPU where there is none."""
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+    """Begin with what waits for Slurm: it leaves the other workers the cores. Skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.path.name not in ("test_slurm_requeue.py", "test_slurm_jobs.py"))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none here"))
@@ -82,3 +82,15 @@ def tiny_mt5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def write_recipe(tmp_path: Path, tiny_t5_dir: Path) -> Callable[..., Path]:
     return recipe_writer(tmp_path, tiny_t5_dir)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[slurm.Cluster]:
+    yield from slurm.running()
+
+
+@pytest.fixture
+def an_empty_queue(cluster: slurm.Cluster) -> Iterator[None]:
+    yield
+    cluster("scancel", "--me")
+    cluster.wait_until_idle()
