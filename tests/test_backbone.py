@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from helpers.inputs import inputs_of
 from lst_scale.backbone.check import check_quantization
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
-from lst_scale.backbone.weights.checkpoint import open_checkpoint
+from lst_scale.backbone.weights import remembered
+from lst_scale.backbone.weights.checkpoint import Checkpoint, open_checkpoint
 from lst_scale.backbone.weights.precision import QuantizedLinear
 from lst_scale.errors import BackboneError
 from lst_scale.side.count import shape_of
@@ -117,6 +119,40 @@ def test_the_fingerprint_changes_with_any_weight(tiny_t5_dir: Path, tmp_path: Pa
 def test_a_fingerprint_stays_what_saved_side_networks_have_on_record() -> None:
     recorded = "7871d70150dbcff9987c92e358ae7a267e480f99f122d7377e1a817fbc0f7a17"
     assert open_checkpoint("embedded:tiny-t5").fingerprint() == recorded
+
+
+def test_a_fingerprint_is_remembered_until_a_file_changes_in_any_way(
+    tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "LEAST_BYTES", 0)
+    copy, made = tmp_path / "copy", []
+    shutil.copytree(tiny_t5_dir, copy)
+    read = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: made.append(name) or read(self, name))
+
+    def hashed() -> tuple[str, bool]:
+        made.clear()
+        return open_checkpoint(str(copy)).fingerprint(), bool(made)
+
+    first, _ = hashed()
+    assert hashed() == (first, True)  # written a moment ago: another write could look the same
+    monkeypatch.setattr(remembered, "SETTLED", -10.0)
+    assert hashed() == (first, True) and hashed() == (first, False)
+    weights = copy / "model.safetensors"
+    content, before = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time of writing
+    second, anew = hashed()
+    assert anew and second != first
+    for broken in (tmp_path / "cache").rglob("*"):
+        if broken.is_file():
+            broken.write_text("damaged")
+    assert hashed() == (second, True)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    assert hashed() == (second, True)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_t5_dir", "tiny_gated_t5_dir", "tiny_mt5_dir"])

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.taps import BackboneSpec
+from lst_scale.backbone.weights.remembered import remembered
 from lst_scale.errors import BackboneError, fence
 from lst_scale.system.assets import resolve
 
@@ -83,7 +84,9 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Return the hex digest of architecture and weights: any changed weight changes it."""
-        return fingerprint_of(self.spec, self.family.canonical(self.files), self.tensor)
+        files = {self.folder / file for file in self.files.values()}
+        described = json.dumps([vars_of(self.spec), self.files], sort_keys=True)
+        return remembered(files, described, lambda: fingerprint_of(self.spec, self.family.canonical(self.files), self.tensor))
 
     def _stored_name(self, name: str) -> str:
         for candidate in self.family.stored_names(name):
