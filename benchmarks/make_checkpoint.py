@@ -3,7 +3,7 @@
     python benchmarks/make_checkpoint.py google-t5/t5-3b /tmp/t5-3b
 
 Weights are bf16 with T5's own initial scales, so activations have the size of an untrained T5's. One tensor is in memory at a time,
-plus the shard that is being filled. The embedded tokenizer is put beside it: its ids are below 4,096.
+plus the shard that is being filled. The embedded tokenizer is put beside it, with pieces that no text has up to the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -51,13 +51,25 @@ def random_weight(name: str, parameter: nn.Parameter, config: T5Config, generato
         return torch.ones(parameter.shape, dtype=torch.bfloat16)
     # Uniform with the same deviation: drawn three times as fast as normal numbers, and shape is all that matters here.
     width = initial_std(name, config) * 3**0.5
-    return torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(-width, width, generator=generator)
+    empty = torch.empty(parameter.shape, dtype=torch.bfloat16, device=generator.device)
+    return empty.uniform_(-width, width, generator=generator).cpu()
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write the embedded tokenizer, filled up to `vocab_size`: one that knows fewer tokens than the model is refused as another model's."""
+    embedded = Path(resolve("embedded:tiny-t5"))
+    tokenizer = json.loads((embedded / "tokenizer.json").read_text())
+    pieces = tokenizer["model"]["vocab"]
+    pieces += [[f"<unused_{number}>", -100.0] for number in range(len(pieces), vocab_size)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(embedded / "tokenizer_config.json", folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", help="a name in lst_scale/side/shapes.json, such as google-t5/t5-3b")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu", help="where weights are drawn; a GPU draws other ones, and ten times as fast")
     options = parser.parse_args()
     shape = shape_of(options.shape)
     if shape is None:
@@ -67,7 +79,7 @@ def main() -> None:
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     wanted = dict(model.named_parameters()) | ({"lm_head.weight": model.lm_head.weight} if shape.own_head else {})
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(options.device).manual_seed(0)
     weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
 
@@ -85,8 +97,7 @@ def main() -> None:
     (options.folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     saved = config.to_dict() | {"tie_word_embeddings": not shape.own_head, "architectures": ["T5ForConditionalGeneration"]}
     (options.folder / "config.json").write_text(json.dumps(saved, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(resolve("embedded:tiny-t5")) / name, options.folder)
+    write_tokenizer(options.folder, config.vocab_size)
 
 
 if __name__ == "__main__":

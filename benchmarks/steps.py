@@ -2,21 +2,23 @@
 
     python benchmarks/make_checkpoint.py google-t5/t5-3b /tmp/t5-3b
     python benchmarks/steps.py /tmp/t5-3b --batch 100 --source 128 --target 8 --layers 23 \
-        --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16
+        --cases forward:bf16 lst:bf16 forward:int8 lst:int8 forward:nf4 lst:nf4 lora:bf16 lora-checkpointed:bf16 qlora-checkpointed:nf4
 
 A case is METHOD:PRECISION. Of the ladder: -plain does not run side blocks again; -bf16-taps and -int8-taps hold taps in fewer bits;
--cached reads taps from a tap cache on disk, -cold with its files out of the page cache before every step; -8-members trains eight side
-networks on one pass; -cross-attention and -adapter are the paper's other designs; -streamed keeps the backbone's blocks in host memory, and
-transfer only copies them to the device, the floor of its time. Columns: seconds a step (median; on the CPU of processor time, all threads),
-the same over the first case's; bytes that the forward pass leaves alive for the backward pass, weights not counted, the same over plain
-LoRA's; on a GPU the peak of allocated memory, weights included. Weights may be random: time and memory do not ask what they are. Without
-a GPU, quote ratios only.
+-cached reads taps from a tap cache on disk, -cold with its files out of the page cache before every step; -8-members, or -32-members,
+trains as many side networks on one pass; -cross-attention and -adapter are the paper's other designs; -streamed keeps the backbone's
+blocks in host memory, and transfer only copies them to the device, the floor of its time. qlora is LoRA as people write it, with
+transformers and peft on their own quantized backbone (Dettmers et al. 2023). Columns: seconds a step (median; on the CPU of processor
+time, all threads), the same over the first case's; bytes that the forward pass leaves alive for the backward pass, weights not counted,
+the same over plain LoRA's; on a GPU the peak of allocated memory, weights included. Weights may be random: time and memory do not ask what
+they are. Without a GPU, quote ratios only.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -40,7 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lst-cross-attention": {"design": "cross_attention"},
     "lst-adapter": {"design": "adapter", "reduction_factor": 16},
     "lst-8-members": {},
+    "lst-32-members": {},
     "lst-cached-8-members": {},
+    "lst-cached-32-members": {},
     "lst-cached": {},
     "lst-cached-plain": {"recompute": False},
     "lst-cached-plain-cold": {"recompute": False},
@@ -52,7 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 LADDERS = tuple(VARIANTS)
 RIVALS = ("full", "adapters", "lora", "bitfit", "prompt")
-METHODS = (*LADDERS, *RIVALS, *(f"{rival}-checkpointed" for rival in RIVALS))
+RUN_BY_PEFT = ("qlora", "qlora-checkpointed")
+METHODS = (*LADDERS, *RIVALS, *(f"{rival}-checkpointed" for rival in RIVALS), *RUN_BY_PEFT)
 Step = Callable[[], Tensor]
 
 
@@ -89,7 +94,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     backbone, before = open_backbone(options, method, precision, recipe)
     if method == "transfer":
         return copy_all(backbone.conveyor), [], backbone.conveyor.slots
-    members = 8 if method.endswith("8-members") else 1
+    members = int(method.split("-")[-2]) if method.endswith("-members") else 1
     sides = [build_side_network(recipe, backbone, seed=seed).to(device).train() for seed in range(members)]
     request = sides[0].request
     target_BT = shift_right(batch["labels"], backbone.spec)
@@ -175,6 +180,39 @@ def whole_model_loss(options: argparse.Namespace, method: str, precision: str, d
     return lambda: trainee.nll(model, rows, None) / tokens, trained, list(model.parameters())
 
 
+def qlora_loss(options: argparse.Namespace, method: str, precision: str, device: torch.device, batch: dict[str, Tensor]) -> Any:
+    """The same for LoRA on a backbone that transformers has quantized: r 32 on q and v, computed in bf16, with peft's own preparation."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+
+    quantized = {
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+        "int8": {"load_in_8bit": True},
+    }
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        options.checkpoint, quantization_config=BitsAndBytesConfig(**quantized[precision]), dtype=torch.bfloat16, device_map={"": device}
+    )
+    checkpointed = {
+        "use_gradient_checkpointing": method.endswith("-checkpointed"),
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    model = prepare_model_for_kbit_training(model, **checkpointed)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=32, lora_alpha=32, target_modules=["q", "v"])).train()
+    model.config.use_cache = False
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            value: Tensor = model(**batch).loss
+        return value
+
+    return loss, [p for p in model.parameters() if p.requires_grad], list(model.parameters())
+
+
 def kept_bytes(loss: Step, weights: list[Tensor]) -> int:
     """Return how many bytes one forward pass leaves alive for its backward pass, each storage once, weights not counted."""
     from lst_scale.plan.live import LiveBytes
@@ -196,10 +234,8 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batch = make_batch(options, device)
-    if method in LADDERS:
-        loss, trained, weights = ladder_loss(options, method, precision, device, batch)
-    else:
-        loss, trained, weights = whole_model_loss(options, method, precision, device, batch)
+    build = ladder_loss if method in LADDERS else qlora_loss if method in RUN_BY_PEFT else whole_model_loss
+    loss, trained, weights = build(options, method, precision, device, batch)
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     seconds = []
     if device.type == "cuda":
@@ -214,12 +250,13 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
             optimizer.zero_grad()
         _synchronize(device)
         seconds.append(clock(device) - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    peak, reserved = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else (None, None)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights}
     return {
         "case": case,
         "seconds": statistics.median(seconds[options.warmup :]),
         "peak_allocated_bytes": peak,
+        "peak_reserved_bytes": reserved,
         "kept_bytes": kept_bytes(loss, [*weights, *trained, *batch.values()]) if trained else 0,
         "weight_bytes": sum(held.values()),
         "trainable": sum(p.numel() for p in trained),
@@ -257,6 +294,25 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measure_apart(case: str) -> dict[str, Any]:
+    """Run one case in a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, "--one", case], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else {"case": case, "error": failure[0][:100]}
+
+
+def measure_here(options: argparse.Namespace, case: str) -> dict[str, Any]:
+    """Run one case in this process, and leave nothing of it on the device."""
+    try:
+        return measure(options, case)
+    except Exception as error:
+        return {"case": case, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:160]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -270,6 +326,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk that tap caches are to be read from (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the records here")
+    parser.add_argument("--together", action="store_true", help="all cases in this process, one after another: no imports between them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     wrong = [case for case in options.cases if case.partition(":")[0] not in METHODS]
@@ -280,10 +337,7 @@ def main() -> None:
         return
     records = []
     for case in options.cases:
-        done = subprocess.run([sys.executable, *sys.argv, "--one", case], capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
-        records.append(json.loads(lines[-1]) if done.returncode == 0 and lines else {"case": case, "error": failure[0][:100]})
+        records.append(measure_here(options, case) if options.together else measure_apart(case))
         print(json.dumps(records[-1]), file=sys.stderr, flush=True)
     sizes = f"batch {options.batch}, source {options.source}, target {options.target}"
     print(f"{records[0].get('device', '')}, torch {torch.__version__}, {sizes}")
