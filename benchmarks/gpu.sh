@@ -43,15 +43,21 @@ stage_steps() {
 }
 stage_rivals() {
     limited 200 python3 benchmarks/steps.py "$weights/t5-3b" $PAPER --json "$results/rivals.json" --cases forward:bf16 lst:bf16 lora:bf16 \
-        lora-checkpointed:bf16 qlora-checkpointed:nf4 qlora-checkpointed:int8
+        lora-checkpointed:bf16 qlora-checkpointed:nf4 qlora-checkpointed:int8 lst-plain:int8 lst-plain:nf4
 }
 stage_reuse() {
     limited 150 python3 benchmarks/steps.py "$weights/t5-3b" $PAPER --json "$results/reuse.json" --cases lst:bf16 lst-cached:bf16 \
         lst-cached-cold:bf16 lst-8-members:bf16 lst-32-members:bf16 lst-cached-8-members:bf16 lst-cached-32-members:bf16
 }
-stage_paper() {
-    limited 300 python3 benchmarks/planned.py --batches 100 --set data.max_source_length=128 training.deepspeed=zero0 --recipes t5-base-full \
-        t5-base-adapters t5-base-lora t5-base-bitfit t5-base-prompt t5-base-lst t5-base-lst-all-layers t5-large-lst t5-3b-lst
+stage_paper() { # memory alone, so the recipes may run beside each other
+    local recipe
+    for recipe in t5-base-full t5-base-adapters t5-base-lora t5-base-bitfit t5-base-prompt t5-base-lst t5-base-lst-all-layers t5-large-lst t5-3b-lst; do
+        limited 150 python3 benchmarks/planned.py --batches 100 --recipes $recipe --set data.max_source_length=128 training.deepspeed=zero0 \
+            >"$results/paper-$recipe.log" 2>&1 &
+    done
+    wait
+    cat "$results"/paper-*.log | grep '^| t5'
+    rm "$results"/paper-*.log
 }
 stage_streamed() {
     make_weights t5-11b

@@ -104,6 +104,14 @@ def _assert_same_text(there: LadderModel, here: LadderModel) -> None:
         assert torch.equal(with_cache.cpu(), generate(here, inputs, **options))
 
 
+def test_recorded_steps_are_those_of_a_run_that_records_nothing(wide: Path, write_recipe: Callable[..., Path]) -> None:
+    common: dict[str, Any] = {"backbone__checkpoint": str(wide), "method__recompute": True, "method__dropout": 0.1}
+    train(write_recipe("plain", **common), path := write_recipe("recorded", logging__profile_steps=[3, 5], **common))
+    recorded, plain = (path.parent / "runs" / f"{name}-kind-seed0" for name in ("recorded", "plain"))
+    torch.testing.assert_close(torch.tensor(losses(recorded)), torch.tensor(losses(plain)), rtol=2e-3, atol=1e-4)
+    assert {file.suffix for file in (recorded / "profile").iterdir()} == {".json", ".pickle"}
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
 def test_training_live_from_the_cache_and_after_a_resume_is_the_same(precision: str, wide: Path, write_recipe: Callable[..., Path]) -> None:
     common: dict[str, Any] = {"backbone__checkpoint": str(wide), "backbone__precision": precision, "evaluation__method": "likelihood"}

@@ -13,10 +13,13 @@ from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 from helpers.tiny import batch, tiny_ladder, tiny_t5
 from lst_scale import LadderConfig, LadderModel
+from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.placement.replicated import LocalBackbone
-from lst_scale.errors import LadderError, LstScaleError
+from lst_scale.errors import BackboneError, LadderError, LstScaleError
+from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.side import files
 from lst_scale.side.model import save_side_network
+from lst_scale.system import distributed
 
 CONFIG = LadderConfig(reduction_factor=2, side_layers=[1])
 
@@ -74,11 +77,14 @@ def test_a_fresh_ladder_is_the_same_every_time() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_moving_a_ladder_goes_where_the_backbone_is_or_says_why_not() -> None:
+def test_moving_a_ladder_takes_the_backbone_along_or_says_why_not(checkpoint: Path) -> None:
     model = tiny_ladder()
     assert model.to("cpu") is model and model.float() is model
-    with pytest.raises(LadderError, match=r"^the backbone is on cpu, not meta: load or move it there first"):
-        model.to("meta")
+    moved = tiny_ladder().to("meta")
+    assert moved.device.type == moved.backbone.head.weight_VD.device.type == next(moved.parameters()).device.type == "meta"
+    streamed = load_placed(BackboneRecipe(checkpoint=str(checkpoint), precision="fp32", placement="streamed"), distributed.connect())
+    with pytest.raises(BackboneError, match=r"^this backbone's blocks come to cpu and leave it again: load it where it is to run"):
+        LadderModel(streamed, CONFIG).to("meta")
     with pytest.raises(LadderError, match=r"^side weights are float32, not torch\.bfloat16: write LadderConfig\(precision='bf16'\)"):
         model.bfloat16()
 

@@ -241,6 +241,14 @@ class Backbone(Protocol):
         """Return the bytes on this rank's device that hold weights."""
         ...
 
+    def move(self, device: torch.device) -> None:
+        """Go to another device, whole.
+
+        Raises:
+            BackboneError: it is held in a way that can't be moved.
+        """
+        ...
+
     def facts(self) -> dict[str, Any]:
         """Return what a run's result says of the way in which taps came about; nothing where they are always made."""
         ...

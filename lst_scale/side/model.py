@@ -96,14 +96,12 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> Ladder:
-        """Stand behind `.to()`, `.cuda()`, `.half()` and their kin: the side network follows the backbone, and stays float32."""
+        """Stand behind `.to()`, `.cuda()`, `.half()` and their kin: the backbone comes along, and the side network stays float32."""
         probe = fn(torch.empty(1, dtype=torch.float32, device=self.backbone.device))
         if probe.dtype != torch.float32:
             raise LadderError(f"side weights are float32, not {probe.dtype}: write LadderConfig(precision='bf16') for bf16 computation")
         if probe.device != self.backbone.device:
-            raise LadderError(
-                f"the backbone is on {self.backbone.device}, not {probe.device}: load or move it there first, a side network follows it"
-            )
+            self.backbone.move(probe.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

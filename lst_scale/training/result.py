@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lst_scale import __version__
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import majority_score
 from lst_scale.recipe.schema import Recipe
@@ -171,5 +172,5 @@ def _origin(recipe: Recipe) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("lst_scale", "torch", "transformers", "deepspeed", "bitsandbytes")
-    return {name: version(name) for name in names} | {"python": sys.version.split()[0]}
+    names = ("torch", "transformers", "deepspeed", "bitsandbytes")  # ours is not asked for: a checkout need not be installed
+    return {"lst_scale": __version__} | {name: version(name) for name in names} | {"python": sys.version.split()[0]}

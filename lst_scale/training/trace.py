@@ -7,10 +7,12 @@ RUN/profile/steps-10-13-rank0.memory.pickle  for https://docs.pytorch.org/memory
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lst_scale.errors import TrainingError, fence
 from lst_scale.system.distributed import World
@@ -27,6 +29,7 @@ class Trace:
     def __init__(self, steps: tuple[int, int] | None, folder: Path, world: World, say: Callable[[str], None]) -> None:
         self._steps, self._folder, self._world, self._say = steps, folder / "profile", world, say
         self._profile: profile | None = None
+        self._while_recording = ExitStack()
 
     def before(self, step: int) -> None:
         """Begin when `step`, counted from 1, is the first to be recorded."""
@@ -38,6 +41,8 @@ class Trace:
         on_gpu = self._world.device.type == "cuda"
         if on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        # A side block that runs again ends early by an exception, which a recording allocator loses (torch 2.11 on an H200: SystemError).
+        self._while_recording.enter_context(set_checkpoint_early_stop(False))
         self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
         self._profile.start()
 
@@ -52,6 +57,7 @@ class Trace:
             return
         recorded, self._profile = self._profile, None
         recorded.stop()
+        self._while_recording.close()
         path = self._folder / f"steps-{self._steps[0]}-{self._steps[1]}-rank{self._world.rank}"
         with fence(TrainingError, f"the trace {path} could not be written"):
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ from lst_scale.backbone.taps import (
     joined,
     select,
 )
+from lst_scale.errors import BackboneError
 from lst_scale.inputs.batch import Inputs
 from lst_scale.inputs.keys import KeyTable
 from lst_scale.system.distributed import World
@@ -107,6 +108,9 @@ class CachingBackbone:
     def prefetch(self, inputs: Inputs) -> None:
         """Begin to read the batch that will be asked for next. Nothing but time depends on it: another may be asked for, too."""
         self._reader.prefetch(_wanted(inputs))
+
+    def move(self, device: torch.device) -> None:
+        raise BackboneError(f"a tap cache reads to the device of its run, {self.device}, and can't be moved to {device}")
 
     def facts(self) -> dict[str, Any]:
         """Return how many rows were read and run, once what was written is on the disk."""

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from lst_scale.backbone.placement import tensor_parallel
 from lst_scale.backbone.placement.meta import MetaBackbone, finish
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import Inputs, Replica, StackTaps, TapRequest, Taps
 from lst_scale.backbone.weights import assemble
 from lst_scale.backbone.weights import precision as precisions
-from lst_scale.errors import ArgumentError
+from lst_scale.errors import ArgumentError, BackboneError
 from lst_scale.recipe.backbone import TensorParallel
 from lst_scale.system import distributed
 from lst_scale.system.assets import load_ds_config
@@ -22,6 +24,9 @@ class GroupedBackbone(LocalBackbone):
     """A backbone whose matrices are divided over a group. The group gathers token ids, runs all rows, and each rank keeps its own."""
 
     group: Group
+
+    def move(self, device: torch.device) -> None:
+        raise BackboneError(f"this backbone is divided over ranks, each on its own device, and can't be moved to {device}")
 
     def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
         S, T = inputs.source_BS.shape[1], inputs.target_BT.shape[1]

@@ -140,6 +140,12 @@ class LocalBackbone:
         for inputs in several:
             yield joined(source, self.extend(inputs.target_BT, source, request))
 
+    def move(self, device: torch.device) -> None:
+        if self.conveyor is not None:
+            raise BackboneError(f"this backbone's blocks come to {self.device} and leave it again: load it where it is to run, on {device}")
+        self._model.to(device)
+        self.head = self.family.head(self._model, self.spec)
+
     def facts(self) -> dict[str, Any]:
         return {}
 
