@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ KIND = {"n": "ids"}
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Let ten rows be many, and the cache be empty; return where it is."""
-    for module in (columns, rows_module):
+    for module in (columns, rows_module, encode):
         monkeypatch.setattr(module, "CHUNK", 10)
     monkeypatch.setattr(columns.by_chunks, "__defaults__", (10,))
     monkeypatch.setattr(tasks, "LEAST_BYTES", 0)
@@ -75,6 +76,58 @@ def test_many_rows_are_those_of_a_list_and_give_the_same_batches(tmp_path: Path)
             assert one.num_target_tokens == other.num_target_tokens
             for mine, its in zip(one.micro_batches, other.micro_batches, strict=True):
                 assert mine.indices == its.indices and mine.input_ids_BS.equal(its.input_ids_BS) and mine.labels_BT.equal(its.labels_BT)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_any_number_of_processes_encodes_to_the_same_table(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "usable_cores", lambda: cores)
+    rows = load_task(recipe_of(write_rows(tmp_path / "a.jsonl", records(87)))).train
+    tokenizer = load_tokenizer("embedded:tiny-t5")
+    stored, listed = (encode.encode(each, tokenizer, 12, 2) for each in (rows, list(rows)))
+    assert isinstance(rows, StoredRows) and stored.digest == listed.digest
+    assert (stored.cut_sources, stored.cut_targets) == (listed.cut_sources, listed.cut_targets)
+
+
+def test_a_killed_encoding_process_is_one_line_and_a_row_that_can_not_be_encoded_is_named_by_any(
+    few_are_many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "usable_cores", lambda: 2)
+    rows = load_task(recipe_of(write_rows(tmp_path / "a.jsonl", records(87)))).train
+    real = encode.Encoding._chunk
+
+    def killed(self: Any, rows: Any, first: int) -> Any:
+        if first == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, rows, first)
+
+    monkeypatch.setattr(encode.Encoding, "_chunk", killed)
+    before = sorted(few_are_many.iterdir())
+    with pytest.raises(StorageError, match=r"^a process that encoded rows was killed, perhaps for want of memory: start again$"):
+        encode.encode(rows, load_tokenizer("embedded:tiny-t5"), 12, None)
+    assert [path for path in sorted(few_are_many.iterdir()) if not path.name.endswith(".lock")] == [
+        path for path in before if not path.name.endswith(".lock")
+    ]
+
+    def refused(self: Any, rows: Any, first: int) -> Any:
+        raise DataError(f"row {first + 1} can't be encoded")
+
+    monkeypatch.setattr(encode.Encoding, "_chunk", refused)
+    with pytest.raises(DataError, match=r"^row 1 can't be encoded$"):
+        encode.encode(rows, load_tokenizer("embedded:tiny-t5"), 12, None)
+
+
+def test_a_table_is_read_through_at_a_start_only_when_somebody_touched_it(
+    few_are_many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(write_rows(tmp_path / "a.jsonl", records(30)))
+    expected = list(load_task(recipe).train)
+    read: list[Path] = []
+    real = tables._checksum_of
+    monkeypatch.setattr(tables, "_checksum_of", lambda path: read.append(path) or real(path))
+    assert list(load_task(recipe).train) == expected and not read
+    (rows,) = few_are_many.glob("*/rows.arrow")
+    os.utime(rows)
+    assert list(load_task(recipe).train) == expected and set(read) == {rows}
 
 
 def test_a_second_start_reads_neither_the_file_nor_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lst_scale.data.columns import Chunk, Ids, by_chunks, chunk_of, chunk_of_arrays, join_chunks
+from lst_scale.data.columns import CHUNK, Chunk, Ids, by_chunks, chunk_of, chunk_of_arrays, join_chunks
 from lst_scale.data.rows import Row, StoredRows
 from lst_scale.data.tables import Facts, Write, digest_of, stored_table
 from lst_scale.data.tokenizer import tokenizer_digest
+from lst_scale.data.workers import in_order, usable_cores
 from lst_scale.errors import DataError, fence, printable
 from lst_scale.inputs.keys import KeyTable
+from lst_scale.runs.logs import progress_of
 
 COLUMNS = {"input_ids": "ids", "labels": "ids"}
 BYTES_OF_IDS = 100  # that a source or target is likely to take
@@ -73,21 +74,25 @@ class Encoding:
     max_target_length: int | None = None
     target_prefix: str = ""
 
-    def chunks(self, rows: Iterable[Row]) -> Iterator[EncodedRows]:
-        """Yield the ids of CHUNK rows at a time; the tokenizer is given fewer.
+    def chunks(self, rows: Sequence[Row], workers: int = 1) -> Iterator[EncodedRows]:
+        """Yield the ids of CHUNK rows at a time, encoded by so many processes.
 
         Raises:
             DataError: a target has no token at all.
+            StorageError: a worker was killed.
         """
-        numbers = itertools.count(1, AT_ONCE)
-        for some in by_chunks(rows):
-            parts = [self._encode(part, next(numbers)) for part in by_chunks(some, AT_ONCE)]
-            yield EncodedRows(
-                input_ids=join_chunks([part.input_ids for part in parts]),
-                labels=join_chunks([part.labels for part in parts]),
-                cut_sources=sum(part.cut_sources for part in parts),
-                cut_targets=sum(part.cut_targets for part in parts),
-            )
+        return in_order(lambda first: self._chunk(rows, first), range(0, len(rows), CHUNK), workers)
+
+    def _chunk(self, rows: Sequence[Row], first: int) -> EncodedRows:
+        """Return the ids of CHUNK rows from number `first` on, counted from 0; the tokenizer is given fewer at once."""
+        starts = range(first, min(first + CHUNK, len(rows)), AT_ONCE)
+        parts = [self._encode(rows[start : min(start + AT_ONCE, first + CHUNK)], start + 1) for start in starts]
+        return EncodedRows(
+            input_ids=join_chunks([part.input_ids for part in parts]),
+            labels=join_chunks([part.labels for part in parts]),
+            cut_sources=sum(part.cut_sources for part in parts),
+            cut_targets=sum(part.cut_targets for part in parts),
+        )
 
     def sources(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the ids of sources, and how many of these were cut."""
@@ -151,10 +156,12 @@ def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
     def fill(write: Write) -> Facts:
         cut_sources = cut_targets = 0
         ids = hashlib.sha256()
-        for chunk in encoding.chunks(rows):
-            write({"input_ids": chunk.input_ids, "labels": chunk.labels})
-            _add_to(ids, chunk.input_ids, chunk.labels)
-            cut_sources, cut_targets = cut_sources + chunk.cut_sources, cut_targets + chunk.cut_targets
+        with progress_of(len(rows), 0, shown=True, what="encoding row") as advance:
+            for chunk in encoding.chunks(rows, workers=usable_cores()):
+                write({"input_ids": chunk.input_ids, "labels": chunk.labels})
+                _add_to(ids, chunk.input_ids, chunk.labels)
+                cut_sources, cut_targets = cut_sources + chunk.cut_sources, cut_targets + chunk.cut_targets
+                advance(len(chunk.input_ids.ends) - 1)
         return {"cut_sources": cut_sources, "cut_targets": cut_targets, "digest": ids.hexdigest()}
 
     table = stored_table(key, COLUMNS, fill, likely_bytes=2 * BYTES_OF_IDS * len(rows))

@@ -12,6 +12,7 @@ import numpy as np
 
 from lst_scale.data.columns import CHUNK, Numbers, by_chunks, chunk_of_texts
 from lst_scale.data.tables import Facts, Table, Write, digest_of, known_table, stored_table
+from lst_scale.runs.logs import progress_of
 
 COLUMNS = {"source": "texts", "target": "texts"}
 
@@ -97,12 +98,14 @@ def known_rows(key: Mapping[str, Any]) -> StoredRows | None:
 def _fill(rows: Iterable[Row], write: Write, *, tally: bool) -> Facts:
     first: dict[str, int] = {}
     count = 0
-    for some in by_chunks(rows):
-        write({"source": chunk_of_texts([row.source for row in some]), "target": chunk_of_texts([row.target for row in some])})
-        if tally:
-            for number, row in enumerate(some, start=count + 1):
-                first.setdefault(row.target, number)
-        count += len(some)
+    with progress_of(None, 0, shown=True, what="reading row") as advance:
+        for some in by_chunks(rows):
+            write({"source": chunk_of_texts([row.source for row in some]), "target": chunk_of_texts([row.target for row in some])})
+            if tally:
+                for number, row in enumerate(some, start=count + 1):
+                    first.setdefault(row.target, number)
+            count += len(some)
+            advance(len(some))
     return {"rows": count, "first": first if tally else None}
 
 

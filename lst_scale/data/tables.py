@@ -1,9 +1,10 @@
 """Tables of rows on disk: written once a machine, whole or not at all, and mapped into memory by every process that reads them.
 
     ~/.cache/lst_scale/rows/KEY/rows.arrow    record batches of CHUNK rows; KEY is the digest of all that the rows depend on
-    ~/.cache/lst_scale/rows/KEY/facts.json    what is known of all rows together, and the size and the CRC-32 of rows.arrow
+    ~/.cache/lst_scale/rows/KEY/facts.json    what is known of all rows together, and the size, the CRC-32 and the times of rows.arrow
 
-A table that is not as it was written counts as missing, and is written again.
+A table that is not as it was written counts as missing, and is written again. A file that nobody has touched since, by what the system says
+of it, is not read through to see that: a start does not grow with its rows.
 
 One process writes, under a lock that the system lets go of when it ends, however it ends; others wait for it. Imports pyarrow where it
 is used: few rows need no table.
@@ -31,7 +32,7 @@ from lst_scale.errors import StorageError
 from lst_scale.system.assets import cache_folder
 from lst_scale.system.durable import write_directory
 
-FORMAT = 3
+FORMAT = 4
 ROWS, FACTS = "rows.arrow", "facts.json"
 SETTING = "XDG_CACHE_HOME"  # what to change for another place
 KINDS = {"texts": ("uint8", Texts), "ids": ("int32", Ids)}
@@ -87,17 +88,25 @@ def _is_whole(folder: Path) -> bool:
     """Whether a table is there and as it was written."""
     try:
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        return isinstance(known["facts"], dict) and known["file"] == _state_of(folder / ROWS)
+        if not isinstance(known["facts"], dict) or (folder / ROWS).stat().st_size != known["bytes"]:
+            return False
+        return bool(known["touched"] == _last_touched(folder / ROWS) or known["crc32"] == _checksum_of(folder / ROWS))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def _state_of(path: Path) -> dict[str, int]:
+def _last_touched(path: Path) -> list[int]:
+    """Return what changes when a file is written to, or replaced, or any attribute of it is changed."""
+    state = path.stat()
+    return [state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _checksum_of(path: Path) -> int:
     checksum = 0
     with path.open("rb", buffering=0) as file:  # read, not mapped: it would count as memory of this process
         while some := file.read(1 << 22):
             checksum = zlib.crc32(some, checksum)
-        return {"bytes": file.tell(), "crc32": checksum}
+    return checksum
 
 
 def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Facts], *, likely_bytes: int) -> Table:
@@ -117,7 +126,9 @@ def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Fac
 
         def write(partial: Path) -> None:
             facts = _write_rows(partial / ROWS, kinds, fill)
-            (partial / FACTS).write_text(json.dumps({"facts": facts, "file": _state_of(partial / ROWS)}), encoding="utf-8")
+            rows = partial / ROWS
+            state = {"bytes": rows.stat().st_size, "crc32": _checksum_of(rows), "touched": _last_touched(rows)}
+            (partial / FACTS).write_text(json.dumps({"facts": facts, **state}), encoding="utf-8")
 
         write_directory(folder, write, lambda whole: Table(whole, kinds).facts, SETTING)
     return Table(folder, kinds)

@@ -112,10 +112,14 @@ class Logger:
 
 
 @contextlib.contextmanager
-def progress_of(total: int, done: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar over rows, with rows a second and the time left, when the console is a terminal; give what moves it on by some."""
+def progress_of(total: int | None, done: int, *, shown: bool, what: str = "row") -> Iterator[Callable[[int], None]]:
+    """Show a bar over rows, with rows a second and the time left, when the console is a terminal; give what moves it on by some.
+
+    Args:
+        total: None: nobody knows how many there will be.
+    """
     console = Console(file=sys.stderr, highlight=False)
-    columns = (TextColumn("row"), MofNCompleteColumn(), BarColumn(), _Speed(), TimeRemainingColumn())
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda count: bar.advance(task, count)
