@@ -1,8 +1,9 @@
-"""The tap cache's index with many records: mapped, and looked up without a loop over them."""
+"""The tap cache's index with many records: looked up without a loop over them, where it is."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,17 @@ def test_a_mapped_record_is_left_out_whose_payload_was_cut_off_and_so_is_half_a_
     assert RECORD.itemsize == store.RECORD.size
     cache = TapCache(tmp_path, KEY)
     assert [name in cache for name in names] == [True] * 5 + [False]
+
+
+def test_an_index_that_is_cut_short_behind_our_back_lacks_records_and_ends_nothing(mapped: list[bytes], tmp_path: Path) -> None:
+    cache = TapCache(tmp_path, KEY)
+    (index,) = tmp_path.rglob("*.index")
+    os.truncate(index, 2 * RECORD.itemsize + 7)  # two whole records are left
+    array = np.frombuffer(b"".join(mapped), np.uint8).reshape(-1, 16)
+    assert cache.has_each(array).tolist() == [name in cache for name in mapped] == [True, True, *[False] * (len(mapped) - 2)]
+    assert cache.read(mapped[-1], 1) is None
+    os.truncate(index, 0)
+    assert not cache.has_each(array).any() and cache.read(mapped[0], 1) is None
 
 
 def test_a_claim_has_the_same_name_as_ever_whatever_the_order_of_its_rows() -> None:
