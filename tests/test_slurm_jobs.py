@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from helpers import programs, ranks
 from helpers.models import make_t5
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.recipes import recipe_writer
 from helpers.runs import assert_same_weights, last_step
 from helpers.slurm import ON_ONE_CORE, ON_TWO_NODES, PATIENCE, Cluster, processes_of, reference, starts, states
+from helpers.training import train
 from lst_scale.cli.main import app
 from lst_scale.errors import LstScaleError
 
@@ -220,3 +222,32 @@ def test_the_members_of_a_submitted_recipe_are_runs_like_any_other(cluster: Clus
     listed = cluster.script("sweep", *arguments, "optimizer.learning_rate=1e-2,1e-3", "--dry-run")
     job = "# many-learning_rate-{0}-reduction_factor-2-kind-seed0, many-learning_rate-{0}-reduction_factor-4-kind-seed0"
     assert all(job.format(rate) in listed for rate in ("1e-2", "1e-3")), listed  # each combination trains its members in one job
+
+
+def test_a_finished_run_answers_a_file_as_a_job_on_two_nodes(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("answers", training__max_steps=2)
+    train(path)
+    run, inputs, output = tmp_path / "runs" / "answers-kind-seed0", EMBEDDED / "wordnet" / "validation.jsonl", tmp_path / "answers.jsonl"
+    asked = ("--predict", str(run), "--inputs", str(inputs), "--output", str(output), *ON_TWO_NODES)
+    assert "PredictJob" not in cluster.script("submit", *asked, "--dry-run") and not output.exists()
+    said = cluster.script("submit", *asked)
+    log = Path(re.fullmatch(r".*: job \d+, which says how it goes in (.*)\n", said)[1])  # type: ignore[index]
+    cluster.wait_until_idle()
+    assert "480 predictions in" in log.read_text()
+    alone = tmp_path / "alone.jsonl"
+    done = ranks.run(programs.command, "predict", run, inputs, "--output", alone)
+    assert done.returncode == 0, done.stderr
+    assert output.read_text() == alone.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predict", "RUN"], "--predict RUN stands beside --inputs FILE"),
+        (["--predict", "RUN", "--inputs", "x.csv", "--recipe", "t5-base"], "--predict RUN stands beside --inputs FILE"),
+        (["--predict", "nowhere", "--inputs", "x.csv"], "nowhere"),
+        ([], "what is to be submitted?"),
+    ],
+)
+def test_a_prediction_that_can_not_be_submitted_is_one_line(arguments: list[str], message: str) -> None:
+    assert message in in_process("slurm", "submit", *arguments, *ON_ONE_CORE)

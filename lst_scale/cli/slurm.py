@@ -48,15 +48,32 @@ AtMost = Annotated[int, typer.Option("--at-most", min=1, help="how many may run 
 @asks_for_a_job()
 def submit_command(
     given: Given,
-    recipe: RecipeOption,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="a shipped recipe's name or a YAML file")] = None,
     overrides: Overrides = None,
+    predict: Annotated[
+        Path | None, typer.Option("--predict", help="a finished run that is to answer --inputs, in place of --recipe")
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option("--inputs", help="with --predict: a .csv, .jsonl or .parquet file")] = None,
+    output: Annotated[Path, typer.Option("--output", help="with --predict: where to write JSON lines")] = Path("predictions.jsonl"),
     cluster: Cluster = None,
     local: Local = False,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
 ) -> None:
-    """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures."""
+    """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures.
+
+    Or, with --predict, the answers of a finished run to a file, which go on in the same way.
+    """
     options = load_options(given, cluster)
+    if predict is not None:
+        if recipe is not None or inputs is None or local:
+            raise ArgumentError(
+                "--predict RUN stands beside --inputs FILE, without --recipe and --local: on this machine it is lst-scale predict"
+            )
+        _submit_prediction(predict, inputs, output, overrides or [], options, dry_run=dry_run, snapshot=snapshot)
+        return
+    if recipe is None:
+        raise ArgumentError("what is to be submitted? write --recipe NAME, or --predict RUN --inputs FILE")
     _submit_or_run(
         [expand_members(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot
     )
@@ -258,6 +275,24 @@ def _submit_or_run(
         for group, job in zip(plan.new, jobs, strict=True):
             for recipe in group:
                 typer.echo(f"{recipe.run_name}: job {job}")
+
+
+def _submit_prediction(
+    run: Path, inputs: Path, output: Path, overrides: Sequence[str], options: ClusterOptions, *, dry_run: bool, snapshot: bool
+) -> None:
+    from lst_scale.inference.scored_run import read_scored_run
+    from lst_scale.slurm import prediction
+
+    read_scored_run(run, overrides)  # what is wrong with it is told now, and not by the job
+    if not inputs.is_file():
+        raise ArgumentError(f"--inputs {inputs}: there is no such file")
+    place, source, answers = (str(path.resolve()) for path in (run, inputs, output))
+    job = prediction.PredictJob(place, source, answers, overrides, cpu=options.gpus_per_node == 0, threads=options.cpus_per_task)
+    if dry_run:
+        typer.echo(prediction.script(job, options))
+        return
+    number, log = prediction.submit(job, options, use_snapshot=snapshot)
+    typer.echo(f"{output}: job {number}, which says how it goes in {log}")
 
 
 def main(command: str | None = None) -> None:

@@ -86,7 +86,7 @@ def submit(groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_mo
         executor = make_executor(root, options, setup, at_most=at_most, name=part[0][0].name)
         for recipe in itertools.chain(*part):
             write_recipe(runs.folder_of(recipe), recipe)
-        with _sbatch_errors(), _outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
+        with sbatch_errors(), outside_any_job(), executor.batch() if len(part) > 1 else contextlib.nullcontext():
             submitted = [executor.submit(job_of(group, options, threads=options.cpus_per_task)) for group in part]
         for group, job in zip(part, submitted, strict=True):
             record = {"job": job.job_id, "time": time.time(), "log": str(job.paths.stdout), "options": options.model_dump(mode="json")}
@@ -179,7 +179,7 @@ def _largest_array() -> int:
 
 
 @contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
+def outside_any_job() -> Iterator[None]:
     """Hide the variables of a surrounding job from sbatch; submitit would hide SLURM_CONF too, and find no cluster."""
     prefixes = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -192,7 +192,7 @@ def _outside_any_job() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sbatch_errors() -> Iterator[None]:
+def sbatch_errors() -> Iterator[None]:
     """Turn sbatch's refusal into one line."""
     from submitit.core.utils import FailedJobError
 
