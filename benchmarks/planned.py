@@ -11,6 +11,7 @@ GPU the figure is torch.cuda.max_memory_allocated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -47,9 +48,14 @@ def measure(name: str, rows: int, overrides: list[str]) -> dict[str, Any]:
     setting = setting_of(recipe, world_size=1, on_gpu=on_gpu, target=None)
     planned = footprint(recipe, shape, setting)
     distributed.connect()
-    with no_init_weights(), torch.device("cuda" if on_gpu else "cpu"):
-        trainee = fake.trainee(recipe, fake.backbone(shape, recipe))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    with no_init_weights(), device:
+        backbone = fake.backbone(shape, recipe)
         batch = fake.batch(setting.rows, setting.source, setting.target)
+    with contextlib.nullcontext() if recipe.method.name == "lst" else device:  # a side network is drawn on the CPU, and moved
+        trainee = fake.trainee(recipe, backbone)
+    trainee.module.to(device)
+    batch.attention_mask_BS[0, -1] = 0  # a batch without any padding needs no mask, and on a GPU makes none: plans are for the others
     for tensor in (*held_tensors(trainee.module), *held_tensors(getattr(trainee, "backbone", trainee)._model)):
         if tensor.is_floating_point():
             tensor.data.fill_(0.01)  # any finite value: DeepSpeed skips the optimizer step when a gradient is not
@@ -88,7 +94,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             if done.returncode or not lines:
-                print(f"| {name} | {rows} | {(done.stderr.strip().splitlines() or ['failed'])[-1][:120]} | | | |", flush=True)
+                failure = [line for line in done.stderr.splitlines() if "Error" in line] or ["failed"]
+                print(f"| {name} | {rows} | {failure[-1][:120]} | | | |", flush=True)
                 continue
             found = json.loads(lines[-1])
             error = found["planned"] / found["measured"] - 1

@@ -118,21 +118,26 @@ def all_labelled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let attention with dropout keep what a GPU's fused kernels keep: no score maps and no masks, which the CPU's stores.
+def gpu_kernels() -> Iterator[None]:
+    """Let dropout keep what a GPU's kernels keep, and not what the CPU's do.
 
-    The kernels draw the mask again in the backward pass from a stored seed.
+    Attention keeps no score maps and no mask: fused kernels draw it again in the backward pass from a stored seed. Dropout itself keeps one
+    byte an element, where the CPU keeps a mask in the input's dtype.
     """
-    attention, within = nn.functional.scaled_dot_product_attention, side_attention.draws_within_kernel
+    attention, dropout = nn.functional.scaled_dot_product_attention, nn.functional.dropout
+    within = side_attention.draws_within_kernel
 
     def without_mask(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         result: Tensor = attention(query, key, value, **(kwargs | {"dropout_p": 0.0}))
         return result
 
-    nn.functional.scaled_dot_product_attention = without_mask  # type: ignore[assignment]
+    def with_bytes(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+    nn.functional.scaled_dot_product_attention, nn.functional.dropout = without_mask, with_bytes  # type: ignore[assignment]
     side_attention.draws_within_kernel = lambda device: True
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = attention
+        nn.functional.scaled_dot_product_attention, nn.functional.dropout = attention, dropout  # type: ignore[assignment]
         side_attention.draws_within_kernel = within

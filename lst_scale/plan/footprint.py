@@ -64,7 +64,7 @@ class Footprint:
 def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step of one run needs on each rank."""
     live = LiveBytes()
-    with FakeTensorMode(), live, fake.all_labelled(), fake.fused_attention() if setting.on_gpu else contextlib.nullcontext():
+    with FakeTensorMode(), live, fake.all_labelled(), fake.gpu_kernels() if setting.on_gpu else contextlib.nullcontext():
         placement = recipe.backbone.placement
         shards = placement.shards(setting.world_size)
         backbone = fake.backbone(shape, recipe, shards=shards)
