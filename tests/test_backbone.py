@@ -116,6 +116,15 @@ def test_the_fingerprint_changes_with_any_weight(tiny_t5_dir: Path, tmp_path: Pa
     assert open_checkpoint(str(copy)).fingerprint() != open_checkpoint(str(tiny_t5_dir)).fingerprint()
 
 
+def test_weights_of_more_blocks_than_the_configuration_has_are_refused(tiny_t5_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_t5_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_layers": 2, "num_decoder_layers": 3}))
+    with pytest.raises(BackboneError, match=r"holds encoder\.block\.2\..*, but config\.json has 2 blocks in encoder\.block"):
+        LocalBackbone.load(str(copy), precision="fp32")
+
+
 def test_a_fingerprint_stays_what_saved_side_networks_have_on_record() -> None:
     recorded = "7871d70150dbcff9987c92e358ae7a267e480f99f122d7377e1a817fbc0f7a17"
     assert open_checkpoint("embedded:tiny-t5").fingerprint() == recorded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +48,22 @@ def check_shapes(model: Any, checkpoint: Checkpoint) -> None:
     Raises:
         BackboneError: a file, a tensor or a shape is wrong; the message names it.
     """
+    _refuse_surplus_blocks(checkpoint)
     for name, parameter in model.named_parameters():
         if name != checkpoint.family.head_name or checkpoint.has_own_head:
             _refuse_shape(checkpoint, name, checkpoint.shape(name), tuple(parameter.shape))
+
+
+def _refuse_surplus_blocks(checkpoint: Checkpoint) -> None:
+    """Refuse weights of more blocks than the configuration has: a shallower model of theirs would train, and be another one."""
+    counts = Counter(ref.path.rpartition(".")[0] for ref in block_refs(checkpoint))
+    for name in checkpoint.names():
+        for stack, count in counts.items():
+            number = name.removeprefix(f"{stack}.").partition(".")[0] if name.startswith(f"{stack}.") else ""
+            if number.isdecimal() and int(number) >= count:
+                raise BackboneError(
+                    f"{checkpoint.folder} holds {name}, but config.json has {count} blocks in {stack}: the two are not of one checkpoint"
+                )
 
 
 def compute_dtype(precision: str) -> torch.dtype:
