@@ -18,8 +18,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "layer twice": ({"side_layers": [1, 1]}, "side_layers [1, 1] must be 0-based block numbers, ascending, each once, at least one"),
     "descending": ({"side_layers": [2, 1]}, "side_layers [2, 1] must be 0-based block numbers, ascending, each once, at least one"),
     "negative": ({"side_layers": [-1]}, "side_layers [-1] must be 0-based block numbers, ascending, each once, at least one"),
-    "text": ({"side_layers": "all"}, "side_layers 'all' must be a list of block numbers, such as [1, 3, 5]"),
-    "one number": ({"side_layers": 2}, "side_layers 2 must be a list of block numbers, such as [1, 3, 5]"),
+    "text": ({"side_layers": "al"}, "side_layers 'al' must be a list of block numbers, such as [1, 3, 5], or \"all\""),
+    "one number": ({"side_layers": 2}, 'side_layers 2 must be a list of block numbers, such as [1, 3, 5], or "all"'),
     "beyond the end": ({"side_layers": [0, 3]}, "side_layers names block 3, but this backbone has blocks 0 to 2"),
     "odd factor": (
         {"reduction_factor": 3},

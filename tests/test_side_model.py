@@ -77,6 +77,15 @@ def test_a_fresh_ladder_is_the_same_every_time() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_all_side_layers_are_those_of_the_backbone_and_are_saved_by_number(tmp_path: Path) -> None:
+    model = LadderModel(tiny_t5(), LadderConfig(reduction_factor=2, side_layers="all"))
+    assert model.side.config.side_layers == (0, 1, 2)
+    model.save_pretrained(tmp_path)
+    assert LadderModel.from_pretrained(tmp_path, tiny_t5()).side.config == model.side.config
+    with pytest.raises(LadderError, match=r'side_layers 3 must be a list of block numbers, such as \[1, 3, 5\], or "all"'):
+        LadderConfig(side_layers=3)  # type: ignore[arg-type]
+
+
 def test_moving_a_ladder_takes_the_backbone_along_or_says_why_not(checkpoint: Path) -> None:
     model = tiny_ladder()
     assert model.to("cpu") is model and model.float() is model

@@ -34,7 +34,7 @@ def head(checkpoint: str) -> str:
 
 def about(config: LadderConfig, identity: BackboneIdentity, count: int) -> list[str]:
     name = "a model that was given as an object" if identity.checkpoint == LIVE else identity.checkpoint
-    layers = ", ".join(map(str, config.side_layers))
+    layers = ", ".join(map(str, config.layers))
     return [
         f"# Side network for {name}",
         "",

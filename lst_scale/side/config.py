@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
+from typing import Literal
 
 from lst_scale.backbone.spec import BackboneSpec, refuse_misfit
 from lst_scale.errors import LadderError, did_you_mean
@@ -24,7 +25,8 @@ class LadderConfig:
         design: "transformer": the backbone's block class at 1/r of its widths, fed through gates. "cross_attention": the same, fed by
             an attention to the taps. "adapter": adapters at full width with gates; r gives the bottleneck d_model / r.
         reduction_factor: r; divides d_model, d_ff and d_kv. The number of heads stays.
-        side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending.
+        side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending; "all", until a backbone says how many
+            there are.
         merge_last: mix the backbone's final decoder state into the output through one more gate.
         start_as_backbone: with merge_last, add the upsampled side state to the backbone's final state without a gate, from an upsample
             of zeros: the first prediction is the backbone's own (PAC, arXiv 2408.10746; QST, READ and SHERL have it in some form).
@@ -46,7 +48,7 @@ class LadderConfig:
 
     design: str = "transformer"
     reduction_factor: int = 8
-    side_layers: Sequence[int]
+    side_layers: Sequence[int] | Literal["all"]
     merge_last: bool = False
     normalize_taps: bool = False
     start_as_backbone: bool = False
@@ -60,10 +62,7 @@ class LadderConfig:
     tap_storage: str = "exact"
 
     def __post_init__(self) -> None:
-        try:
-            vars(self)["side_layers"] = tuple(index(layer) for layer in self.side_layers)  # whatever list it was; frozen from here on
-        except TypeError:
-            raise LadderError(f"side_layers {self.side_layers!r} must be a list of block numbers, such as [1, 3, 5]") from None
+        self._check_layers()
         if type(self.reduction_factor) is not int:
             raise LadderError(f"reduction_factor {self.reduction_factor!r} must be a whole number, such as 8")
         if self.design not in DESIGNS:
@@ -75,13 +74,30 @@ class LadderConfig:
             raise LadderError(f"side network precision {self.precision!r} is unknown: write fp32 or bf16 (fp16 overflows in T5)")
         if self.tap_storage not in TAP_STORAGES:
             raise LadderError(f"tap_storage {self.tap_storage!r} is unknown.{did_you_mean(self.tap_storage, TAP_STORAGES)}")
-        layers = self.side_layers
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise LadderError(f"side_layers {list(layers)} must be 0-based block numbers, ascending, each once, at least one")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise LadderError(f"dropout {self.dropout} must be at least 0 and below 1")
         if not self.gate_temperature > 0:
             raise LadderError(f"gate_temperature {self.gate_temperature} must be above 0")
+
+    def _check_layers(self) -> None:
+        if self.side_layers == "all":
+            return
+        try:
+            layers = vars(self)["side_layers"] = tuple(index(layer) for layer in self.side_layers)  # type: ignore[arg-type]  # frozen from here on
+        except TypeError:
+            raise LadderError(f'side_layers {self.side_layers!r} must be a list of block numbers, such as [1, 3, 5], or "all"') from None
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise LadderError(f"side_layers {list(layers)} must be 0-based block numbers, ascending, each once, at least one")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a side block, by number."""
+        assert not isinstance(self.side_layers, str), "ask `on` a backbone first how many all are"
+        return tuple(self.side_layers)
+
+    def on(self, spec: BackboneSpec) -> LadderConfig:
+        """Return the same with every block by number."""
+        return replace(self, side_layers=tuple(range(spec.depth))) if self.side_layers == "all" else self
 
     def _check_switches(self) -> None:
         if self.start_as_backbone and not self.merge_last:
@@ -99,4 +115,4 @@ class LadderConfig:
 
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""
-        refuse_misfit(spec, self.reduction_factor, self.side_layers, self.side_heads)
+        refuse_misfit(spec, self.reduction_factor, self.layers, self.side_heads)

@@ -31,6 +31,7 @@ class SideNetwork(nn.Module):
     """All that trains. Reads taps, returns the decoder's hidden states for the backbone's frozen head."""
 
     def __init__(self, spec: BackboneSpec, config: LadderConfig) -> None:
+        config = config.on(spec)
         config.validate(spec)
         super().__init__()
         self.spec, self.config = spec, config
@@ -45,7 +46,7 @@ class SideNetwork(nn.Module):
     @staticmethod
     def request_of(config: LadderConfig) -> TapRequest:
         """Return which states a side network of this configuration reads."""
-        return TapRequest(layers=tuple(config.side_layers), target_final=config.merge_last, storage=config.tap_storage)
+        return TapRequest(layers=config.layers, target_final=config.merge_last, storage=config.tap_storage)
 
     @property
     def encoder_width(self) -> int:
@@ -56,7 +57,7 @@ class SideNetwork(nn.Module):
     @property
     def num_cache_layers(self) -> int:
         """How many layers of a cache its decoder fills."""
-        return len(self.config.side_layers) * (2 if self.config.design == "cross_attention" else 1)
+        return len(self.config.layers) * (2 if self.config.design == "cross_attention" else 1)
 
     def gates(self) -> dict[str, Gate]:
         """Return the gates that train, each by the name of its parameter."""

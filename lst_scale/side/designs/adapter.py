@@ -74,7 +74,7 @@ class AdapterStack(nn.Module):
         self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
         self.dropout = Dropout(narrowing(spec, config).dropout)
         self.blocks = nn.ModuleDict(
-            {str(layer): AdapterBlock(spec, config, family, j, is_decoder=is_decoder) for j, layer in enumerate(config.side_layers)}
+            {str(layer): AdapterBlock(spec, config, family, j, is_decoder=is_decoder) for j, layer in enumerate(config.layers)}
         )
         self.final_norm = family.side_norm(spec, spec.d_model)
 
