@@ -7,7 +7,7 @@ PORT ?= 29533
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_NUM_THREADS=1)
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
-# Four workers on two cores: two begin with what mostly waits for Slurm, each on a cluster of its own, the others with everything else. Each
+# Four workers on two cores: three begin with what mostly waits for Slurm, each on a cluster of its own, the fourth with everything else. Each
 # module's tests stay together, for its fixtures.
 WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

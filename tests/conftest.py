@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what waits for Slurm: it leaves the other workers the cores. Skip what needs a GPU where there is none."""
-    items.sort(key=lambda item: item.path.name not in ("test_slurm_requeue.py", "test_slurm_jobs.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_slurm_requeue.py", "test_slurm_jobs.py", "test_slurm_signals.py"))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none here"))
