@@ -15,6 +15,13 @@ from torch import Tensor
 from lst_scale.inputs.keys import RowKeys, source_digest, target_digest
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. It goes to a GPU by way of pinned memory: a plain copy waits for all that the GPU was asked before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
     """One batch. Make it where the token ids are, on the CPU, and move it by `to`: then no id comes back from a GPU to be hashed."""
@@ -31,9 +38,9 @@ class Inputs:
         """Return the same on a device."""
         return dataclasses.replace(
             self,
-            source_BS=self.source_BS.to(device),
-            source_mask_BS=self.source_mask_BS.to(device),
-            target_BT=self.target_BT.to(device),
+            source_BS=moved(self.source_BS, device),
+            source_mask_BS=moved(self.source_mask_BS, device),
+            target_BT=moved(self.target_BT, device),
             made_from=self.made_from or self,
         )
 
@@ -43,8 +50,8 @@ class Inputs:
         other = dataclasses.replace(origin, target_BT=target_T.expand(rows, -1), target_lengths=None, encoded_keys=None, beside=origin)
         if self.made_from is None:
             return other
-        moved = target_T.to(self.source_BS.device).expand(rows, -1)
-        return dataclasses.replace(self, target_BT=moved, target_lengths=None, encoded_keys=None, made_from=other)
+        there = moved(target_T, self.source_BS.device).expand(rows, -1)
+        return dataclasses.replace(self, target_BT=there, target_lengths=None, encoded_keys=None, made_from=other)
 
     @functools.cached_property
     def keys(self) -> RowKeys:

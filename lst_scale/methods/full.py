@@ -20,6 +20,7 @@ from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
 from lst_scale.errors import LadderError, fence
+from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import IGNORED
 from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.side.files import read_weights
@@ -56,9 +57,9 @@ class WholeModelTrainee:
 
     def nll(self, engine: Any, batch: Batch, prepared: Any = None) -> Tensor:
         device, spec = self.backbone.device, self.backbone.spec
-        labels_BT = batch.labels_BT.to(device)
+        labels_BT = moved(batch.labels_BT, device)
         with self._precision():
-            source_BS, mask_BS = batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device)
+            source_BS, mask_BS = moved(batch.input_ids_BS, device), moved(batch.attention_mask_BS, device)
             logits_BTV = self.backbone.family.whole_logits(engine, source_BS, mask_BS, shift_right(labels_BT, spec))[0]
         return (
             nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")

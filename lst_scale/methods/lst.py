@@ -14,6 +14,7 @@ from torch import Tensor
 from lst_scale.backbone.taps import Backbone, BackboneSpec, Inputs, SourceState, TapRequest, Taps, select, where_not_finite
 from lst_scale.data.batches import Batch, collate
 from lst_scale.data.encode import EncodedSplit, stored_keys
+from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import FILLER, KeyTable, RowKey
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
@@ -41,8 +42,7 @@ class LadderTrainee:
         return taps_of(self.backbone, batch, self.request)
 
     def nll(self, engine: Any, batch: Batch, prepared: Taps) -> Tensor:
-        labels_BT = batch.labels_BT.to(self.backbone.device)
-        nll, _ = cross_entropy_sum(self.backbone.head, engine(select(prepared, self.request)), labels_BT)
+        nll, _ = cross_entropy_sum(self.backbone.head, engine(select(prepared, self.request)), batch.labels_BT)
         return nll
 
     def fault(self, prepared: Taps, *, fresh: bool) -> str | None:
@@ -125,7 +125,7 @@ class SharedPasses:
         if self.request is None:
             return None
         device = self.backbone.device
-        return self.backbone.read(batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), self.request)
+        return self.backbone.read(moved(batch.input_ids_BS, device), moved(batch.attention_mask_BS, device), self.request)
 
     def each_target(self, batch: Batch, targets: Sequence[Sequence[int]]) -> Iterator[Taps | None]:
         """Yield what it makes of each of several targets (token ids), the same for all rows; the source is run, or read, once."""

@@ -54,14 +54,15 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What a GPU's memory is needed for beside tensors. Typical values: not measured on a GPU yet.
+    """What a GPU's memory is needed for beside tensors.
 
-    context: bytes of the CUDA context, cuBLAS's workspace and NCCL's buffers.
-    fragmentation: share of the tensors' bytes that the caching allocator holds and nobody uses.
+    context: bytes of the CUDA context, cuBLAS's workspace and NCCL's buffers; a typical value, not measured.
+    fragmentation: share of the tensors' bytes that the caching allocator holds and nobody uses; 0.13 to 0.20 in steps of T5-3B on an H200
+        (docs/benchmarks.md).
     """
 
     context: int = 900_000_000
-    fragmentation: float = 0.05
+    fragmentation: float = 0.17
 
     def needed(self, tensors: int) -> int:
         return self.context + int(tensors * (1 + self.fragmentation))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import IGNORED
 
 CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,128 pieces
@@ -22,12 +23,14 @@ def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
 def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood in nats (float32 scalar) and the number of tokens it covers.
 
+    Labels may be on the CPU while the states are on a GPU: then nobody waits for the GPU to say which positions count.
     Positions labelled -100 never meet the head. The others meet it CHUNK at a time, and since the head is frozen their gradient is
     made on the spot: logits, the widest tensor of a step, exist for one chunk and are not kept. Without any labelled position the sum
     is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions.
     """
     kept_N = labelled_positions(labels_BT)
-    hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[kept_N], labels_BT.flatten()[kept_N]
+    labels_N = moved(labels_BT.flatten()[kept_N], hidden_BTD.device)
+    hidden_ND = hidden_BTD.flatten(0, 1)[moved(kept_N, hidden_BTD.device)]
     nll: Tensor = _HeadLoss.apply(hidden_ND, labels_N, head)  # type: ignore[no-untyped-call]
     return nll + 0.0 * hidden_BTD.float().sum(), len(kept_N)
 
