@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from helpers.tiny import tiny_ladder
+from lst_scale.cli.main import app
 from lst_scale.data import columns, encode, tables, tasks
 from lst_scale.data import rows as rows_module
 from lst_scale.data.batches import training_steps
@@ -23,7 +25,7 @@ from lst_scale.data.rows import StoredRows
 from lst_scale.data.tables import known_table, stored_table
 from lst_scale.data.tasks import Row, load_task
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.errors import DataError, StorageError
+from lst_scale.errors import DataError, LstScaleError, StorageError
 from lst_scale.methods.lst import with_keys
 from lst_scale.recipe.schema import Recipe, parse_recipe
 
@@ -268,3 +270,21 @@ def test_a_full_disk_is_one_line_with_the_space_that_is_needed_and_leaves_nothin
     with pytest.raises(StorageError, match="No space left on device; free space"):
         stored_table("k", KIND, fill, likely_bytes=1)
     assert [path.name for path in few_are_many.iterdir()] == [".k.lock"]
+
+
+def test_tables_are_listed_and_removed_and_what_is_not_ours_stays(few_are_many: Path, tmp_path: Path) -> None:
+    def rows(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["cache", "rows", *arguments])
+        return f"error: {done.exception}" if isinstance(done.exception, LstScaleError) else done.output
+
+    assert "no tables of rows in" in rows()
+    expected = list(load_task(recipe := recipe_of(write_rows(tmp_path / "a.jsonl", records(30)))).train)
+    (table,) = few_are_many.glob("*/rows.arrow")
+    (few_are_many / "foreign").mkdir()
+    (few_are_many / "foreign" / "facts.json").write_text("{}")
+    (table.parent / "thesis.doc").write_text("years")
+    assert rows().startswith(f"{table.parent.name}  0.000 GB  ") and rows().count("\n") == 1
+    assert rows("--remove", "x") == f"error: 'x' is the beginning of no table: {table.parent.name}, or write all"
+    assert rows("--remove", table.parent.name[:6]).startswith("removed ") and not table.exists()
+    assert (table.parent / "thesis.doc").exists() and (few_are_many / "foreign" / "facts.json").exists()
+    assert list(load_task(recipe).train) == expected

@@ -9,11 +9,14 @@ from typing import Annotated
 
 import typer
 
+from lst_scale.cli.cache_rows import rows_command
 from lst_scale.errors import ArgumentError, BackboneError, LstScaleError, fence
 from lst_scale.system import preemption
 from lst_scale.system.assets import cache_folder
 
-app = typer.Typer(help="Taps remembered on disk.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help="Taps and rows remembered on disk.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+app.command("rows")(rows_command)
 
 Folder = Annotated[Path | None, typer.Option("--folder", help="where the caches are; ~/.cache/lst_scale/taps by default")]
 

@@ -109,6 +109,24 @@ def _checksum_of(path: Path) -> int:
     return checksum
 
 
+def tables(root: Path) -> list[Path]:
+    """Return the folders below `root` that are tables of ours, whole or not: a link, or a folder without our facts, is none."""
+    found = []
+    for facts in sorted(root.glob(f"*/{FACTS}")):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            if not facts.parent.is_symlink() and {"facts", "bytes", "crc32"} <= set(json.loads(facts.read_text(encoding="utf-8"))):
+                found.append(facts.parent)
+    return found
+
+
+def remove_table(folder: Path) -> None:
+    """Remove a table's own files; what else is there stays. Who has it mapped reads on."""
+    for file in (folder / FACTS, folder / ROWS, folder.with_name(f".{folder.name}.lock")):
+        file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Facts], *, likely_bytes: int) -> Table:
     """Return a table, written first by `fill` where nobody did. `fill` is given a function that takes a chunk of each column.
 
