@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 import decimal
+import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +52,21 @@ def test_csv_is_read_as_spreadsheets_write_it(text: str, encoding: str, tmp_path
     path = tmp_path / "a.csv"
     path.write_bytes(text.encode(encoding))
     assert list(load_records(str(path), "train")) == AS_CSV
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_a_compressed_file_is_read_as_what_it_holds(kind: str, ending: str, tmp_path: Path) -> None:
+
+    text = "a,b\n" + "one,ä\n" * 20_000 if kind == ".csv" else '{"a": "one", "b": "ä"}\n' * 20_000
+    path = tmp_path / f"rows{kind}{ending}"
+    write = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending)
+    with write(path, "wb") if write else pyarrow.output_stream(str(path), compression="zstd") as file:
+        file.write(text.encode())
+    assert load_records(str(path), "train") == [{"a": "one", "b": "ä"}] * 20_000
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"^task\.train: .*rows"):
+        load_records(str(path), "train")
 
 
 def test_a_header_with_a_semicolon_inside_a_name_is_divided_by_its_commas(tmp_path: Path) -> None:

@@ -28,7 +28,52 @@ HUB = "hub:"
 Record = Mapping[str, Any]
 Records = Sequence[Record]
 
-OPENERS: Mapping[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+class _Zstandard(io.RawIOBase):
+    """What a file holds that zstd compressed, by Arrow's decoder; it can be gone back to its start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._place = path, 0
+        self._stream = self._open()
+
+    def _open(self) -> Any:
+        import pyarrow
+
+        return pyarrow.input_stream(str(self._path), compression="zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if (offset, whence) != (0, 0):
+            raise io.UnsupportedOperation("seek")
+        self._stream.close()
+        self._stream, self._place = self._open(), 0
+        return 0
+
+    def readinto(self, buffer: Any) -> int:
+        some = self._stream.read(len(buffer))
+        buffer[: len(some)] = some
+        self._place += len(some)
+        return len(some)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+OPENERS: Mapping[str, Callable[[Path, str], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path, mode: io.BufferedReader(_Zstandard(path), 1 << 16),
+}
 UTF_16_AND_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 OTHER_DELIMITERS = ";\t|"  # than the comma: what Excel writes where the comma is the decimal point, and what databases do
 
