@@ -75,7 +75,7 @@ class Steps(Sequence[Step]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         rows = self._epoch[index]
-        groups = _cut(rows, self._num_groups)[self._rank :: self._world_size]
+        groups = cut(rows, self._num_groups)[self._rank :: self._world_size]
         tokens = int(self._split.labels.lengths[rows].sum(dtype=np.int64))
         return Step(micro_batches=MicroBatches(self._split, groups), num_target_tokens=tokens)
 
@@ -110,7 +110,7 @@ def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int) -> 
     order, lengths = torch.randperm(len(split), generator=generator).numpy(), split.input_ids.lengths
     for start in range(0, len(order), size * POOL):
         pool = order[start : start + size * POOL]
-        pool[:] = pool[_by_length(lengths[pool])]
+        pool[:] = pool[by_length(lengths[pool])]
     batches = torch.randperm(-(-len(order) // size), generator=generator).numpy()
     return Epoch(batches=batches, rows=order.astype(np.int32), size=size)
 
@@ -120,7 +120,7 @@ def evaluation_batches(split: EncodedSplit, *, batch_size: int, rank: int, world
 
     With `equally_many` a rank that has fewer ends with a batch of one filler row.
     """
-    order = _by_length(split.input_ids.lengths)
+    order = by_length(split.input_ids.lengths)
     for first in range(0, len(order), batch_size * world_size):
         start = first + rank * batch_size
         if start < len(order):
@@ -159,12 +159,12 @@ def merge_predictions(gathered: Iterable[Iterable[tuple[int, T]]], count: int) -
     return [merged[index] for index in range(count)]
 
 
-def _by_length(lengths: Numbers) -> Numbers:
+def by_length(lengths: Numbers) -> Numbers:
     """Return the places of rows by length; rows of one length stay in order."""
     return np.argsort(lengths, kind="stable")
 
 
-def _cut(rows: Numbers, num_groups: int) -> Numbers:
+def cut(rows: Numbers, num_groups: int) -> Numbers:
     """Cut rows into groups of equal length but for fillers in the last ones."""
     size = -(-len(rows) // num_groups)
     padded = np.full(size * num_groups, FILLER, rows.dtype)

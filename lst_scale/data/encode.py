@@ -137,12 +137,17 @@ def encode(
     )
     if isinstance(rows, StoredRows):
         return _stored(rows, encoding)
+    return encode_some(rows, encoding)
+
+
+def encode_some(rows: Sequence[Row], encoding: Encoding) -> EncodedSplit:
+    """Return the ids of rows in a list, encoded here."""
     chunks = list(encoding.chunks(rows))
     return EncodedSplit(
         rows=rows,
         input_ids=Ids([chunk.input_ids for chunk in chunks]),
         labels=Ids([chunk.labels for chunk in chunks]),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=encoding.tokenizer.pad_token_id,
         cut_sources=sum(chunk.cut_sources for chunk in chunks),
         cut_targets=sum(chunk.cut_targets for chunk in chunks),
     )

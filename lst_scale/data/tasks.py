@@ -27,6 +27,7 @@ HELD_OUT_ROWS = 1000
 FILE_TASK_EPOCHS = 3
 BYTES_A_ROW = 200  # of data sets that don't say how large they are
 LEAST_BYTES = 200_000  # of a file that may hold as many rows as are kept in a table
+STREAM_SAMPLE = 2000  # rows of a stream that stand for all where something is looked at before training
 FILE_SPLITS = ("train", "validation", "test")
 WRITABLE = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # cells whose text says what they are
 
@@ -182,7 +183,11 @@ def _glue_rows(name: str, records: Any) -> Sequence[Row]:
 
 
 def _load_files(task: FileTask) -> TaskData:
-    splits = {name: file_rows(task, name) for name in FILE_SPLITS if getattr(task, name) is not None}
+    splits = {
+        name: file_rows(task, name, STREAM_SAMPLE if task.streaming and name == "train" else None)
+        for name in FILE_SPLITS
+        if getattr(task, name) is not None
+    }
     labels = labels_of(task, splits["train"])
     if labels is not None:
         for name, rows in splits.items():
@@ -219,7 +224,7 @@ def file_rows(task: FileTask, split: str, at_most: int | None = None) -> Sequenc
         DataError: the file, a field or a row is wrong; the message names it.
     """
     name = getattr(task, split)
-    rows = (_file_row(task, found.record, found.path, found.number) for found in files.read_records(name, split))
+    rows = (file_row(task, found.record, found.path, found.number) for found in files.read_records(name, split))
     if at_most is not None:
         return list(itertools.islice(rows, at_most))
     text = {"source": task.source, "target": task.target, "prefix": task.prefix, "template": task.template, "kind": task.kind}
@@ -233,7 +238,7 @@ def file_rows(task: FileTask, split: str, at_most: int | None = None) -> Sequenc
     return known or keep_rows(rows, lambda: key, tally=task.kind == "classification", likely_bytes=size)
 
 
-def _file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
+def file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
     refuse_bad_cells(record, (*task.source, task.target), path, number)
     target = str(record[task.target])
     if not target.strip():
@@ -289,8 +294,11 @@ def refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]
     known = frozenset(labels)
     unknown = {number: label for label, number in first_of_each_target(rows).items() if label not in known}
     if unknown:
-        number = min(unknown)
-        raise DataError(
-            f"{split}: row {number} has the label {printable(repr(unknown[number]))}; known: {printable(', '.join(labels[:8]))}. "
-            "Add it to task.labels, or fix the row"
-        )
+        raise unknown_label(split, min(unknown), unknown[min(unknown)], labels)
+
+
+def unknown_label(where: str, number: int, label: str, labels: Sequence[str]) -> DataError:
+    return DataError(
+        f"{where}: row {number} has the label {printable(repr(label))}; known: {printable(', '.join(labels[:8]))}. "
+        "Add it to task.labels, or fix the row"
+    )

@@ -176,6 +176,7 @@ class DataRecipe(Section):
     max_train_rows: Count | None = None  # the first of them; None: all
     max_eval_rows: Count | None = None  # of validation and of test, the first of them; None: all
     shuffle_seed: Seed | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
+    shuffle_buffer: Rows = 10_000  # of task.streaming: rows that are shuffled together, of all processes
 
 
 class EvaluationRecipe(Section):
@@ -230,6 +231,27 @@ class Recipe(Section):
     logging: LoggingRecipe = LoggingRecipe()  # what is told
     # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
+
+    @model_validator(mode="after")
+    def _streams_alone(self) -> Recipe:
+        """Say everything that a stream of rows can't go with, or needs."""
+        if isinstance(self.task, str) or not self.task.streaming:
+            return self
+        evaluation = self.evaluation
+        writes = self.task.kind != "classification" and evaluation.method == "generation"
+        wrong = {
+            "write training.max_steps: nobody knows how many rows there are": self.training.max_steps is None,
+            "remove training.epochs: training.max_steps says how long": self.training.epochs is not None,
+            "remove data.max_train_rows: training.max_steps says how long": self.data.max_train_rows is not None,
+            "write task.labels: not all rows are looked at before": self.task.kind == "classification" and not self.task.labels,
+            "write evaluation.max_new_tokens: not all answers are looked at before": writes and evaluation.max_new_tokens is None,
+            "remove cache.enabled: rows that come once need no cache": self.cache.enabled,
+            "remove members: they share a table": self.members is not None,
+            "download the files of hub: data sets first, and write their pattern": self.task.train.startswith("hub:"),
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise ValueError(f"task.streaming: {'; '.join(found)}")
+        return self
 
     @property
     def task_name(self) -> str:

@@ -44,6 +44,7 @@ class FileTask(Section):
     train: PathText  # rows to learn from
     validation: PathText  # rows that the best step is chosen by
     test: PathText | None = None  # rows that the result is scored on; None: validation
+    streaming: bool = False  # read the rows of train from their files as they are needed: for more than a disk can keep as a table
     source: tuple[str, ...] = Field(min_length=1)  # columns that the text is made of
     target: str  # the column of the answer
     prefix: str | None = None  # the first words of the text

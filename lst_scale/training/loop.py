@@ -19,6 +19,7 @@ from torch import Tensor
 from lst_scale.data.ahead import Ahead
 from lst_scale.data.batches import Batch, Step, training_steps
 from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.stream import Stream
 from lst_scale.errors import BackboneError, LstScaleError, TrainingError
 from lst_scale.methods.base import Trainee
 from lst_scale.recipe.schema import Recipe
@@ -84,11 +85,12 @@ class Trainer:
         logger: Logger,
         folder: Path,
         identity: dict[str, Any],
+        stream: Stream | None = None,
     ) -> None:
         self.world, self.recipe, self.plan, self.logger = world, recipe, plan, logger
         self.trainee, self.engine, self.train_split = trainee, engine, train_split
         self.evaluate, self.save_best = evaluate, save_best
-        self.folder, self.identity = folder, identity
+        self.folder, self.identity, self._stream = folder, identity, stream
         self._trace = Trace(recipe.logging.profile_steps, folder, world, logger.say if logger is not None else print)
         self._request: int | None = None  # to leave, of any rank, as the last step's sums told
         self._epochs: dict[int, Sequence[Step]] = {}  # this one and, once its end is near, the next
@@ -146,6 +148,9 @@ class Trainer:
 
     def _gather(self, number: int) -> Step:
         """Return a step by its number, with its rows; of the epochs the one before is kept, too. Always called in one thread."""
+        if self._stream is not None:
+            step = self._stream[number]
+            return replace(step, micro_batches=list(step.micro_batches))
         epoch, index = divmod(number, self.plan.steps_per_epoch)
         if epoch not in self._epochs:
             self._epochs = {kept: steps for kept, steps in self._epochs.items() if kept == epoch - 1} | {epoch: self._steps_of(epoch)}
@@ -166,6 +171,9 @@ class Trainer:
     def _train_step(self, step: Step, progress: Progress) -> Session[Progress]:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
         rate = learning_rate(self.recipe.optimizer, progress.step, self.plan.total_steps)
+        if self._stream is not None:  # each rank knows its own rows alone
+            own = torch.tensor([step.num_target_tokens], dtype=torch.float64, device=self.world.device)
+            step = replace(step, num_target_tokens=int(distributed.sum_over_ranks(own)[0]))
         losses: list[Tensor] = []
         source_tokens, seconds = 0, 0.0
         last = len(step.micro_batches) - 1

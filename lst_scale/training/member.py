@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import Backbone
-from lst_scale.data.encode import EncodedSplit
+from lst_scale.data.encode import EncodedSplit, Encoding
 from lst_scale.data.rows import targets_of
 from lst_scale.data.scores import only_answer, score
+from lst_scale.data.stream import Stream
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee, trained_parameters
@@ -41,12 +42,14 @@ class Member:
     def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
         self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
         world, splits, backbone = shared.world, shared.splits, shared.backbone
-        plan = make_plan(recipe, len(splits["train"]), recipe.training.epochs or shared.task.epochs, world.size)
+        plan = _plan(recipe, shared)
+        stream = _stream(recipe, plan, shared)
+        rows = f"{len(splits['train'].rows):,} training rows" if stream is None else "training rows as they come"
         logger.say(
-            f"{recipe.run_name}: {len(splits['train'].rows):,} training rows, {plan.total_steps} steps of "
+            f"{recipe.run_name}: {rows}, {plan.total_steps} steps of "
             f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
-        identity = _identity(recipe, plan, backbone, splits["train"])
+        identity = _identity(recipe, plan, backbone, splits["train"]) | ({} if stream is None else {"processes": world.size})
         initial = recipe if recipe.training.start_from is None else _without_carving(recipe)
         importance = task_importance(initial, splits["train"], backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -81,6 +84,7 @@ class Member:
             logger=logger,
             folder=folder,
             identity=identity,
+            stream=stream,
         )
 
     def session(self) -> Session[dict[str, Any]]:
@@ -144,6 +148,42 @@ class Member:
             )
         expected = list(targets_of(split.rows))
         return score(task, texts, expected), only_answer(texts, expected)
+
+
+def _plan(recipe: Recipe, shared: Shared) -> Plan:
+    """Return when a run does what; a stream is one epoch of all its steps."""
+    if is_stream(recipe):
+        assert recipe.training.max_steps is not None, "the recipe refuses a stream without an end"
+        return make_plan(recipe, recipe.training.max_steps * recipe.training.global_batch_size, 1, shared.world.size)
+    return make_plan(recipe, len(shared.splits["train"]), recipe.training.epochs or shared.task.epochs, shared.world.size)
+
+
+def is_stream(recipe: Recipe) -> bool:
+    return not isinstance(recipe.task, str) and recipe.task.streaming
+
+
+def _stream(recipe: Recipe, plan: Plan, shared: Shared) -> Stream | None:
+    """Return the steps of a stream; None: rows are in a table or a list."""
+    if isinstance(recipe.task, str) or not recipe.task.streaming:
+        return None
+    data = recipe.data
+    encoding = Encoding(
+        tokenizer=shared.tokenizer,
+        max_source_length=data.max_source_length,
+        max_target_length=data.max_target_length,
+        target_prefix=shared.task.target_prefix,
+    )
+    return Stream(
+        recipe.task,
+        encoding,
+        steps=plan.total_steps,
+        global_batch_size=recipe.training.global_batch_size,
+        micro_batches=plan.accumulation,
+        window=data.shuffle_buffer,
+        seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
+        rank=shared.world.rank,
+        world_size=shared.world.size,
+    )
 
 
 def _identity(recipe: Recipe, plan: Plan, backbone: Backbone, train: EncodedSplit) -> dict[str, Any]:
