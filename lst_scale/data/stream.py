@@ -33,9 +33,18 @@ class Stream(Sequence[Step]):
     """
 
     def __init__(
-        self, task: FileTask, encoding: Encoding, *, steps: int, global_batch_size: int, micro_batches: int, window: int, seed: int, rank: int,
+        self,
+        task: FileTask,
+        encoding: Encoding,
+        *,
+        steps: int,
+        global_batch_size: int,
+        micro_batches: int,
+        window: int,
+        seed: int,
+        rank: int,
         world_size: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         paths = files.paths_of(task.train, "train")
         if len(paths) < world_size:
             raise DataError(
