@@ -148,11 +148,11 @@ refuses(
 )
 
 
-@case("A4", "task.name=../../precious --overwrite", "test_recipe_faults.py::test_what_names_a_folder_can_not_leave_it")
+@case("A4", "task.name=../../../precious --overwrite", "test_recipe_faults.py::test_what_names_a_folder_can_not_leave_it")
 def _(place: Place) -> str:
     kept = place.write("precious-seed0/thesis.doc", "years of work")
     place.recipe()
-    done = place.train("name=d", "task.name=x/../../../precious", "--overwrite")
+    done = place.train("name=d", "task.name=../../../precious", "--overwrite")
     if not kept.exists():
         return "destroys a foreign file"
     return refusal(done, "task.name") if not (place.folder / "precious-seed0" / "recipe.yaml").exists() else "writes outside output_dir"
