@@ -30,7 +30,7 @@ Records = Sequence[Record]
 
 
 class _Zstandard(io.RawIOBase):
-    """What a file holds that zstd compressed, by Arrow's decoder; it can be gone back to its start."""
+    """What a file holds that zstd compressed, as Arrow reads it; it can be gone back to its start."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._place = path, 0
