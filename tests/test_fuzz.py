@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 @pytest.mark.slow
 def test_damaged_files_end_in_a_right_result_or_in_one_line() -> None:
-    command = [sys.executable, "tests/fuzz.py", "--seed", "0", "--cases", "60", "--minutes", "60"]
+    command = [sys.executable, "tests/fuzz.py", "--seed", "0", "--cases", "30", "--minutes", "60"]
     done = subprocess.run(command, cwd=ROOT, env=fresh(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert "60 cases" in done.stdout
+    assert "30 cases" in done.stdout

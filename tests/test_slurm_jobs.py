@@ -61,29 +61,25 @@ def test_members_share_a_job_and_one_that_fails_fails_alone(cluster: Cluster, re
         training__save_every_steps=10,
         data__shuffle_seed=0,
     )
-    sweep = ("seed=0,1", "optimizer.learning_rate=1e-2,1000", "method.reduction_factor=2,4", "--together", "4")
+    sweep = ("optimizer.learning_rate=1e-2,1000", "method.reduction_factor=2,4", "--together", "4")
     said = cluster.script("sweep", "--recipe", str(path), *sweep, "--at-most", "1", *ON_ONE_CORE)
     jobs = re.findall(r": job (\S+)", said)
-    assert len(jobs) == 8 and len(set(jobs)) == 2
+    assert len(jobs) == 4 and len(set(jobs)) == 1
     root = tmp_path / "runs"
-    runs = {
-        (seed, rate): root / f"shared-learning_rate-{rate}-reduction_factor-4-kind-seed{seed}"
-        for seed in (0, 1)
-        for rate in ("1e-2", "1000")
-    }
-    assert "too: name them as well" in cluster.script("cancel", "seed0", "learning_rate-1e-2", "--output-dir", str(root), check=False)
-    cluster.wait(lambda: last_step(runs[0, "1e-2"]) > 20, PATIENCE, "step 20")
+    run = root / "shared-learning_rate-1e-2-reduction_factor-4-kind-seed0"
+    assert "too: name them as well" in cluster.script("cancel", "learning_rate-1e-2", "--output-dir", str(root), check=False)
+    cluster.wait(lambda: last_step(run) > 20, PATIENCE, "step 20")
     assert "in the queue as" in cluster.script("sweep", "--recipe", str(path), *sweep, *ON_ONE_CORE)
     cluster("scontrol", "requeue", jobs[0])
     cluster.wait_until_idle()
-    assert starts(runs[0, "1e-2"])[1] >= 10
+    assert starts(run)[1] >= 10
     text = cluster.script("status", "--output-dir", str(root))
-    assert len(re.findall(r"learning_rate-1e-2-\S+ +DONE", text)) == 4, text
-    assert len(re.findall(r"learning_rate-1000-\S+ +FAILED .*the gradient of step \d+ is not finite", text)) == 4, text
-    alone = ["method.reduction_factor=4", "optimizer.learning_rate=1e-2", "seed=1"]
-    assert_same_weights(runs[1, "1e-2"], reference(path, tmp_path, *alone))
+    assert len(re.findall(r"learning_rate-1e-2-\S+ +DONE", text)) == 2, text
+    assert len(re.findall(r"learning_rate-1000-\S+ +FAILED .*the gradient of step \d+ is not finite", text)) == 2, text
+    alone = ["method.reduction_factor=4", "optimizer.learning_rate=1e-2"]
+    assert_same_weights(run, reference(path, tmp_path, *alone))
     again = re.findall(r": job (\S+)", cluster.script("resubmit", "--output-dir", str(root)))
-    assert len(again) == 4 and len(set(again)) == 2
+    assert len(again) == 2 and len(set(again)) == 1
 
 
 def test_failures_are_told_in_one_line_then_resubmitted_then_cancelled(

@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_signal_of_every_kind_ends_bit_identical(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Each kind once while it trains, and some while it starts; fifty more, at random, meet ranks without Slurm in test_interrupted.py."""
+    """Each kind once while it trains, and some while it starts; 36 more, at random, meet ranks without Slurm in test_interrupted.py."""
     path = recipe("signals", training__epochs=40, training__evaluate_every=200, training__save_every_steps=50)
     patient = tmp_path / "cluster.yaml"  # signals may come faster than ranks start
     patient.write_text("max_starts_without_progress: 30\n")
