@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from lst_scale.side.config import LadderConfig
     from lst_scale.side.ensemble import LadderEnsemble
     from lst_scale.side.model import LadderModel
+    from lst_scale.side.vision_config import VisionConfig
 
 __version__ = "0.1.0"
-__all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "__version__"]
+__all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "VisionConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from lst_scale.side.model import LadderModel
 
         return LadderModel
+    if name == "VisionConfig":
+        from lst_scale.side.vision_config import VisionConfig
+
+        return VisionConfig
     if name == "LadderEnsemble":
         from lst_scale.side.ensemble import LadderEnsemble
 

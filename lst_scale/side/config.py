@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Literal
 
 from lst_scale.backbone.spec import BackboneSpec, refuse_misfit
 from lst_scale.errors import LadderError, did_you_mean
+from lst_scale.side.vision_config import VisionConfig
 
 DESIGNS = ("transformer", "cross_attention", "adapter")
 GATES = ("learnable", "per_channel", "fixed", "none")
@@ -44,6 +45,7 @@ class LadderConfig:
             gradient is exact for taps that are off by at most 1/254 of a position's largest value.
         dropout: the side network's dropout rate; None takes the backbone's.
         precision: "fp32", or "bf16" for autocast; weights are float32 in both.
+        vision: how image tokens enter the side network beside the source's text; None: text only.
     """
 
     design: str = "transformer"
@@ -60,9 +62,12 @@ class LadderConfig:
     precision: str = "fp32"
     recompute: bool = True
     tap_storage: str = "exact"
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
         self._check_layers()
+        if isinstance(self.vision, Mapping):  # as a saved one reads back
+            vars(self)["vision"] = VisionConfig(**self.vision)
         if type(self.reduction_factor) is not int:
             raise LadderError(f"reduction_factor {self.reduction_factor!r} must be a whole number, such as 8")
         if self.design not in DESIGNS:
@@ -104,6 +109,8 @@ class LadderConfig:
             raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
         if self.start_as_backbone and self.design == "adapter":
             raise LadderError("start_as_backbone needs an upsample that starts at zero, which design adapter lacks: choose another design")
+        if self.vision is not None and self.design != "transformer":
+            raise LadderError(f"design {self.design} reads no images: write design transformer, or leave vision out")
         if self.design == "cross_attention" and self.gate != "learnable":
             raise LadderError(f"gate {self.gate} has no effect on design cross_attention, which has no gates: remove it")
         if self.design == "adapter" and self.downsample_rank is not None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.taps import FrozenHead, StackTaps, TapRequest, TargetState, selected_stack, union
 from lst_scale.errors import LadderError
+from lst_scale.inputs.images import Images
 from lst_scale.side.cache import part_of
 from lst_scale.side.designs.parts import SideEncoderState
 from lst_scale.side.model import Ladder, LadderModel
 from lst_scale.side.network import SideNetwork
+from lst_scale.side.vision import beside_images
 
 
 class SideNetworks(nn.Module):
@@ -32,12 +34,16 @@ class SideNetworks(nn.Module):
         super().__init__()
         self.each: Any = nn.ModuleList(sides)
         self.request: TapRequest = union([side.request for side in sides])
+        self.vision = sides[0].vision
+        if any(side.vision != self.vision for side in sides):
+            raise LadderError("side networks that answer as one must read the same images: their vision settings differ")
         self.num_cache_layers = sum(side.num_cache_layers for side in sides)
 
-    def encode(self, taps: StackTaps, attention_mask_BS: Tensor) -> SideEncoderState:
+    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> SideEncoderState:
         """Return all final states side by side (B, S, sum of widths): one tensor, whose rows beam search can repeat."""
-        finals = [side.encode(selected_stack(taps, side.request), attention_mask_BS).final_BSR for side in self.each]
-        return SideEncoderState(final_BSR=torch.cat(finals, -1), attention_mask_BS=attention_mask_BS)
+        finals = [side.encode(selected_stack(taps, side.request), attention_mask_BS, images).final_BSR for side in self.each]
+        final_BSR = torch.cat(finals, -1)
+        return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=beside_images(attention_mask_BS, final_BSR.shape[1]))
 
     def logits(self, head: FrozenHead, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return log-probabilities (B, T, V). Each side network has layers of its own in the cache, one after another."""

@@ -177,6 +177,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _design_digest(config: Any) -> str:
     told = {key: value for key, value in config.items() if key not in _NO_MATTER}
+    if told["vision"] is None:  # as they were told before there were images
+        del told["vision"]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

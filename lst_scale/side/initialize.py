@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import BlockRef, Sublayer, family_of
 from lst_scale.errors import LadderError
+from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.parts import narrowing
 from lst_scale.side.network import Gate, SideNetwork, TwoStepDownsample
+from lst_scale.side.vision import draw_as_torch_does
 
 WeightSource = Callable[[str], Tensor]
 LADDER_STD = 0.01  # of downsamples and upsample, the release's
@@ -31,6 +33,8 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
     | gates | alpha 0, mu 1/2 |
     | norms | 1 |
     | side blocks | as their family draws its own blocks, at the narrow widths (`Family.draw`) |
+    | with vision: downsamples, upsample | U(+-1/sqrt(fan in)), as the release's vision half leaves them |
+    | with vision: image tokens | `VisualEmbedding.draw`; their object order as `VisionConfig.object_order` says |
 
     The release drew side blocks from N(0, 0.01^2), at which attention is uniform and a block passes its input on almost unchanged.
     """
@@ -54,12 +58,28 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
         if isinstance(module, TwoStepDownsample):  # together they scale as one downsample does
             normal(module.first.weight, module.first.in_features**-0.5)
             normal(module.second.weight, LADDER_STD * (module.first.in_features / module.second.in_features) ** 0.5)
+    if side.config.vision is not None:
+        _draw_beside_images(side, in_blocks, generator, weights)
     if side.config.start_as_backbone:
         assert isinstance(side.upsample, nn.Linear)
         side.upsample.weight.zero_()
     if weights is not None and side.config.design != "adapter":
         for name, stack in zip(family.stacks, (side.encoder, side.decoder), strict=True):
             family.start_positions(name, stack.blocks, weights)
+
+
+def _draw_beside_images(side: SideNetwork, in_blocks: set[int], generator: torch.Generator, weights: WeightSource | None) -> None:
+    for module in side.modules():
+        if isinstance(module, nn.Linear) and id(module) not in in_blocks:
+            draw_as_torch_does(module, generator)
+    encoder: StackBesideImages = side.encoder
+    assert side.config.vision is not None
+    encoder.visual_embedding.draw(generator)
+    if side.config.vision.object_order == "backbone" and weights is not None:
+        table_VD = weights(family_of(side.spec.model_type, "this backbone").embedding_name)
+        encoder.object_order.copy_(table_VD[-len(encoder.object_order) :].flip(0))
+    else:
+        encoder.object_order.normal_(generator=generator)
 
 
 @torch.no_grad()

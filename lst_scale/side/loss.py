@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead
+from lst_scale.errors import LadderError, did_you_mean
 from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import IGNORED
 
@@ -66,6 +67,33 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * gradient.to(gradient_ND.dtype), None, None
+
+
+LOSS_FORMS = ("token_mean", "example_mean", "scored_example_mean")
+
+
+def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, form: str = "token_mean", scores_B: Tensor | None = None) -> Tensor:
+    """Return the negative log-likelihood in nats (float32 scalar) of the labels that are not -100.
+
+    Args:
+        form: "token_mean": over all tokens of the batch. "example_mean": over each row's tokens, then over rows. "scored_example_mean":
+            the same with each row's mean times its score. A row without labels counts as 0.
+        scores_B: of "scored_example_mean" alone.
+
+    Raises:
+        LadderError: the form is unknown, or scores are missing, idle, or not one a row.
+    """
+    if form not in LOSS_FORMS:
+        raise LadderError(f"loss_form {form!r} is unknown.{did_you_mean(form, LOSS_FORMS)}")
+    if (scores_B is not None) != (form == "scored_example_mean"):
+        raise LadderError("scores go with loss_form='scored_example_mean' and with no other: give both or neither")
+    if scores_B is not None and scores_B.shape != (len(labels_BT),):
+        raise LadderError(f"scores are {tuple(scores_B.shape)}, but must be ({len(labels_BT)},): one a row")
+    if form == "token_mean":
+        return mean_cross_entropy(logits_BTV, labels_BT)
+    nll_BT = torch.nn.functional.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
+    mean_B = nll_BT.sum(1) / (labels_BT != IGNORED).sum(1).clamp(min=1)
+    return (mean_B if scores_B is None else mean_B * scores_B).mean()
 
 
 def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

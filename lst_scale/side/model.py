@@ -32,12 +32,14 @@ from lst_scale.backbone.taps import (
     selected_stack,
 )
 from lst_scale.errors import LadderError, fence
+from lst_scale.inputs.images import Images
 from lst_scale.side import files, release
 from lst_scale.side.cache import new_cache, part_of
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_random
-from lst_scale.side.loss import mean_cross_entropy, shift_right
+from lst_scale.side.loss import cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
+from lst_scale.side.vision import beside_images, checked_images
 
 
 @dataclass
@@ -118,6 +120,10 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: EncoderDecoderCache | None = None,
+        image_features: Tensor | None = None,
+        boxes: Tensor | None = None,
+        scores: Tensor | None = None,
+        loss_form: str = "token_mean",
     ) -> Seq2SeqLMOutput:
         """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
@@ -130,6 +136,10 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
                 `use_cache` one is made when none is given.
             return_dict: always True; generation passes it.
             output_hidden_states, output_attentions: never True; transformers' tools pass them.
+            image_features: (B, I, G, F) of a frozen image encoder, for a side network with `vision`: I images a row, G positions of a
+                square grid; boxes: (B, I, G, 4), x1, x2, y1, y2 of each token, zeros when left out. Neither goes with `encoder_outputs`.
+            loss_form, scores: "token_mean", "example_mean" (the mean over a row's tokens, then over rows) or "scored_example_mean" (each
+                row's mean times its score (B,), then over rows): the release's losses for captions, GQA and NLVR2, and VQA.
         """
         if not return_dict:
             raise LadderError("a forward pass returns an object with .loss and .logits: leave return_dict out, or write True")
@@ -147,7 +157,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
                 raise LadderError("a forward pass needs input_ids or encoder_outputs")
             if attention_mask is None:
                 attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
-            state = self.encode(input_ids, attention_mask)
+            images = checked_images(self.side.vision, len(input_ids), image_features, boxes)
+            state = self.encode(input_ids, attention_mask, images=images)
         else:
             if attention_mask is None:
                 raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
@@ -156,15 +167,15 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         if use_cache and cache is None:
             cache = new_cache()
         logits_BTV = self.decode(decoder_input_ids, state, cache)
-        loss = None if labels is None else mean_cross_entropy(logits_BTV, labels)
+        loss = None if labels is None else cross_entropy(logits_BTV, labels, loss_form, scores)
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **cache_argument(cache))
 
     def encode(
-        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: SourceState | None = None
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: SourceState | None = None, images: Images | None = None
     ) -> tuple[SourceState, SideEncoderState]:
         """Run both encoders; `source` is what `read` made of the batch, perhaps for several side networks."""
         read = source or self.read(input_ids_BS, attention_mask_BS)
-        return read, self.side.encode(selected_stack(read.taps, self.side.request), attention_mask_BS)
+        return read, self.side.encode(selected_stack(read.taps, self.side.request), attention_mask_BS, images)
 
     def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> SourceState:
         """Return what the frozen backbone makes of a batch's source."""
@@ -200,6 +211,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         synced_gpus: bool | None = None,
         use_cache: bool = True,
         source: SourceState | None = None,
+        image_features: Tensor | None = None,
+        boxes: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Return generated ids (B, T), start token first; `source` is what `read` made of the batch, `options` are transformers'.
@@ -210,7 +223,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         input_ids = _one_of(input_ids, inputs)
         if attention_mask is None:
             attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
-        encoder, side = self.encode(input_ids, attention_mask, source)
+        images = checked_images(self.side.vision, len(input_ids), image_features, boxes)
+        encoder, side = self.encode(input_ids, attention_mask, source, images)
         cache = cache_argument(new_cache()) if use_cache else {}
         return super().generate(
             input_ids,
@@ -247,7 +261,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         assert output.last_hidden_state is not None and output.side_state is not None
         nothing = StackTaps(layers=(), embedding=output.last_hidden_state[:, :0], hidden=())  # the side encoder has read its taps
         source = SourceState(taps=nothing, final=output.last_hidden_state, source_mask_BS=attention_mask_BS)
-        return source, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=attention_mask_BS)
+        mask_BS = beside_images(attention_mask_BS, output.side_state.shape[1])
+        return source, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=mask_BS)
 
 
 class LadderScoring:
@@ -292,11 +307,17 @@ class LadderModel(Ladder):
         Raises:
             LadderError: a weight is missing, unknown or of another shape; nothing is loaded then.
         """
-        self.side.load_state_dict(release.from_release(weights, self.side.state_dict(), self.side.spec))
+        found = release.from_release(weights, self._trained(), self.side.spec)
+        self.side.load_state_dict(self.side.state_dict() | found)
 
     def release_state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
         """Return the side weights under the original release's names; with `keep_vars` the live parameters."""
-        return {release.release_name(name): tensor for name, tensor in self.side.state_dict(keep_vars=keep_vars).items()}
+        return {release.release_name(name): tensor for name, tensor in self._trained(keep_vars=keep_vars).items()}
+
+    def _trained(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Return the side weights without what is frozen among them: the release has the object order in its word table."""
+        frozen = {name for name, _ in self.side.named_buffers()}
+        return {name: tensor for name, tensor in self.side.state_dict(keep_vars=keep_vars).items() if name not in frozen}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the side network alone: weights (safetensors), configuration with the backbone's identity, model card."""

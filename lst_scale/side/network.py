@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead, StackTaps, TapRequest, Taps, TargetState
+from lst_scale.inputs.images import Images
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.adapter import AdapterStack
+from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.cross_attention import CrossAttentionStack
 from lst_scale.side.designs.parts import Gate, SideEncoderState, TwoStepDownsample
 from lst_scale.side.designs.transformer import TransformerStack
+from lst_scale.side.vision import beside_images
 
 STACKS: dict[str, type[Any]] = {"transformer": TransformerStack, "cross_attention": CrossAttentionStack, "adapter": AdapterStack}
 
@@ -35,9 +38,9 @@ class SideNetwork(nn.Module):
         config.validate(spec)
         super().__init__()
         self.spec, self.config = spec, config
-        self.request = self.request_of(config)
+        self.request, self.vision = self.request_of(config), config.vision
         stack = STACKS[config.design]
-        self.encoder = stack(spec, config, is_decoder=False)
+        self.encoder = (stack if config.vision is None else StackBesideImages)(spec, config, is_decoder=False)
         self.decoder = stack(spec, config, is_decoder=True)
         wide = config.design == "adapter"
         self.upsample = nn.Identity() if wide else nn.Linear(spec.d_model // config.reduction_factor, spec.d_model)
@@ -67,15 +70,19 @@ class SideNetwork(nn.Module):
         """Return the parameters that weight decay must leave alone: it would pull a gate to 1/2, whatever it learned."""
         return frozenset(self.gates())
 
-    def forward(self, taps: Taps) -> Tensor:
+    def forward(self, taps: Taps, images: Images | None = None) -> Tensor:
         """Return hidden states (B, T, D), to be scaled and multiplied by the frozen head."""
-        encoder = self.encode(taps.source, taps.source_mask_BS)
+        encoder = self.encode(taps.source, taps.source_mask_BS, images)
         return self.decode(TargetState(taps=taps.target, final_BTD=taps.final_BTD), encoder)
 
-    def encode(self, taps: StackTaps, attention_mask_BS: Tensor) -> SideEncoderState:
+    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> SideEncoderState:
+        """Run the side encoder on the source's text and, where it reads them, images."""
         with self._precision(taps):
-            final_BSR = self.encoder(taps, None, attention_mask_BS)
-        return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=attention_mask_BS)
+            if images is None:
+                final_BSR = self.encoder(taps, None, attention_mask_BS)
+            else:
+                final_BSR = self.encoder(taps, None, attention_mask_BS, images=images)
+        return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=beside_images(attention_mask_BS, final_BSR.shape[1]))
 
     def decode(self, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
         """Return hidden states (B, T, D) of the given positions; with a cache, which holds its own layers alone, of the new ones."""

@@ -1,5 +1,6 @@
 """The original release's names for our weights, so that its checkpoints load here and ours there.
 
+encoder.visual_embedding.feat_embedding.0 <- encoder.visual_embedding.features.linear
 encoder.side_first_downsample.weight      <- encoder.first_downsample.weight
 encoder.side_block.I.layer...             <- encoder.blocks.I.layer...
 encoder.side_gate_params.I                <- encoder.gates.I.alpha
@@ -21,6 +22,11 @@ from lst_scale.errors import LadderError
 # In order: the first that matches. Those of the adapter design's blocks come before those of narrow blocks.
 _ADAPTER = r"^(encoder|decoder)\.blocks\.(\d+)\."
 _RULES = (
+    (r"^encoder\.visual_embedding\.features\.linear\.", "encoder.visual_embedding.feat_embedding.0."),
+    (r"^encoder\.visual_embedding\.features\.norm\.", "encoder.visual_embedding.feat_embedding.1."),
+    (r"^encoder\.visual_embedding\.boxes\.linear\.", "encoder.visual_embedding.absolute_vis_pos_embedding.0."),
+    (r"^encoder\.visual_embedding\.boxes\.norm\.", "encoder.visual_embedding.absolute_vis_pos_embedding.1."),
+    (r"^encoder\.visual_embedding\.image_order\.", "encoder.visual_embedding.img_order_embedding."),
     (_ADAPTER + r"gate\.alpha$", r"\1.block.\2.side_gate_params.0"),
     (_ADAPTER + r"(downsample|upsample)\.", r"\1.block.\2.side_\3."),
     (_ADAPTER + r"before\.layer_norm\.", r"\1.block.\2.side_ladder_module.0.layer_norm."),
@@ -73,7 +79,8 @@ def from_release(weights: Mapping[str, Tensor], ours: Mapping[str, Tensor], spec
     ]
     problems = [text for text in (_listed("missing", missing), _listed("unknown", extra), _listed("mis-shaped", shapes)) if text]
     if problems:
-        hint = "" if all("side" in name for name in extra) else " (pass only the weights whose names contain 'side')"
+        ours_alone = all("side" in name or "visual_embedding" in name for name in extra)
+        hint = "" if ours_alone else " (pass only the weights whose names contain 'side')"
         raise LadderError(f"these weights are not of this side network: {'; '.join(problems)}{hint}")
     return {name: weights[theirs] for theirs, name in names.items()}
 

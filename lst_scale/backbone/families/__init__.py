@@ -261,6 +261,10 @@ class Family(Protocol):
         """Return what transformers' generation reads of a model whose cache has so many layers beside the backbone's."""
         ...
 
+    def positions_of_text(self, first_block: nn.Module, num_text: int, num_beside: int) -> Any:
+        """Return `along` for a side stack, given its first block, where tokens without positions (images) stand after the text."""
+        ...
+
     def draw(self, module: nn.Module, normal: Callable[[Tensor, float], None]) -> Iterable[nn.Module]:
         """Fill one module of a side block at random, by `normal(weight, deviation)`; return the linear maps that are filled by it."""
         ...

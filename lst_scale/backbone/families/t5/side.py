@@ -49,6 +49,12 @@ class T5Side:
         norm: nn.Module = T5LayerNorm(width, eps=spec.layer_norm_epsilon)
         return norm
 
+    def positions_of_text(self, first_block: nn.Module, num_text: int, num_beside: int) -> Tensor:
+        """The position bias among the text; 0 where a token beside it is row or column."""
+        attention = first_block.get_submodule("layer.0.SelfAttention")
+        bias: Tensor = attention.compute_bias(num_text, num_text, device=attention.q.weight.device)  # type: ignore[operator,union-attr]
+        return nn.functional.pad(bias, (0, num_beside, 0, num_beside))
+
     def generation_config(self, spec: T5Spec, *, side_layers: int) -> Any:
         return T5Config(
             vocab_size=spec.vocab_size,
