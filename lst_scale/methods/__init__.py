@@ -13,8 +13,13 @@ from lst_scale.side.count import check_targets, shape_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lst_scale.backbone.families import Family
     from lst_scale.backbone.placement.replicated import LocalBackbone
     from lst_scale.methods.base import Trainee
+    from lst_scale.methods.images import ReadingImages
+    from lst_scale.side.vision_config import VisionConfig
+
+    InsideMethod = FullRecipe | AdaptersRecipe | BitfitRecipe | LoraRecipe | PromptRecipe
 
 
 def check_method(recipe: Recipe) -> None:
@@ -61,25 +66,54 @@ def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance:
 
 def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
     from lst_scale.methods.full import WholeModelTrainee
-    from lst_scale.methods.inside import add_adapters, add_biases
-    from lst_scale.methods.peft import PeftTrainee, with_lora, with_prompt
+    from lst_scale.methods.peft import PeftTrainee
 
-    method, model, family, checkpoint = recipe.method, backbone.give_model(), backbone.family, recipe.backbone.checkpoint
-    kind: type[Any] = WholeModelTrainee
-    if isinstance(method, FullRecipe):
-        model.requires_grad_(True)
-    elif isinstance(method, AdaptersRecipe):
-        add_adapters(model, family, method.bottleneck, recipe.seed)
-    elif isinstance(method, BitfitRecipe):
-        add_biases(model, family)
-    elif isinstance(method, LoraRecipe):
+    method = recipe.method
+    assert not isinstance(method, LstRecipe)
+    if isinstance(method, LoraRecipe):
         check_targets(method, backbone.spec)
-        model, kind = with_lora(model, family, method, checkpoint, recipe.seed), PeftTrainee
-    else:
-        assert isinstance(method, PromptRecipe)
-        model, kind = with_prompt(model, family, method, checkpoint, recipe.seed), PeftTrainee
+    model = changed(method, backbone.give_model(), backbone.family, recipe.backbone.checkpoint, recipe.seed)
+    kind: type[Any] = PeftTrainee if isinstance(method, LoraRecipe | PromptRecipe) else WholeModelTrainee
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts = {"method": method.model_dump(mode="json"), "backbone": vars(backbone.identity)}
     trainee: Trainee = kind(model.train(), backbone, bf16=method.precision == "bf16", in_step=in_step, facts=facts)
     return trainee
+
+
+def changed(method: InsideMethod, model: Any, family: Family, checkpoint: str, seed: int) -> Any:
+    """Return a frozen model of transformers with what a method adds to it; what trains requires a gradient."""
+    from lst_scale.methods.inside import add_adapters, add_biases
+    from lst_scale.methods.peft import with_lora, with_prompt
+
+    if isinstance(method, FullRecipe):
+        model.requires_grad_(True)
+    elif isinstance(method, AdaptersRecipe):
+        add_adapters(model, family, method, seed)
+    elif isinstance(method, BitfitRecipe):
+        add_biases(model, family)
+    elif isinstance(method, LoraRecipe):
+        model = with_lora(model, family, method, checkpoint, seed)
+    else:
+        model = with_prompt(model, family, method, checkpoint, seed)
+    return model
+
+
+def changed_with_images(
+    method: InsideMethod, model: Any, family: Family, vision: VisionConfig, checkpoint: str, seed: int, vocab_size: int | None = None
+) -> ReadingImages:
+    """Return the same as a model that reads images inside, through a visual embedding that trains in every method.
+
+    Args:
+        vocab_size: of the word table with the rows that tell an image's tokens apart, as the release lengthens it; None: as it is.
+    """
+    from lst_scale.methods.images import reading_images
+    from lst_scale.methods.inside import add_biases
+
+    whole = reading_images(model, family, vision, seed, method if isinstance(method, PromptRecipe) else None, vocab_size)
+    if isinstance(method, BitfitRecipe):
+        add_biases(whole, family)  # the visual embedding's norms gain some, too
+    elif not isinstance(method, PromptRecipe):
+        whole.model = changed(method, whole.model, family, checkpoint, seed)
+    whole.visual_embedding.requires_grad_(True)
+    return whole

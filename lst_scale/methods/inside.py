@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family
 from lst_scale.backbone.weights.precision import replace
+from lst_scale.recipe.schema import AdaptersRecipe
 
 ADAPTER_STD = 0.01
 
@@ -16,13 +17,13 @@ ADAPTER_STD = 0.01
 class WithAdapter(nn.Module):
     """A sublayer's last linear map, then x + up(gelu_new(down(x)))."""
 
-    def __init__(self, inner: nn.Linear, bottleneck: int) -> None:
+    def __init__(self, inner: nn.Linear, bottleneck: int, *, small: bool) -> None:
         super().__init__()
         self.inner = inner
         self.down = nn.Linear(inner.out_features, bottleneck)
         self.activation = nn.GELU("tanh")
         self.up = nn.Linear(bottleneck, inner.out_features)
-        for linear in (self.down, self.up):
+        for linear in (self.down, self.up) if small else ():
             nn.init.normal_(linear.weight, std=ADAPTER_STD)
             nn.init.zeros_(linear.bias)
 
@@ -58,25 +59,27 @@ class WithBias(nn.Module):
         return result
 
 
-def add_adapters(model: Any, family: Family, bottleneck: int, seed: int) -> None:
-    """Put an adapter after self-attention and feed-forward of every block, and let all norms train, as the release does."""
+def add_adapters(model: Any, family: Family, recipe: AdaptersRecipe, seed: int) -> None:
+    """Put an adapter after self-attention and feed-forward of every block, and let all norms train, as the release does on text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         device = model.device
-        for path in list(family.adapter_sites(model)):
-            replace(model, path, WithAdapter(model.get_submodule(path), bottleneck))
+        for path in list(family.adapter_sites(model, after_source_attention=recipe.cross_attention)):
+            replace(model, path, WithAdapter(model.get_submodule(path), recipe.bottleneck, small=recipe.start_small))
     model.to(device)
     for module in model.modules():
         if isinstance(module, WithAdapter):
             for linear in (module.down, module.up):
                 linear.requires_grad_(True)
-        elif family.is_norm(module):
+        elif recipe.train_norms and family.is_norm(module):
             assert isinstance(module.weight, Tensor)
             module.weight = nn.Parameter(module.weight.detach().float())
 
 
 def add_biases(model: Any, family: Family) -> None:
-    """Give every linear map, norm and the head a trained bias of zeros."""
+    """Give every linear map, norm and the head a trained bias of zeros, where it has none."""
     for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            continue
         if (isinstance(module, nn.Linear) or family.is_norm(module)) and not path.endswith(".inner") and "lora_" not in path:
             replace(model, path, WithBias(module))

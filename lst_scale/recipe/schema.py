@@ -100,6 +100,7 @@ class PromptRecipe(_InsideRecipe):
 
     name: Literal["prompt"]  # prompt tuning
     num_vectors: Width = 100  # before the encoder's input
+    hidden: Width = 800  # with images: the width of the network that makes them
 
 
 class AdaptersRecipe(_InsideRecipe):
@@ -107,6 +108,9 @@ class AdaptersRecipe(_InsideRecipe):
 
     name: Literal["adapters"]  # adapters
     bottleneck: Width = 48  # their inner width
+    cross_attention: bool = False  # one after the attention to the source, too (the release's vision half)
+    train_norms: bool = True  # the backbone's norms train, too (in the release's vision half they don't)
+    start_small: bool = True  # from N(0, 0.01^2), or as torch makes a linear map (the release's vision half)
 
 
 class BitfitRecipe(_InsideRecipe):

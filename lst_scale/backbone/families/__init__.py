@@ -68,6 +68,12 @@ class Sublayer:
     rows: int  # how many are kept
 
 
+class PositionsThatEnd(Protocol):
+    """Until which token the source has positions; None: all have."""
+
+    end: int | None
+
+
 class Numbers(Protocol):
     """What can be known of a kind of model from its config.json alone. Imports no torch."""
 
@@ -227,12 +233,20 @@ class Family(Protocol):
     ) -> tuple[Tensor, Any]:
         """Return a target's logits (B, T, V) and, for other targets of these rows, the `source` that need not be run again.
 
-        `run` is the whole model, perhaps wrapped.
+        `run` is the whole model, perhaps wrapped; `source_BS` are token ids, or their embeddings (B, S, D).
         """
         ...
 
-    def adapter_sites(self, model: Any) -> Iterator[str]:
-        """Yield the paths of the linear maps that end self-attention and feed-forward of every block."""
+    def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
+        """Yield the paths of the linear maps that end self-attention and feed-forward of every block, or attention to the source too."""
+        ...
+
+    def lengthen(self, model: Any, vocab_size: int, generator: torch.Generator) -> None:
+        """Add rows of N(0, 1) to the word table, for what is no word."""
+        ...
+
+    def positions_that_end(self, model: Any) -> PositionsThatEnd:
+        """Return where the source's positions end from the next pass on: tokens from there have none, as rows and as columns."""
         ...
 
     def is_norm(self, module: nn.Module) -> bool:

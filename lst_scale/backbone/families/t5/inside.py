@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerNorm, T5LayerSelfAttention
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
+
+from lst_scale.backbone.families.t5.model import T5Model
+
+
+class TableThatEnds:
+    """Zeroes what the position table says of tokens from `end` on; a hook, so that it holds in a recomputed pass, too."""
+
+    end: int | None = None
+
+    def __call__(self, _table: nn.Module, _buckets: Any, bias_QKH: Tensor) -> Tensor:
+        if self.end is None:
+            return bias_QKH
+        beside = bias_QKH.shape[0] - self.end
+        return nn.functional.pad(bias_QKH[: self.end, : self.end], (0, 0, 0, beside, 0, beside))
 
 
 class T5Inside:
@@ -18,16 +33,32 @@ class T5Inside:
     def whole_logits(
         self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        encoded = {} if source is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}
-        output = run(input_ids=source_BS, attention_mask=source_mask_BS, decoder_input_ids=target_BT, use_cache=False, **encoded)
+        given = {"inputs_embeds" if source_BS.is_floating_point() else "input_ids": source_BS}
+        if source is not None:
+            given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}
+        output = run(attention_mask=source_mask_BS, decoder_input_ids=target_BT, use_cache=False, **given)
         return output.logits, output.encoder_last_hidden_state
 
-    def adapter_sites(self, model: Any) -> Iterator[str]:
+    def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         for path, module in model.named_modules():
             if isinstance(module, T5LayerSelfAttention):
                 yield f"{path}.SelfAttention.o"
+            elif isinstance(module, T5LayerCrossAttention) and after_source_attention:
+                yield f"{path}.EncDecAttention.o"
             elif isinstance(module, T5LayerFF):
                 yield f"{path}.DenseReluDense.wo"
+
+    def lengthen(self, model: Any, vocab_size: int, generator: torch.Generator) -> None:
+        table_VD, own_head = model.shared.weight, model.lm_head.weight is not model.shared.weight
+        more = torch.randn(vocab_size - len(table_VD), table_VD.shape[1], generator=generator).to(table_VD)
+        model.shared = nn.Embedding(vocab_size, table_VD.shape[1], _weight=torch.cat([table_VD.detach(), more]), _freeze=True)
+        model.config.vocab_size = vocab_size
+        T5Model().tie(model, own_head=own_head)
+
+    def positions_that_end(self, model: Any) -> TableThatEnds:
+        table = TableThatEnds()
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.register_forward_hook(table)
+        return table
 
     def is_norm(self, module: nn.Module) -> bool:
         return isinstance(module, T5LayerNorm)

@@ -38,7 +38,8 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
         return method.num_vectors * d
     if isinstance(method, AdaptersRecipe):
         adapter = 2 * d * method.bottleneck + method.bottleneck + d
-        return 2 * (spec.num_layers + spec.num_decoder_layers) * adapter + norms * d
+        sites = 2 * (spec.num_layers + spec.num_decoder_layers) + (spec.num_decoder_layers if method.cross_attention else 0)
+        return sites * adapter + (norms * d if method.train_norms else 0)
     feed_forward = (2 if spec.gated else 1) * spec.d_ff + d
     biases = attentions * (3 * inner + d) + (spec.num_layers + spec.num_decoder_layers) * feed_forward + norms * d + spec.vocab_size
     if isinstance(method, BitfitRecipe):
