@@ -207,7 +207,7 @@ def _missing_shard(folder: Path) -> None:
     [
         (_drop("encoder.block.1.layer.0.layer_norm.weight"), "has no tensor encoder.block.1.layer.0.layer_norm.weight"),
         (_config(d_ff=128), "has shape (64, 32) where config.json asks for (128, 32)"),
-        (_config(model_type="bert"), "is a 'bert' model: choose a checkpoint of type t5 or mt5"),
+        (_config(model_type="bert"), "is a 'bert' model: choose a checkpoint of type t5, mt5, llama, "),
         (_only_a_pickle, "is a pickle, which can run code and is never loaded"),
         (_truncated, "is not a whole safetensors file"),
         (_missing_shard, "lacks model-00001-of-00002.safetensors"),

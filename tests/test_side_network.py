@@ -279,7 +279,7 @@ def test_pruning_starts_every_narrow_design(options: dict[str, Any]) -> None:
     [
         ({"design": "adaptor"}, "Did you mean 'adapter'?"),
         ({"gate": "learned"}, "Did you mean 'learnable'?"),
-        ({"start_as_backbone": True}, "has no effect without merge_last"),
+        ({"reduction_factor": 2, "start_as_backbone": True}, "has no effect without merge_last"),
         ({"design": "adapter", "downsample_rank": 2}, "downsample_rank has no effect on design adapter"),
         ({"design": "cross_attention", "gate": "none"}, "gate none has no effect on design cross_attention"),
         ({"side_heads": 0}, "side_heads 0 must be a whole number of at least 1"),
@@ -287,7 +287,7 @@ def test_pruning_starts_every_narrow_design(options: dict[str, Any]) -> None:
 )
 def test_switches_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LadderError, match=re.escape(message)):
-        LadderConfig(side_layers=(0,), **options)
+        LadderConfig(side_layers=(0,), **options).validate(LadderModel(tiny_t5(), LadderConfig(reduction_factor=2, side_layers=(0,))).spec)
 
 
 def test_a_matrix_that_is_called_gate_decays_and_a_gate_does_not() -> None:

@@ -16,3 +16,33 @@ def causal_mask(length: int, past: int, device: torch.device) -> Tensor:
     query = torch.arange(length, device=device)[:, None] + past
     key = torch.arange(past + length, device=device)[None, :]
     return (key <= query)[None, None]
+
+
+def seen_so_far(mask: Tensor, length: int) -> Tensor:
+    """Return (B, 1, length, past + length) of a mask of all tokens (B, past + length): each new one sees the real ones up to itself.
+
+    Padding sees itself at least: attention over nothing would not be finite.
+    """
+    past = mask.shape[1] - length
+    causal = causal_mask(length, past, mask.device)
+    own = torch.eye(length, dtype=torch.bool, device=mask.device)
+    return (causal & padding_mask(mask)) | torch.nn.functional.pad(own, (past, 0))[None, None]
+
+
+def whole_mask(mask_BS: Tensor, past: int, length: int) -> Tensor:
+    """Return the mask of all past and new tokens (B, past + length), given the whole one, or that of the past alone."""
+    missing = past + length - mask_BS.shape[1]
+    assert missing in (0, length), f"a mask of {mask_BS.shape[1]} tokens for {past} and {length} more"
+    return torch.nn.functional.pad(mask_BS, (0, missing), value=1)
+
+
+def positions_of(mask: Tensor, length: int) -> Tensor:
+    """Return the positions (B, length) of the last tokens of a mask: padding before a row's first token does not count.
+
+    Padding after its last token counts on, as in transformers, where nobody looks at it.
+    """
+    past = mask.shape[1] - length
+    before = mask[:, :past].sum(1, keepdim=True)
+    leading = (mask[:, past:].cumsum(1) == 0).sum(1, keepdim=True)
+    steps = torch.arange(length, device=mask.device)[None]
+    return (before + steps - torch.where(before == 0, leading, 0)).clamp(min=0)

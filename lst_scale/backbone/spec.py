@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 from lst_scale.errors import LadderError
 
@@ -13,6 +13,8 @@ from lst_scale.errors import LadderError
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
     """The numbers that every family has. Instances are of a family's own subclass, found by `model_type`."""
+
+    one_stack: ClassVar[bool] = False  # the same blocks run source and target
 
     model_type: str
     vocab_size: int
@@ -42,6 +44,10 @@ class BackboneSpec:
     def widths(self) -> Mapping[str, int]:
         """What a side network's reduction factor must divide."""
         raise NotImplementedError
+
+    def side_width(self, reduction_factor: int) -> int:
+        """Return how many channels a side network's states have."""
+        return self.d_model // reduction_factor
 
     @property
     def architecture(self) -> Mapping[str, Any]:

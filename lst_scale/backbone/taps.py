@@ -169,20 +169,33 @@ def where_not_finite(taps: Taps) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenHead:
-    """The backbone's output head: logits = (hidden * scale) @ weight.T. Needed downstream even when no backbone is in memory."""
+    """The backbone's output head. Needed downstream even when no backbone is in memory.
+
+    logits = (hidden * scale) @ weight.T / divided_by, and with a soft cap c * tanh(logits / c).
+    """
 
     weight_VD: Tensor
     scale: float
+    divided_by: float = 1.0
+    soft_cap: float | None = None
 
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
         """Return logits (B, T, V) in the promoted dtype of `hidden_BTD` and the head's weight."""
         dtype = torch.promote_types(hidden_BTD.dtype, self.weight_VD.dtype)
-        return torch.nn.functional.linear(hidden_BTD.to(dtype) * self.scale, self.weight_VD.to(dtype))
+        logits = torch.nn.functional.linear(hidden_BTD.to(dtype) * self.scale, self.weight_VD.to(dtype))
+        if self.divided_by != 1.0:
+            logits = logits / self.divided_by
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
-    def backward(self, logits_gradient: Tensor, hidden_dtype: torch.dtype) -> Tensor:
-        """Return the gradient (..., D) of hidden states in `hidden_dtype`, given that (..., V) of their logits."""
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Return the soft cap's derivative at these logits; None without one, where it is 1."""
+        return None if self.soft_cap is None else 1 - (logits / self.soft_cap).square()
+
+    def backward(self, logits_gradient: Tensor, hidden_dtype: torch.dtype, slope: Tensor | None = None) -> Tensor:
+        """Return the gradient (..., D) of hidden states in `hidden_dtype`, given that (..., V) of their logits and `slope` there."""
         dtype = torch.promote_types(hidden_dtype, self.weight_VD.dtype)
-        return torch.matmul(logits_gradient.to(dtype), self.weight_VD.to(dtype)).mul_(self.scale).to(hidden_dtype)
+        given = logits_gradient if slope is None else logits_gradient * slope
+        return torch.matmul(given.to(dtype), self.weight_VD.to(dtype)).mul_(self.scale / self.divided_by).to(hidden_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,16 @@ class LadderConfig:
         side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending; "all", until a backbone says how many
             there are.
         merge_last: mix the backbone's final decoder state into the output through one more gate.
-        start_as_backbone: with merge_last, add the upsampled side state to the backbone's final state without a gate, from an upsample
-            of zeros: the first prediction is the backbone's own (PAC, arXiv 2408.10746; QST, READ and SHERL have it in some form).
+        start_as_backbone: with merge_last (which beside a decoder-only model need not be written), add the upsampled side state to the
+            backbone's final state without a gate, from an upsample of zeros: the first prediction is the backbone's own (PAC,
+            arXiv 2408.10746; QST, READ and SHERL have it in some form).
         gate: "learnable" (the paper's scalar), "per_channel" (QST), "fixed" (always half), "none" (plain sum, PAC).
         side_heads: attention heads of side blocks; None: the backbone's. Score maps do not shrink with r, but they do with this.
         downsample_rank: two narrower linears, d -> rank -> d/r, for each downsample (QST); None: one.
         normalize_taps: RMS-normalise every block's tap before its downsample, without a learned scale (the downsample has one). A
             pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
-            the downsample for the same reason. Not in the paper, hence off.
+            the downsample for the same reason. Not in the paper; None, until a backbone says: off beside an encoder-decoder, on beside
+            a decoder-only model, which without it is lost (3.5 points on SmolLM2).
         gate_temperature: T in mu = sigmoid(alpha / T).
         recompute: keep only the taps and the side state between blocks for the backward pass, and run each side block again there. Exact
             in the gradient; a side block is small, its attention maps and dropout masks are not.
@@ -52,7 +54,7 @@ class LadderConfig:
     reduction_factor: int = 8
     side_layers: Sequence[int] | Literal["all"]
     merge_last: bool = False
-    normalize_taps: bool = False
+    normalize_taps: bool | None = None
     start_as_backbone: bool = False
     gate: str = "learnable"
     side_heads: int | None = None
@@ -101,12 +103,15 @@ class LadderConfig:
         return tuple(self.side_layers)
 
     def on(self, spec: BackboneSpec) -> LadderConfig:
-        """Return the same with every block by number."""
-        return replace(self, side_layers=tuple(range(spec.depth))) if self.side_layers == "all" else self
+        """Return the same with every block by number, and all that a kind of backbone decides."""
+        return replace(
+            self,
+            side_layers=tuple(range(spec.depth)) if self.side_layers == "all" else self.side_layers,
+            normalize_taps=spec.one_stack if self.normalize_taps is None else self.normalize_taps,
+            merge_last=self.merge_last or (self.start_as_backbone and spec.one_stack),
+        )
 
     def _check_switches(self) -> None:
-        if self.start_as_backbone and not self.merge_last:
-            raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
         if self.start_as_backbone and self.design == "adapter":
             raise LadderError("start_as_backbone needs an upsample that starts at zero, which design adapter lacks: choose another design")
         if self.vision is not None and self.design != "transformer":
@@ -122,4 +127,10 @@ class LadderConfig:
 
     def validate(self, spec: BackboneSpec) -> None:
         """Refuse what does not fit this backbone, naming what would."""
+        if self.start_as_backbone and not self.merge_last:
+            raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
+        if spec.one_stack and self.design != "transformer":
+            raise LadderError(f"design {self.design} stands beside an encoder-decoder: beside a {spec.model_type} write design transformer")
+        if spec.one_stack and self.vision is not None:
+            raise LadderError(f"images stand beside an encoder's text, which a {spec.model_type} has not: choose a T5, or leave vision out")
         refuse_misfit(spec, self.reduction_factor, self.layers, self.side_heads)

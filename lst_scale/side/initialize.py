@@ -64,7 +64,7 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
         assert isinstance(side.upsample, nn.Linear)
         side.upsample.weight.zero_()
     if weights is not None and side.config.design != "adapter":
-        for name, stack in zip(family.stacks, (side.encoder, side.decoder), strict=True):
+        for name, stack in side.stacks():
             family.start_positions(name, stack.blocks, weights)
 
 
@@ -97,7 +97,7 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
     narrow, attends_to_tap = narrowing(spec, side.config), side.config.design == "cross_attention"
     chain = _Chain(weights, importance or weights, side.config.reduction_factor)
     chain.start(family.embedding_name)
-    for name, stack in zip(family.stacks, (side.encoder, side.decoder), strict=True):
+    for name, stack in side.stacks():
         sublayers = family.sublayers(spec, narrow, name)
         for ref in family.blocks(spec):
             if ref.stack == name:

@@ -54,12 +54,13 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(labels_N), CHUNK):
             hidden, labels_N1 = hidden_ND[start : start + CHUNK], labels_N[start : start + CHUNK, None]
             logits_NV = head(hidden).float()
+            slope_NV = head.slope(logits_NV)
             largest_N1 = logits_NV.amax(-1, keepdim=True)
             total += (largest_N1 - logits_NV.gather(-1, labels_N1)).sum()
             sums_N1 = logits_NV.sub_(largest_N1).exp_().sum(-1, keepdim=True)
             total += sums_N1.log().sum()
             logits_NV.div_(sums_N1).scatter_add_(-1, labels_N1, -torch.ones_like(sums_N1))
-            gradient_ND[start : start + CHUNK] = head.backward(logits_NV, hidden.dtype)
+            gradient_ND[start : start + CHUNK] = head.backward(logits_NV, hidden.dtype, slope_NV)
         ctx.save_for_backward(gradient_ND)
         return total
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers import GenerationConfig, GenerationMixin
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.cache_argument import CACHE, cache_argument
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import (
     Backbone,
@@ -25,7 +23,6 @@ from lst_scale.backbone.taps import (
     Inputs,
     Replica,
     SourceState,
-    StackTaps,
     Taps,
     TargetState,
     select,
@@ -34,20 +31,40 @@ from lst_scale.backbone.taps import (
 from lst_scale.errors import LadderError, fence
 from lst_scale.inputs.images import Images
 from lst_scale.side import files, release
-from lst_scale.side.cache import new_cache, part_of
+from lst_scale.side.cache import part_of
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.initialize import initialize_random
-from lst_scale.side.loss import cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
-from lst_scale.side.vision import beside_images, checked_images
+from lst_scale.side.one_stack import OneStack
+from lst_scale.side.two_stacks import LadderEncoderOutput, TwoStacks
+from lst_scale.side.vision import checked_images
 
 
-@dataclass
-class LadderEncoderOutput(ModelOutput):  # type: ignore[misc]
-    """What generation carries from the encoders to the decoders, as plain tensors that beam search can repeat row by row."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """The arguments of a forward pass, as they were given."""
 
-    last_hidden_state: Tensor | None = None  # the backbone's final state (B, S, D)
-    side_state: Tensor | None = None  # the side encoder's (B, S, R)
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    labels: Tensor | None
+    decoder_input_ids: Tensor | None
+    encoder_outputs: LadderEncoderOutput | None
+    cache: Any | None
+    use_cache: bool | None
+    images: Images | None
+    scores: Tensor | None
+    loss_form: str
+
+
+class Form(Protocol):
+    """What calls of a ladder mean: transformers' conventions differ between kinds of model."""
+
+    def forward(self, model: Ladder, call: Call) -> Any: ...
+    def mask_of(self, model: Ladder, input_ids_BS: Tensor) -> Tensor: ...
+    def before_generation(
+        self, model: Ladder, input_ids_BS: Tensor, mask_BS: Tensor, source: SourceState | None, images: Images | None, use_cache: bool
+    ) -> dict[str, Any]: ...
+    def next_inputs(self, input_ids: Tensor, use_cache: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]: ...
 
 
 class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
@@ -70,11 +87,12 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         self._frozen = (backbone,)  # no submodule, even if it is an nn.Module
         self.side = side
         self.train(side.training)
-        # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
         spec = backbone.spec
+        self._form: Form = OneStack() if spec.one_stack else TwoStacks()
+        # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
         self.config = family_of(spec.model_type, "this backbone").generation_config(spec, side_layers=side.num_cache_layers)
         self.generation_config = GenerationConfig(
-            pad_token_id=spec.pad_token_id, eos_token_id=spec.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
+            pad_token_id=spec.pad_token_id, eos_token_id=self.config.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
         )
 
     @property
@@ -114,17 +132,17 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         labels: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: LadderEncoderOutput | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        past_key_values: Any | None = None,
         use_cache: bool | None = None,
         return_dict: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        cache: EncoderDecoderCache | None = None,
+        cache: Any | None = None,
         image_features: Tensor | None = None,
         boxes: Tensor | None = None,
         scores: Tensor | None = None,
         loss_form: str = "token_mean",
-    ) -> Seq2SeqLMOutput:
+    ) -> Any:
         """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
         Args:
@@ -148,27 +166,22 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
                 "a ladder returns no hidden states or attentions: leave output_hidden_states and output_attentions out; "
                 "model.backbone(Inputs(source_BS=..., source_mask_BS=..., target_BT=...), model.side.request) gives the backbone's states"
             )
-        if decoder_input_ids is None:
-            if labels is None:
-                raise LadderError("a forward pass needs labels or decoder_input_ids")
-            decoder_input_ids = shift_right(labels, self.backbone.spec)
-        if encoder_outputs is None:
-            if input_ids is None:
-                raise LadderError("a forward pass needs input_ids or encoder_outputs")
-            if attention_mask is None:
-                attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
+        images = None
+        if encoder_outputs is None and input_ids is not None:
             images = checked_images(self.side.vision, len(input_ids), image_features, boxes)
-            state = self.encode(input_ids, attention_mask, images=images)
-        else:
-            if attention_mask is None:
-                raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
-            state = self._state_of(encoder_outputs, attention_mask)
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = new_cache()
-        logits_BTV = self.decode(decoder_input_ids, state, cache)
-        loss = None if labels is None else cross_entropy(logits_BTV, labels, loss_form, scores)
-        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **cache_argument(cache))
+        call = Call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            decoder_input_ids=decoder_input_ids,
+            encoder_outputs=encoder_outputs,
+            cache=past_key_values if cache is None else cache,
+            use_cache=use_cache,
+            images=images,
+            scores=scores,
+            loss_form=loss_form,
+        )
+        return self._form.forward(self, call)
 
     def encode(
         self, input_ids_BS: Tensor, attention_mask_BS: Tensor, source: SourceState | None = None, images: Images | None = None
@@ -181,7 +194,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         """Return what the frozen backbone makes of a batch's source."""
         return self.backbone.read(input_ids_BS, attention_mask_BS, self.side.request)
 
-    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, SideEncoderState], cache: Any | None = None) -> Tensor:
+    def decode(self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, Any], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
         return self._logits(self.backbone.extend(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
 
@@ -222,18 +235,15 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         """
         input_ids = _one_of(input_ids, inputs)
         if attention_mask is None:
-            attention_mask = (input_ids != self.backbone.spec.pad_token_id).long()
+            attention_mask = self._form.mask_of(self, input_ids)
         images = checked_images(self.side.vision, len(input_ids), image_features, boxes)
-        encoder, side = self.encode(input_ids, attention_mask, source, images)
-        cache = cache_argument(new_cache()) if use_cache else {}
         return super().generate(
             input_ids,
             attention_mask=attention_mask,
-            encoder_outputs=LadderEncoderOutput(last_hidden_state=encoder.final, side_state=side.final_BSR),
             use_cache=use_cache,
             # Where blocks are gathered from all ranks, one that is done goes on until all are.
             synced_gpus=bool(synced_gpus) or (self.backbone.replica.in_step and self.backbone.replica.count > 1),
-            **cache,
+            **self._form.before_generation(self, input_ids, attention_mask, source, images, use_cache),
             **options,
         )
 
@@ -246,23 +256,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         return {}  # no mixture of experts to choose a kernel for
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, use_cache: bool | None = None, **kwargs: Any) -> dict[str, Any]:
-        cache = kwargs.get(CACHE)
-        past = cache.get_seq_length() if cache is not None else 0
-        return {
-            # A rank that is done and waits for others has no new token: it repeats its last.
-            "decoder_input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
-            "use_cache": cache is not None and bool(use_cache),
-            **cache_argument(cache),
-            "attention_mask": kwargs["attention_mask"],
-            "encoder_outputs": kwargs["encoder_outputs"],
-        }
-
-    def _state_of(self, output: LadderEncoderOutput, attention_mask_BS: Tensor) -> tuple[SourceState, SideEncoderState]:
-        assert output.last_hidden_state is not None and output.side_state is not None
-        nothing = StackTaps(layers=(), embedding=output.last_hidden_state[:, :0], hidden=())  # the side encoder has read its taps
-        source = SourceState(taps=nothing, final=output.last_hidden_state, source_mask_BS=attention_mask_BS)
-        mask_BS = beside_images(attention_mask_BS, output.side_state.shape[1])
-        return source, SideEncoderState(final_BSR=output.side_state, attention_mask_BS=mask_BS)
+        return self._form.next_inputs(input_ids, use_cache, kwargs)
 
 
 class LadderScoring:

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lst_scale.backbone.families import family_of
+from lst_scale.backbone.masks import whole_mask
 from lst_scale.backbone.taps import BackboneSpec, FrozenHead, StackTaps, TapRequest, Taps, TargetState
 from lst_scale.inputs.images import Images
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.adapter import AdapterStack
 from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.cross_attention import CrossAttentionStack
+from lst_scale.side.designs.one_stack import OneStack, SidePrefix, followed_by
 from lst_scale.side.designs.parts import Gate, SideEncoderState, TwoStepDownsample
 from lst_scale.side.designs.transformer import TransformerStack
 from lst_scale.side.vision import beside_images
@@ -33,18 +36,30 @@ STACKS: dict[str, type[Any]] = {"transformer": TransformerStack, "cross_attentio
 class SideNetwork(nn.Module):
     """All that trains. Reads taps, returns the decoder's hidden states for the backbone's frozen head."""
 
+    def __new__(cls, spec: BackboneSpec | None = None, *_: Any) -> SideNetwork:
+        one_stack = cls is SideNetwork and spec is not None and spec.one_stack
+        return super().__new__(OneStackNetwork if one_stack else cls)
+
     def __init__(self, spec: BackboneSpec, config: LadderConfig) -> None:
         config = config.on(spec)
         config.validate(spec)
         super().__init__()
         self.spec, self.config = spec, config
         self.request, self.vision = self.request_of(config), config.vision
+        self._make_stacks(spec, config)
+        wide = config.design == "adapter"
+        self.upsample = nn.Identity() if wide else nn.Linear(spec.side_width(config.reduction_factor), spec.d_model)
+        self.merge_gate = Gate(config.gate_temperature) if config.merge_last and not config.start_as_backbone else None
+
+    def _make_stacks(self, spec: BackboneSpec, config: LadderConfig) -> None:
         stack = STACKS[config.design]
         self.encoder = (stack if config.vision is None else StackBesideImages)(spec, config, is_decoder=False)
         self.decoder = stack(spec, config, is_decoder=True)
-        wide = config.design == "adapter"
-        self.upsample = nn.Identity() if wide else nn.Linear(spec.d_model // config.reduction_factor, spec.d_model)
-        self.merge_gate = Gate(config.gate_temperature) if config.merge_last and not config.start_as_backbone else None
+
+    def stacks(self) -> Iterator[tuple[str, Any]]:
+        """Yield each of the backbone's stacks by name, and the ladder beside it."""
+        names = family_of(self.spec.model_type, "this backbone").stacks
+        return zip(names, (self.encoder, self.decoder), strict=True)
 
     @staticmethod
     def request_of(config: LadderConfig) -> TapRequest:
@@ -55,7 +70,7 @@ class SideNetwork(nn.Module):
     def encoder_width(self) -> int:
         """Channels of the side encoder's final state: R, or D for the adapter design."""
         wide = self.config.design == "adapter"
-        return self.spec.d_model if wide else self.spec.d_model // self.config.reduction_factor
+        return self.spec.d_model if wide else self.spec.side_width(self.config.reduction_factor)
 
     @property
     def num_cache_layers(self) -> int:
@@ -75,7 +90,7 @@ class SideNetwork(nn.Module):
         encoder = self.encode(taps.source, taps.source_mask_BS, images)
         return self.decode(TargetState(taps=taps.target, final_BTD=taps.final_BTD), encoder)
 
-    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> SideEncoderState:
+    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> Any:
         """Run the side encoder on the source's text and, where it reads them, images."""
         with self._precision(taps):
             if images is None:
@@ -84,10 +99,10 @@ class SideNetwork(nn.Module):
                 final_BSR = self.encoder(taps, None, attention_mask_BS, images=images)
         return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=beside_images(attention_mask_BS, final_BSR.shape[1]))
 
-    def decode(self, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def decode(self, decoder: TargetState, encoder: Any, cache: Any | None = None) -> Tensor:
         """Return hidden states (B, T, D) of the given positions; with a cache, which holds its own layers alone, of the new ones."""
         with self._precision(decoder.taps):
-            final_BTR = self.decoder(decoder.taps, encoder, None, cache)
+            final_BTR = self._on_target(decoder.taps, encoder, cache)
             hidden_BTD: Tensor = self.upsample(final_BTR)
             if self.config.merge_last:
                 assert decoder.final_BTD is not None
@@ -96,7 +111,11 @@ class SideNetwork(nn.Module):
                 hidden_BTD = hidden_BTD + final_BTD if self.merge_gate is None else self.merge_gate(hidden_BTD, final_BTD)
         return hidden_BTD
 
-    def logits(self, head: FrozenHead, decoder: TargetState, encoder: SideEncoderState, cache: Any | None = None) -> Tensor:
+    def _on_target(self, taps: StackTaps, encoder: Any, cache: Any | None) -> Tensor:
+        final_BTR: Tensor = self.decoder(taps, encoder, None, cache)
+        return final_BTR
+
+    def logits(self, head: FrozenHead, decoder: TargetState, encoder: Any, cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V), by the backbone's head, of what `decode` returns."""
         return head(self.decode(decoder, encoder, cache))
 
@@ -107,6 +126,33 @@ class SideNetwork(nn.Module):
                 yield
         else:
             yield
+
+
+class OneStackNetwork(SideNetwork):
+    """Beside a decoder-only model: one ladder, along the source and on into the target.
+
+    s = stack(taps of source and target)            no token sees a later one
+    hidden = Up(s) at the target's positions        + the backbone's final normed state, with start_as_backbone
+    """
+
+    def _make_stacks(self, spec: BackboneSpec, config: LadderConfig) -> None:
+        self.stack = OneStack(spec, config)
+
+    def stacks(self) -> Iterator[tuple[str, Any]]:
+        yield family_of(self.spec.model_type, "this backbone").stacks[0], self.stack
+
+    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> SidePrefix:
+        """Return what comes before a target: the ladder runs along it when the target is there."""
+        return SidePrefix(taps=taps, attention_mask_BS=attention_mask_BS)
+
+    def _on_target(self, taps: StackTaps, prefix: SidePrefix, cache: Any | None) -> Tensor:
+        length = taps.embedding.shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past == 0 and prefix.taps.embedding.shape[1]:
+            taps = followed_by(prefix.taps, taps)
+        mask = whole_mask(prefix.attention_mask_BS, past + taps.embedding.shape[1] - length, length)
+        final_BTR: Tensor = self.stack(taps, None, mask, cache)[:, -length:]
+        return final_BTR
 
 
 __all__ = ["STACKS", "Gate", "SideEncoderState", "SideNetwork", "TwoStepDownsample"]

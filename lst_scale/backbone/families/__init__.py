@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lst_scale.backbone.taps import FrozenHead
     from lst_scale.recipe.schema import Method
 
-ROOMS = {"t5": "t5", "mt5": "t5"}  # model_type -> folder
+_LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "olmo3", "granite")
+ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama")  # model_type -> folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +268,10 @@ class Family(Protocol):
 
     def source_attention(self, spec: Any, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
         """Return an attention to the source's side states by itself: (hidden, source, source_mask, cache) -> hidden."""
+        ...
+
+    def side_positions(self, spec: Any, narrowing: Narrowing) -> nn.Module:
+        """Return what makes `along` for a side stack whose blocks make none: (hidden, positions (B, T)) -> along."""
         ...
 
     def side_norm(self, spec: Any, width: int) -> nn.Module: ...

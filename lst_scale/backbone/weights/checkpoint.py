@@ -5,6 +5,7 @@ Weights come from safetensors only: nothing is unpickled, and nothing but the te
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -150,7 +151,7 @@ def fingerprint_of(spec: BackboneSpec, names: Iterable[str], read: Callable[[str
 
 def vars_of(spec: BackboneSpec) -> dict[str, Any]:
     """Return a spec's fields as a plain dictionary."""
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    return {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
 
 
 def read_to(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ class AdapterBlock(nn.Module):
 
     def __init__(self, spec: BackboneSpec, config: LadderConfig, family: Family, cache_layer: int, *, is_decoder: bool) -> None:
         super().__init__()
-        narrow, width = narrowing(spec, config), spec.d_model // config.reduction_factor
+        narrow, width = narrowing(spec, config), spec.side_width(config.reduction_factor)
         self.before, self.after = (
             SideAdapter(family.side_norm(spec, spec.d_model), spec.d_model, width, narrow.dropout) for _ in ("before", "after")
         )
@@ -71,7 +71,7 @@ class AdapterStack(nn.Module):
     def __init__(self, spec: BackboneSpec, config: LadderConfig, *, is_decoder: bool) -> None:
         super().__init__()
         family = family_of(spec.model_type, "this backbone")
-        self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
+        self.normalize_taps, self.recompute = bool(config.normalize_taps), config.recompute
         self.dropout = Dropout(narrowing(spec, config).dropout)
         self.blocks = nn.ModuleDict(
             {str(layer): AdapterBlock(spec, config, family, j, is_decoder=is_decoder) for j, layer in enumerate(config.layers)}

@@ -39,9 +39,9 @@ class TransformerStack(nn.Module):
         super().__init__()
         self.family: Family = family_of(spec.model_type, "this backbone")
         self.is_decoder = is_decoder
-        narrow, width = narrowing(spec, config), spec.d_model // config.reduction_factor
+        narrow, width = narrowing(spec, config), spec.side_width(config.reduction_factor)
         keys = [str(layer) for layer in config.layers]
-        self.normalize_taps, self.recompute = config.normalize_taps, config.recompute
+        self.normalize_taps, self.recompute = bool(config.normalize_taps), config.recompute
         self.dropout = Dropout(narrow.dropout)
         self.first_downsample = make_downsample(config, spec.d_model, width)
         self.downsamples = nn.ModuleDict({key: make_downsample(config, spec.d_model, width) for key in keys})

@@ -45,6 +45,9 @@ class T5Side:
     def source_attention(self, spec: T5Spec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
         return T5SourceAttention(_narrow(spec, narrowing, is_decoder=True), layer_idx=cache_layer)
 
+    def side_positions(self, spec: T5Spec, narrowing: Narrowing) -> nn.Module:
+        raise LadderError("the first side block beside a T5 makes its position bias itself")
+
     def side_norm(self, spec: T5Spec, width: int) -> nn.Module:
         norm: nn.Module = T5LayerNorm(width, eps=spec.layer_norm_epsilon)
         return norm

@@ -1,0 +1,241 @@
+"""A decoder-only model as a backbone: the names of its tensors, the parts of transformers' model, and how they are run.
+
+Source and target share one stack: `read` runs the prompt and keeps its keys and values, `extend` goes on from them. What differs between
+the kin is transformers' business (each model makes its own masks, scales and rotary embeddings) or stands in the spec as data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lst_scale.backbone.cache_argument import cache_argument
+from lst_scale.backbone.families import BlockRef
+from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
+from lst_scale.backbone.masks import positions_of, whole_mask
+from lst_scale.backbone.taps import FrozenHead
+from lst_scale.errors import BackboneError
+
+STACK = "decoder"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def config_of(spec: LlamaSpec, **changes: Any) -> Any:
+    """Return transformers' configuration of a model of this shape."""
+    numbers = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.d_model,
+        "intermediate_size": spec.d_ff,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "pad_token_id": spec.pad_token_id,
+    }
+    config = CONFIG_MAPPING[spec.model_type](**(json.loads(spec.settings) | numbers | changes))
+    return config
+
+
+class LlamaModel:
+    """The whole model: transformers' ...ForCausalLM."""
+
+    stacks: ClassVar[tuple[str, str]] = (STACK, STACK)
+    embedding_name: ClassVar[str] = EMBEDDING
+    head_name: ClassVar[str] = HEAD
+    live_classes: ClassVar[tuple[str, ...]] = (
+        "LlamaForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "MistralForCausalLM",
+        "GemmaForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Phi3ForCausalLM",
+        "SmolLM3ForCausalLM",
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+        "GraniteForCausalLM",
+    )
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return (name, EMBEDDING) if name == HEAD else (name,)  # a head that is stored nowhere is the embedding
+
+    def canonical(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if not name.endswith("rotary_emb.inv_freq")}  # old checkpoints store that, too
+
+    def spec(self, config: Any) -> LlamaSpec:
+        return spec_from(config.to_dict())
+
+    def unfilled(self, spec: LlamaSpec, *, shards: int) -> Any:
+        changes = {
+            "num_attention_heads": spec.num_heads // shards,
+            "num_key_value_heads": max(1, spec.num_kv_heads // shards),
+            "intermediate_size": spec.d_ff // shards,
+        }
+        return AutoModelForCausalLM.from_config(config_of(spec, **changes))
+
+    def skeleton(self, config: Any) -> Any:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        _make_buffers(model, config)
+        return model
+
+    def blocks(self, spec: LlamaSpec) -> tuple[BlockRef, ...]:
+        return tuple(BlockRef(stack=STACK, index=i, path=f"model.layers.{i}") for i in range(spec.num_layers))
+
+    def ends(self, *, own_head: bool) -> tuple[str, ...]:
+        return (EMBEDDING, *((HEAD,) if own_head else ()), NORM)
+
+    def tie(self, model: Any, *, own_head: bool) -> None:
+        if not own_head:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+    def embedding(self, model: Any) -> Tensor:
+        weight_VD: Tensor = model.model.embed_tokens.weight
+        return weight_VD
+
+    def head(self, model: Any, spec: LlamaSpec) -> FrozenHead:
+        divided_by, soft_cap = spec.setting("logits_scaling", 1.0), spec.setting("final_logit_softcapping")
+        return FrozenHead(weight_VD=model.lm_head.weight, scale=1.0, divided_by=float(divided_by), soft_cap=soft_cap)
+
+    def head_scale(self, spec: LlamaSpec) -> float:
+        return 1.0
+
+    def target_inputs(self, spec: LlamaSpec, labels_BT: Tensor) -> Tensor:
+        raise BackboneError(
+            "a decoder-only model's target begins with the last token of its source, which labels do not tell: give the target"
+        )
+
+    def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
+        blocks: nn.ModuleList = model.model.layers
+        return blocks
+
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> DynamicCache | None:
+        """Return the source's keys and values; None of a source without tokens."""
+        if embedding_BSD.shape[1] == 0:
+            return None
+        cache = DynamicCache(config=model.config)
+        _run(model, embedding_BSD, attention_mask_BS, cache)
+        return cache
+
+    def extend(
+        self,
+        model: Any,
+        embedding_BTD: Tensor,
+        source: DynamicCache | None,
+        attention_mask_BS: Tensor,
+        cache: DynamicCache | None,
+        *,
+        num_blocks: int,
+    ) -> Tensor:
+        """The mask is the source's, or one of all tokens up to the last of the target."""
+        if source is not None and (cache is None or cache.get_seq_length() == 0):
+            cache = _continued(source, cache)
+        with _shortened(model.model, num_blocks):
+            return _run(model, embedding_BTD, attention_mask_BS, cache)
+
+    def state(self, output: Any) -> Tensor:
+        return _state(output)
+
+
+def _state(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache | None) -> Tensor:
+    """Run new tokens after those in the cache, and return their final normed states (B, T, D)."""
+    past, length = (0 if cache is None else cache.get_seq_length()), embedding_BTD.shape[1]
+    mask = whole_mask(mask_BS, past, length)
+    final_BTD: Tensor = model.model(
+        inputs_embeds=embedding_BTD,
+        attention_mask=mask,
+        position_ids=positions_of(mask, length),
+        **cache_argument(cache),
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return final_BTD
+
+
+def _continued(source: DynamicCache, into: DynamicCache | None) -> DynamicCache:
+    """Return a cache that goes on from a source's, which stays as it is: layers are new, what they hold is shared."""
+    layers = [copy.copy(layer) for layer in source.layers]
+    if into is None:
+        into = DynamicCache()
+        into.layers, into.layer_class_to_replicate = layers, None
+    else:
+        into.layers[: len(layers)] = layers
+    return into
+
+
+@contextlib.contextmanager
+def _shortened(stack: Any, count: int) -> Iterator[None]:
+    """Let the stack end after its first `count` blocks while the body runs."""
+    whole = stack.layers
+    stack.layers = whole[:count] if count < len(whole) else whole
+    try:
+        yield
+    finally:
+        stack.layers = whole
+
+
+def _make_buffers(model: Any, config: Any) -> None:
+    """Make what no checkpoint stores: rotary frequencies, and the scale of the Gemmas' embedding."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    embedding = model.model.embed_tokens
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if scale is not None:
+        embedding.embed_scale = torch.tensor(scale)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise BackboneError(
+            f"a {config.model_type} holds {left[0]}, which no checkpoint stores and nobody here makes: choose another model"
+        )
+
+
+class LlamaBlocks:
+    """One block at a time, by itself."""
+
+    def block(self, config: Any, ref: BlockRef) -> nn.Module:
+        one = copy.deepcopy(config)
+        with torch.device("meta"):
+            block: nn.Module = AutoModelForCausalLM.from_config(one).model.layers[ref.index]
+        return block
+
+    def final_norm(self, spec: LlamaSpec, stack: str) -> tuple[nn.Module, str]:
+        with torch.device("meta"):
+            norm: nn.Module = AutoModelForCausalLM.from_config(config_of(spec)).model.norm
+        return norm, "model.norm"
+
+    def positions(self, first_block: nn.Module) -> Callable[[int, torch.device], Any]:
+        raise BackboneError("Fisher information is made of encoder-decoders alone so far: write method.initialization: random or pruning")
+
+    def run_block(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        along: Any,
+        *,
+        mask: Tensor | None,
+        source: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> tuple[Tensor, Any]:
+        """`along` are the rotary embedding's cosines and sines, the same for all blocks."""
+        output = block(hidden, attention_mask=mask, position_embeddings=along, use_cache=cache is not None, **cache_argument(cache))
+        return _state(output), along
+
+    def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in block.named_parameters() if p.ndim == 2)
+
+    def summed(self, ref: BlockRef) -> tuple[str, ...]:
+        return ("self_attn.o_proj", "mlp.down_proj")

@@ -1,0 +1,78 @@
+"""What trains on a decoder-only model, in closed form; imports no torch."""
+
+from __future__ import annotations
+
+from lst_scale.backbone.families import Numbers
+from lst_scale.backbone.families.llama.config import problem_of
+from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
+from lst_scale.errors import BackboneError
+from lst_scale.recipe.schema import FullRecipe, LoraRecipe, LstRecipe, Method
+
+
+class LlamaNumbers:
+    """All that can be known of a decoder-only model without torch."""
+
+    spec_type = LlamaSpec
+    head_name = "lm_head.weight"
+    spec_from = staticmethod(spec_from)
+    problem_of = staticmethod(problem_of)
+
+    def lora_targets(self, spec: LlamaSpec) -> tuple[str, ...]:
+        if spec.model_type == "phi3":
+            return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def trainable_parameters(self, spec: LlamaSpec, own_head: bool, method: Method) -> int:
+        if isinstance(method, FullRecipe):
+            return backbone_parameters(spec, own_head)
+        if isinstance(method, LoraRecipe):
+            widths = _matrices(spec)
+            return spec.num_layers * method.rank * sum(sum(widths[target]) for target in method.targets)
+        if isinstance(method, LstRecipe):
+            return _ladder(spec, method)
+        raise BackboneError(f"method.name: {method.name} trains inside encoder-decoders alone so far: write lst, lora or full")
+
+    def backbone_parameters(self, spec: LlamaSpec, own_head: bool) -> int:
+        return backbone_parameters(spec, own_head)
+
+
+def _matrices(spec: LlamaSpec) -> dict[str, tuple[int, int]]:
+    """Return the inputs and outputs of a block's matrices."""
+    d, q, kv, f = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.d_ff
+    fused = {"qkv_proj": (d, q + 2 * kv), "gate_up_proj": (d, 2 * f)}
+    plain = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "gate_proj": (d, f), "up_proj": (d, f)}
+    return (fused if spec.model_type == "phi3" else plain) | {"o_proj": (q, d), "down_proj": (f, d)}
+
+
+def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
+    """Return the weights of the backbone; a tied head counts once."""
+    d, q, kv = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = sum(inputs * outputs for inputs, outputs in _matrices(spec).values())
+    norms = {"gemma2": 4 * d, "gemma3_text": 4 * d + 2 * spec.head_dim, "qwen3": 2 * d + 2 * spec.head_dim}
+    norms |= dict.fromkeys(("olmo2", "olmo3"), 2 * d + q + kv)
+    biases = q + 2 * kv if spec.model_type == "qwen2" else 0  # on queries, keys and values alone
+    if spec.setting("attention_bias"):
+        biases = q + 2 * kv + d
+    if spec.setting("mlp_bias"):
+        biases += 2 * spec.d_ff + d
+    block = matrices + norms.get(spec.model_type, 2 * d) + biases
+    return spec.num_layers * block + spec.vocab_size * d * (2 if own_head else 1) + d
+
+
+def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
+    """Return the weights of a side network: blocks, |K| + 1 downsamples, |K| gates, a norm, an upsample."""
+    r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
+    width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))
+    kv = max(1, round(spec.num_kv_heads / r))
+    heads = kv * max(1, round((method.side_heads or spec.num_heads) / r / kv))
+    block = 2 * width * (heads + kv) * spec.head_dim + 3 * width * hidden + 2 * width
+    downsample = spec.d_model * width + width
+    if method.downsample_rank is not None:
+        downsample = spec.d_model * method.downsample_rank + method.downsample_rank * width + width
+    gate = {"learnable": 1, "per_channel": width, "fixed": 0, "none": 0}[method.gate]
+    upsample = width * spec.d_model + spec.d_model
+    merged = int(method.merge_last and not method.start_as_backbone)
+    return kept * (block + downsample + gate) + downsample + width + upsample + merged
+
+
+NUMBERS: Numbers = LlamaNumbers()

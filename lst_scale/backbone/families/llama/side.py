@@ -1,0 +1,119 @@
+"""What stands beside a decoder-only model: Llama blocks, narrower, with the backbone's width of a head and its rotary frequencies.
+
+All of the kin get the same kind of side block. What sets them apart (norms of queries and keys, norms after a sublayer, soft caps) keeps
+large models stable in training; a side network is small, and a random start lost nothing measurable against one carved out of the
+backbone (SmolLM2-135M, movie sentences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from lst_scale.backbone.families import Narrowing, Sublayer
+from lst_scale.backbone.families.llama.model import config_of
+from lst_scale.backbone.families.llama.spec import LlamaSpec
+from lst_scale.errors import LadderError
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of positions (B, T), for all blocks of a side network. Nothing in it trains or is stored."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embedding = LlamaRotaryEmbedding(config)
+
+    def forward(self, hidden: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, sines = self.embedding(hidden, positions_BT)
+        return cosines, sines
+
+
+class LlamaSide:
+    """Side blocks, made."""
+
+    def side_block(self, spec: LlamaSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int) -> nn.Module:
+        block: nn.Module = LlamaDecoderLayer(_narrow(spec, narrowing), layer_idx=cache_layer)
+        return block
+
+    def side_positions(self, spec: LlamaSpec, narrowing: Narrowing) -> nn.Module:
+        return Rotary(_narrow(spec, narrowing))
+
+    def tap_attention_block(
+        self, spec: LlamaSpec, narrowing: Narrowing, *, target: bool, first: bool, cache_layer: int, tap_cache_layer: int
+    ) -> nn.Module:
+        raise LadderError("design cross_attention stands beside an encoder-decoder: beside a decoder-only model write design transformer")
+
+    def source_attention(self, spec: LlamaSpec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
+        raise LadderError("design adapter stands beside an encoder-decoder: beside a decoder-only model write design transformer")
+
+    def side_norm(self, spec: LlamaSpec, width: int) -> nn.Module:
+        norm: nn.Module = LlamaRMSNorm(width, eps=spec.rms_norm_eps)
+        return norm
+
+    def positions_of_text(self, first_block: nn.Module, num_text: int, num_beside: int) -> Any:
+        raise LadderError("images stand beside an encoder's text: choose a T5, or leave vision out")
+
+    def generation_config(self, spec: LlamaSpec, *, side_layers: int) -> Any:
+        return config_of(spec)
+
+
+def _narrow(spec: LlamaSpec, narrowing: Narrowing) -> LlamaConfig:
+    """Whole heads of the backbone's width: the rotary embedding is then the backbone's own."""
+    r = narrowing.reduction_factor
+    kv_heads = max(1, round(spec.num_kv_heads / r))
+    heads = kv_heads * max(1, round(narrowing.heads / r / kv_heads))
+    narrow = LlamaConfig(
+        vocab_size=2,  # no embedding is made from it
+        hidden_size=spec.side_width(r),
+        intermediate_size=max(8, 8 * round(spec.d_ff / r / 8)),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=spec.head_dim,
+        rms_norm_eps=spec.rms_norm_eps,
+        attention_dropout=narrowing.dropout,
+        max_position_embeddings=spec.setting("max_position_embeddings", 2048),
+        rope_parameters=_rotary_of(spec),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    narrow._attn_implementation = narrowing.attention
+    return narrow
+
+
+def _rotary_of(spec: LlamaSpec) -> dict[str, Any]:
+    """Return the rotary frequencies of the backbone's blocks that see everything; where they turn a part of a head, of the whole head."""
+    found = config_of(spec).rope_parameters or {}
+    found = found.get("full_attention", found)
+    if found.get("rope_type") == "longrope":  # its factors are given for a part of a head, and for two lengths
+        found = {"rope_type": "default", "rope_theta": found["rope_theta"]}
+    return {name: value for name, value in found.items() if name != "partial_rotary_factor"}
+
+
+class LlamaStart:
+    """How side blocks start."""
+
+    def draw(self, module: nn.Module, normal: Callable[[Tensor, float], None]) -> Iterable[nn.Module]:
+        """Norms 1; every matrix N(0, 1 / its inputs), so that states keep their scale."""
+        if isinstance(module, LlamaRMSNorm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, LlamaAttention | LlamaMLP):
+            linears = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
+            for linear in linears:
+                normal(linear.weight, linear.in_features**-0.5)
+            return linears
+        return ()
+
+    def start_positions(self, stack: str, side_blocks: nn.Module, weights: Callable[[str], Tensor]) -> None:
+        """Rotary positions have no weights."""
+
+    def sublayers(self, spec: LlamaSpec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
+        raise LadderError("side blocks are carved out of encoder-decoders alone: beside a decoder-only model write initialization: random")
+
+    def put_carved(self, side_block: nn.Module, carved: dict[str, Tensor], *, attends_to_tap: bool) -> None:
+        raise LadderError("side blocks are carved out of encoder-decoders alone: beside a decoder-only model write initialization: random")
