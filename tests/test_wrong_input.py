@@ -149,7 +149,9 @@ def test_a_deepspeed_file_that_says_what_the_recipe_owns_is_refused(content: str
 def test_an_unknown_name_lists_what_ships() -> None:
     with pytest.raises(RecipeError, match=r"--recipe: 't5-3bb' is neither a file nor one of those that ship. Did you mean 't5-3b'\?"):
         load_recipe("t5-3bb")
-    with pytest.raises(RecipeError, match=r"--recipe: 't5-small' is neither a file nor one of those that ship. Valid: flan-t5-xl, "):
+    with pytest.raises(
+        RecipeError, match=r"--recipe: 't5-small' is neither a file nor one of those that ship. Valid: easy-vqa, flan-t5-xl, "
+    ):
         load_recipe("t5-small")  # a model's name
     with pytest.raises(RecipeError, match=r"training.deepspeed: 'zero9' is neither a file"):
         load_ds_config("zero9")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
+from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import FILLER as FILLER
 from lst_scale.inputs.keys import IGNORED, RowKeys
 
@@ -38,14 +39,22 @@ class Batch:
     indices: tuple[int, ...]
     target_lengths: tuple[int, ...] | None = None  # of each row's labels, at least 1; None: all T
     keys: RowKeys | None = None  # where the split has them
+    images: Images | None = None  # of each row, where rows have some
+    weights_B: Tensor | None = None  # of each token's loss, by its row; None: all are 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One rank's part of one global batch; the number of target tokens is the whole global batch's."""
+    """One rank's part of one global batch; the numbers of target tokens and of rows are the whole global batch's."""
 
     micro_batches: Sequence[Batch]
     num_target_tokens: int
+    num_rows: int | None = None  # where the loss is the mean over rows
+
+    @property
+    def divisor(self) -> int:
+        """What the summed loss of all ranks is divided by."""
+        return self.num_target_tokens if self.num_rows is None else self.num_rows
 
 
 class MicroBatches(Sequence[Batch]):
@@ -77,7 +86,8 @@ class Steps(Sequence[Step]):
         rows = self._epoch[index]
         groups = cut(rows, self._num_groups)[self._rank :: self._world_size]
         tokens = int(self._split.labels.lengths[rows].sum(dtype=np.int64))
-        return Step(micro_batches=MicroBatches(self._split, groups), num_target_tokens=tokens)
+        counted = None if self._split.weights is None else len(rows)
+        return Step(micro_batches=MicroBatches(self._split, groups), num_target_tokens=tokens, num_rows=counted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +156,8 @@ def collate(split: EncodedSplit, rows: Iterable[int]) -> Batch:
         indices=indices,
         target_lengths=tuple(map(len, targets)),
         keys=None if split.keys is None else split.keys.of(indices),
+        images=None if split.images is None else split.images.of(indices),
+        weights_B=None if split.weights is None else torch.from_numpy(split.weights[[max(row, 0) for row in indices]]),
     )
 
 

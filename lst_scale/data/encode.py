@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lst_scale.data.columns import CHUNK, Chunk, Ids, by_chunks, chunk_of, chunk_of_arrays, join_chunks
-from lst_scale.data.rows import Row, StoredRows
+from lst_scale.data.rows import Row, StoredRows, scores_of
 from lst_scale.data.tables import Facts, Write, digest_of, stored_table
 from lst_scale.data.tokenizer import tokenizer_digest
 from lst_scale.data.workers import in_order, usable_cores
 from lst_scale.errors import DataError, fence, printable
+from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import KeyTable
 from lst_scale.runs.logs import progress_of
 
 COLUMNS = {"input_ids": "ids", "labels": "ids"}
 BYTES_OF_IDS = 100  # that a source or target is likely to take
 AT_ONCE = 1024  # rows that the tokenizer is given: it needs 25 KB a row while it works
+
+
+class ImagesOfRows(Protocol):
+    """What a frozen image model made of the images of all rows."""
+
+    @property
+    def digest(self) -> str:
+        """What changes when any image does, or which row has it."""
+        ...
+
+    def of(self, rows: Sequence[int]) -> Images:
+        """Return those of a batch; filler rows have any."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +50,17 @@ class EncodedSplit:
     cut_targets: int = 0
     known_digest: str | None = None  # of all ids, where a table says it
     keys: KeyTable | None = None  # by what a tap cache knows each row; None: there is no cache
+    images: ImagesOfRows | None = None  # features of each row's images; None: rows are text alone
+    weights: NDArray[np.float32] | None = None  # of a token's loss, by its row, where the loss is a mean over rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def digest(self) -> str:
-        """What changes when any id of any row does."""
+        """What changes when any id of any row does, or any image."""
+        if self.images is not None:
+            return hashlib.sha256(f"{replace(self, images=None).digest} {self.images.digest}".encode()).hexdigest()
         if self.known_digest is not None:
             return self.known_digest
         ids = hashlib.sha256()
@@ -225,6 +244,12 @@ def _count_cut(texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: An
         return 0
     full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) >= limit]
     return sum(len(tokens) > limit for tokens in tokenizer(full, verbose=False).input_ids) if full else 0
+
+
+def weighted_by_row(split: EncodedSplit) -> EncodedSplit:
+    """Return a split whose loss is the mean over rows: of each its score times the mean over its tokens."""
+    scores = np.fromiter(scores_of(split.rows), np.float32, count=len(split))
+    return replace(split, weights=(scores / split.labels.lengths).astype(np.float32))
 
 
 def target_text(answer: str, prefix: str) -> str:

@@ -15,6 +15,7 @@ from lst_scale.data.tables import Facts, Table, Write, digest_of, known_table, s
 from lst_scale.runs.logs import progress_of
 
 COLUMNS = {"source": "texts", "target": "texts"}
+BESIDE = {"images": "texts", "scores": "texts"}  # pictures, a file a line, and a number; only in tables whose rows have some
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Row:
 
     source: str
     target: str
+    images: tuple[str, ...] = ()  # files of pictures
+    score: float = 1.0  # what its answer is worth in training
 
 
 class StoredRows(Sequence[Row]):
@@ -31,6 +34,8 @@ class StoredRows(Sequence[Row]):
     def __init__(self, table: Table, order: Numbers | None = None) -> None:
         self.table, self._order = table, order
         self._sources, self._targets = table.texts("source"), table.texts("target")
+        self._images = table.texts("images") if "images" in table.kinds else None
+        self._scores = table.texts("scores") if "scores" in table.kinds else None
 
     @property
     def key(self) -> str:
@@ -56,7 +61,7 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, row: int | slice) -> Row | Sequence[Row]:
         if isinstance(row, int):
             place = self._place(row)
-            return Row(self._sources[place], self._targets[place])
+            return Row(self._sources[place], self._targets[place], self._images_of(place), self._score_of(place))
         chosen = range(len(self))[row]
         if chosen == range(len(self)):
             return self
@@ -68,15 +73,24 @@ class StoredRows(Sequence[Row]):
         """Return some rows in some order."""
         return StoredRows(self.table, rows if self._order is None else self._order[rows])
 
+    def _images_of(self, place: int) -> tuple[str, ...]:
+        return () if self._images is None else tuple(self._images[place].split("\n"))
+
+    def _score_of(self, place: int) -> float:
+        return 1.0 if self._scores is None else float(self._scores[place])
+
     def targets(self) -> Iterator[str]:
         return (self._targets[self._place(row)] for row in range(len(self)))
 
 
-def keep_rows(rows: Iterable[Row], key: Callable[[], Mapping[str, Any]], *, tally: bool, likely_bytes: int) -> Sequence[Row]:
+def keep_rows(
+    rows: Iterable[Row], key: Callable[[], Mapping[str, Any]], *, tally: bool, likely_bytes: int, beside: Sequence[str] = ()
+) -> Sequence[Row]:
     """Return rows as they come: in a list when they are CHUNK or fewer, otherwise in a table that `key` names.
 
     Args:
         tally: whether to note where each target came first, as the labels of a classification.
+        beside: columns that a table of these rows has beside the texts, of BESIDE.
     """
     rows = iter(rows)
     first = list(itertools.islice(rows, CHUNK + 1))
@@ -85,22 +99,36 @@ def keep_rows(rows: Iterable[Row], key: Callable[[], Mapping[str, Any]], *, tall
     everything = itertools.chain(first, rows)
     del first
     return StoredRows(
-        stored_table(digest_of(key()), COLUMNS, lambda write: _fill(everything, write, tally=tally), likely_bytes=likely_bytes)
+        stored_table(
+            digest_of(key()),
+            _columns(beside),
+            lambda write: _fill(everything, write, tally=tally, beside=beside),
+            likely_bytes=likely_bytes,
+        )
     )
 
 
-def known_rows(key: Mapping[str, Any]) -> StoredRows | None:
+def _columns(beside: Sequence[str]) -> dict[str, str]:
+    return COLUMNS | {name: BESIDE[name] for name in beside}
+
+
+def known_rows(key: Mapping[str, Any], beside: Sequence[str] = ()) -> StoredRows | None:
     """Return the rows of a table that was written before; None: there is none."""
-    table = known_table(digest_of(key), COLUMNS)
+    table = known_table(digest_of(key), _columns(beside))
     return None if table is None else StoredRows(table)
 
 
-def _fill(rows: Iterable[Row], write: Write, *, tally: bool) -> Facts:
+def _fill(rows: Iterable[Row], write: Write, *, tally: bool, beside: Sequence[str]) -> Facts:
     first: dict[str, int] = {}
     count = 0
     with progress_of(None, 0, shown=True, what="reading row") as advance:
         for some in by_chunks(rows):
-            write({"source": chunk_of_texts([row.source for row in some]), "target": chunk_of_texts([row.target for row in some])})
+            texts = {"source": [row.source for row in some], "target": [row.target for row in some]}
+            if "images" in beside:
+                texts["images"] = ["\n".join(row.images) for row in some]
+            if "scores" in beside:
+                texts["scores"] = [repr(row.score) for row in some]
+            write({name: chunk_of_texts(column) for name, column in texts.items()})
             if tally:
                 for number, row in enumerate(some, start=count + 1):
                     first.setdefault(row.target, number)
@@ -112,6 +140,11 @@ def _fill(rows: Iterable[Row], write: Write, *, tally: bool) -> Facts:
 def targets_of(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the target of every row."""
     return rows.targets() if isinstance(rows, StoredRows) else (row.target for row in rows)
+
+
+def scores_of(rows: Sequence[Row]) -> Iterator[float]:
+    """Yield what every row's answer is worth."""
+    return (row.score for row in rows)
 
 
 def first_of_each_target(rows: Sequence[Row]) -> Mapping[str, int]:

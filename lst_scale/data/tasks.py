@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from lst_scale.data import files
 from lst_scale.data.columns import Numbers
+from lst_scale.data.pictures import picture_of
 from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows
 from lst_scale.errors import DataError, printable
 from lst_scale.recipe.schema import Recipe
@@ -234,18 +235,44 @@ def file_rows(task: FileTask, split: str, at_most: int | None = None) -> Sequenc
     else:
         states = files.states_of(files.paths_of(name, split))
         key, size = {"text": text, "files": states}, sum(state[1] for state in states)
-    known = known_rows(key) if size > LEAST_BYTES else None
-    return known or keep_rows(rows, lambda: key, tally=task.kind == "classification", likely_bytes=size)
+    own = {"images": task.images, "scores": task.score}
+    beside = [column for column, given in own.items() if given is not None]
+    text |= {column: own[column] for column in beside}
+    known = known_rows(key, beside) if size > LEAST_BYTES else None
+    tally = task.kind == "classification"
+    return known or keep_rows(rows, lambda: key, tally=tally, likely_bytes=size, beside=beside)
 
 
 def file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
     refuse_bad_cells(record, (*task.source, task.target), path, number)
+    images = file_images(task, record, path, number)
     target = str(record[task.target])
     if not target.strip():
         raise DataError(f"{path}: row {number} has an empty {task.target}; fill it in or remove the row")
     if task.kind == "regression" and not _is_finite(target):
         raise DataError(f"{path}: row {number}: {task.target} is {printable(repr(target))}, not a number; kind regression needs numbers")
-    return Row(file_source(task, record), target)
+    return Row(file_source(task, record), target, images, 1.0 if task.score is None else _score(record, task.score, path, number))
+
+
+def _score(record: Mapping[str, Any], field: str, path: str, number: int) -> float:
+    refuse_bad_cells(record, (field,), path, number)
+    if not _is_finite(str(record[field])) or float(record[field]) < 0:
+        raise DataError(
+            f"{path}: row {number}: {field} is {printable(repr(record[field]))}, not a number of at least 0: a score weighs a row"
+        )
+    return float(record[field])
+
+
+def file_images(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> tuple[str, ...]:
+    """Return the files of a row's pictures.
+
+    Raises:
+        DataError: a column is missing, or holds no picture; names file and row.
+    """
+    for field in task.images or ():
+        if field not in record:
+            raise DataError(files.missing_field(path, number, field, record))
+    return tuple(picture_of(record[field], field, path, number) for field in task.images or ())
 
 
 def refuse_bad_cells(record: Mapping[str, Any], fields: Sequence[str], path: str, number: int) -> None:

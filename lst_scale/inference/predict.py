@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from lst_scale.data.batches import Batch
 from lst_scale.data.columns import by_chunks
 from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
-from lst_scale.data.tasks import GLUE, file_source, refuse_bad_cells, source_text
+from lst_scale.data.tasks import GLUE, file_images, file_source, refuse_bad_cells, source_text
 from lst_scale.errors import ArgumentError, DataError, fence
+from lst_scale.images.features import ImageReader
 from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
 from lst_scale.inference.scored_run import ScoredRun, read_result, read_scored_run, refuse_changed_weights
@@ -81,6 +82,7 @@ def predict_file(
     _refuse_inputs_as_output(source, output)
     world = distributed.connect()
     with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
+        reader = None if asked.recipe.vision is None else ImageReader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
         with _model(runs, asked.recipe, world) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.recipe.evaluation.batch_size * model.replica.count
@@ -91,9 +93,11 @@ def predict_file(
             cut = 0
             with progress_of(count, first, shown=world.is_main) as advance:
                 for some in by_chunks(itertools.islice(rows, first, None), at_once):
-                    split = encode_sources([text for text, _ in some], tokenizer, asked.recipe.data.max_source_length)
+                    split = encode_sources([text for text, _, _ in some], tokenizer, asked.recipe.data.max_source_length)
+                    if reader is not None:
+                        split = replace(split, images=reader.read(images for _, images, _ in some))
                     answers = _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities)
-                    write([row | dict(zip(names, said, strict=True)) for said, (_, row) in zip(answers, some, strict=True)])
+                    write([row | dict(zip(names, said, strict=True)) for said, (_, _, row) in zip(answers, some, strict=True)])
                     cut += split.cut_sources
                     advance(len(some))
             if (sentence := cut_inputs(cut, count - first, asked.recipe.data)) is not None:
@@ -103,16 +107,19 @@ def predict_file(
 
 @dataclass(frozen=True)
 class InputRows:
-    """The rows of a file, read anew each time they are gone through: as text for the model, and as JSON, with room for `names`."""
+    """The rows of a file, read anew each time they are gone through: as text for the model, files of pictures, and as JSON, with room for
+    `names`."""
 
     asked: ScoredRun
     source: Path
     names: Sequence[str]
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+        task = self.asked.recipe.task
         for found in files.read_records(str(self.source), "test", where="inputs"):
             text = _text(self.asked, found.record, found.path, found.number)
-            yield text, _with_room(found.record, self.names, found.path, found.number)
+            images = () if isinstance(task, str) else file_images(task, found.record, found.path, found.number)
+            yield text, images, _with_room(found.record, self.names, found.path, found.number)
 
     def count_answered(self, earlier: Iterator[dict[str, Any]]) -> int:
         """Return how many records with answers there are, which must be of these rows.
@@ -121,7 +128,7 @@ class InputRows:
             ArgumentError: one is of another row.
         """
         count = 0
-        for count, (record, (_, row)) in enumerate(zip(earlier, self, strict=False), start=1):
+        for count, (record, (_, _, row)) in enumerate(zip(earlier, self, strict=False), start=1):
             if {name: value for name, value in record.items() if name not in self.names} != row:
                 raise ArgumentError(f"row {count} of {self.source} is not the one that was answered: leave --resume out to begin again")
         return count

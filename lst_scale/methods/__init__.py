@@ -58,22 +58,31 @@ def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance:
     """Return the recipe's method on its backbone. The same seed gives the same start on every rank."""
     method = recipe.method
     if isinstance(method, LstRecipe):
+        from lst_scale.methods.images import vision_config
         from lst_scale.methods.lst import LadderTrainee
 
-        return LadderTrainee(method, backbone, recipe.seed, importance)
+        return LadderTrainee(method, backbone, recipe.seed, importance, vision_config(recipe))
     return _inside(recipe, backbone, in_step=zero_stage == 3)
 
 
 def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
     from lst_scale.methods.full import WholeModelTrainee
+    from lst_scale.methods.images import vision_config
     from lst_scale.methods.peft import PeftTrainee
 
     method = recipe.method
     assert not isinstance(method, LstRecipe)
     if isinstance(method, LoraRecipe):
         check_targets(method, backbone.spec)
-    model = changed(method, backbone.give_model(), backbone.family, recipe.backbone.checkpoint, recipe.seed)
-    kind: type[Any] = PeftTrainee if isinstance(method, LoraRecipe | PromptRecipe) else WholeModelTrainee
+    model, family, checkpoint = backbone.give_model(), backbone.family, recipe.backbone.checkpoint
+    kind: type[Any] = WholeModelTrainee
+    vision = vision_config(recipe)
+    if vision is not None:
+        assert recipe.vision is not None
+        model = changed_with_images(method, model, family, vision, checkpoint, recipe.seed, recipe.vision.vocab_size)
+    else:
+        model = changed(method, model, family, checkpoint, recipe.seed)
+        kind = PeftTrainee if isinstance(method, LoraRecipe | PromptRecipe) else WholeModelTrainee
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts = {"method": method.model_dump(mode="json"), "backbone": vars(backbone.identity)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.data.batches import Batch
+from lst_scale.inputs.images import Images
 
 
 class Scoring(Protocol):
@@ -33,10 +34,11 @@ class Predictor(Protocol):
     def device(self) -> torch.device: ...
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
-        """Return generated ids (B, T), start token first; `source`: what the frozen backbone makes of the inputs, None: it is made here."""
+        """Return generated ids (B, T), start token first; `source`: what the frozen backbone makes of the inputs, None: it is made here;
+        `image_features`: of the images beside the texts, where there are some."""
         ...
 
-    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Scoring: ...
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> Scoring: ...
 
 
 class Trainee(Protocol):

@@ -21,6 +21,7 @@ from lst_scale.backbone.taps import BackboneSpec, Replica
 from lst_scale.data.batches import Batch
 from lst_scale.errors import LadderError, fence
 from lst_scale.inputs.batch import moved
+from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import IGNORED
 from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.side.files import read_weights
@@ -60,11 +61,15 @@ class WholeModelTrainee:
         labels_BT = moved(batch.labels_BT, device)
         with self._precision():
             source_BS, mask_BS = moved(batch.input_ids_BS, device), moved(batch.attention_mask_BS, device)
-            logits_BTV = self.backbone.family.whole_logits(engine, source_BS, mask_BS, shift_right(labels_BT, spec))[0]
-        return (
-            nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-            + 0.0 * logits_BTV.float().sum()
-        )  # filler rows alone still join the reduction
+            images = None if batch.images is None else batch.images.to(device)
+            logits_BTV = _logits(self.backbone.family, engine, source_BS, mask_BS, shift_right(labels_BT, spec), images)[0]
+        flat, wanted = logits_BTV.float().flatten(0, 1), labels_BT.flatten()
+        if batch.weights_B is None:
+            nll = nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")
+        else:
+            weights = moved(batch.weights_B.repeat_interleave(labels_BT.shape[1]), device)
+            nll = (nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="none") * weights).sum()
+        return nll + 0.0 * logits_BTV.float().sum()  # filler rows alone still join the reduction
 
     def fault(self, prepared: Any, *, fresh: bool) -> str | None:
         for name, parameter in self.module.named_parameters():
@@ -127,6 +132,16 @@ class WholeModelTrainee:
         return torch.autocast(self.backbone.device.type, torch.bfloat16) if self._bf16 else contextlib.nullcontext()
 
 
+def _logits(
+    family: Family, run: Any, source_BS: Tensor, mask_BS: Tensor, target_BT: Tensor, images: Images | None, source: Any | None = None
+) -> tuple[Tensor, Any]:
+    """Return a target's logits (B, T, V), and the `source` that other targets of these rows need not run again."""
+    if images is None:
+        return family.whole_logits(run, source_BS, mask_BS, target_BT, source)
+    found: tuple[Tensor, Any] = run(source_BS, mask_BS, images, target_BT, source)  # `methods.images.ReadingImages`
+    return found
+
+
 class WholeModel:
     """The trained model as evaluation uses it."""
 
@@ -137,13 +152,17 @@ class WholeModel:
         self.device: torch.device = backbone.device
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, source: None = None, **options: Any) -> Any:
-        together = self.replica.in_step and self.replica.count > 1
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, source: None = None, image_features: Tensor | None = None, **options: Any
+    ) -> Any:
+        options |= {"synced_gpus": self.replica.in_step and self.replica.count > 1}
+        if image_features is not None:
+            options |= {"images": Images(features_BIGF=image_features)}
         with self._precision():
-            return self._model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=together, **options)
+            return self._model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
-    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> WholeModelScoring:
-        return WholeModelScoring(self, input_ids_BS, attention_mask_BS)
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> WholeModelScoring:
+        return WholeModelScoring(self, input_ids_BS, attention_mask_BS, images)
 
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several targets (B, T) of one source, which runs once."""
@@ -151,20 +170,20 @@ class WholeModel:
         return map(scoring.logits, targets)
 
     @torch.no_grad()
-    def run(self, **inputs: Any) -> Any:
+    def run(self, *rows: Any, **inputs: Any) -> Any:
         with self._precision():
-            return self._model(**inputs)
+            return self._model(*rows, **inputs)
 
 
 class WholeModelScoring:
     """Several targets of the rows of one batch; their source runs for the first."""
 
-    def __init__(self, model: WholeModel, source_BS: Tensor, source_mask_BS: Tensor) -> None:
-        self._model, self._rows = model, (source_BS, source_mask_BS)
+    def __init__(self, model: WholeModel, source_BS: Tensor, source_mask_BS: Tensor, images: Images | None = None) -> None:
+        self._model, self._rows, self._images = model, (source_BS, source_mask_BS), images
         self._source: Any | None = None
 
     def logits(self, target_BT: Tensor, taps: None = None) -> Tensor:
-        logits_BTV, source = self._model.family.whole_logits(self._model.run, *self._rows, target_BT, self._source)
+        logits_BTV, source = _logits(self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source)
         if not self._model.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
             self._source = source
         return logits_BTV

@@ -14,9 +14,19 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family
 from lst_scale.inputs.images import Images
-from lst_scale.recipe.schema import PromptRecipe
+from lst_scale.recipe.schema import LstRecipe, PromptRecipe, Recipe
 from lst_scale.side.vision import VisualEmbedding, beside_images
 from lst_scale.side.vision_config import VisionConfig
+
+
+def vision_config(recipe: Recipe) -> VisionConfig | None:
+    """Return how images are read; None: the recipe has none."""
+    vision, method = recipe.vision, recipe.method
+    if vision is None:
+        return None
+    own = {"object_order": method.object_order, "scale_image_rows": method.scale_image_rows} if isinstance(method, LstRecipe) else {}
+    images = len(recipe.image_columns)
+    return VisionConfig(feature_dim=vision.feature_dim, pooled_grid=vision.pooled_grid, num_images=images, **own)  # type: ignore[arg-type]
 
 
 class Prompts(nn.Module):

@@ -23,6 +23,7 @@ from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initi
 from lst_scale.side.loss import cross_entropy_sum, shift_right
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
+from lst_scale.side.vision_config import VisionConfig
 
 HASHED_AT_ONCE = 1024  # rows that are padded together
 
@@ -32,17 +33,26 @@ class LadderTrainee:
 
     FOLDER = "side_network"
 
-    def __init__(self, recipe: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None) -> None:
+    def __init__(
+        self,
+        recipe: LstRecipe,
+        backbone: Backbone,
+        seed: int,
+        importance: WeightSource | None = None,
+        vision: VisionConfig | None = None,
+    ) -> None:
         self.backbone = backbone
-        self.module: SideNetwork = build_side_network(recipe, backbone, seed, importance)
-        self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec)
+        self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec, vision)
+        self.module: SideNetwork = build_side_network(recipe, self._config, backbone, seed, importance)
         self.request = SideNetwork.request_of(self._config)
 
     def prepare(self, batch: Batch) -> Taps:
         return taps_of(self.backbone, batch, self.request)
 
     def nll(self, engine: Any, batch: Batch, prepared: Taps) -> Tensor:
-        nll, _ = cross_entropy_sum(self.backbone.head, engine(select(prepared, self.request)), batch.labels_BT)
+        images = () if batch.images is None else (batch.images.to(self.backbone.device),)
+        hidden_BTD = engine(select(prepared, self.request), *images)
+        nll, _ = cross_entropy_sum(self.backbone.head, hidden_BTD, batch.labels_BT, batch.weights_B)
         return nll
 
     def fault(self, prepared: Taps, *, fresh: bool) -> str | None:
@@ -57,7 +67,8 @@ class LadderTrainee:
         # A copy beside the engine's module: no collective is needed, so ranks may take unequal numbers of steps.
         with torch.device("meta"):
             side = SideNetwork(self._spec, self._config)
-        side.load_state_dict({name: tensor.to(self.backbone.device) for name, tensor in weights.items()}, assign=True)
+        whole = {**weights, **self._frozen()}
+        side.load_state_dict({name: tensor.to(self.backbone.device) for name, tensor in whole.items()}, assign=True)
         yield LadderModel(self.backbone, side.eval().requires_grad_(False))
 
     def no_decay(self) -> frozenset[str]:
@@ -68,12 +79,17 @@ class LadderTrainee:
         return {name: round(gates[name].opening(alpha), 5) for name, alpha in weights.items() if name in gates and alpha.numel() == 1}
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        save_side_network(folder, weights, self._config, self.backbone)
+        save_side_network(folder, {**weights, **self._frozen()}, self._config, self.backbone)
 
     def load(self, folder: Path) -> dict[str, Tensor]:
         side = LadderModel.from_pretrained(folder, self.backbone).side
         refuse_config_of_another(side.config, self._config, folder)
-        return side.state_dict()
+        self.module.load_state_dict(dict(side.named_buffers()), strict=False)  # what its weights were trained beside
+        return {name: parameter.detach() for name, parameter in side.named_parameters()}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """What belongs to the side network and does not train: what tells image tokens apart."""
+        return dict(self.module.named_buffers())
 
 
 def inputs_of(batch: Batch, spec: BackboneSpec) -> Inputs:
@@ -140,7 +156,7 @@ class SharedPasses:
             self.backbone.prefetch(inputs_of(batch, self.backbone.spec))
 
 
-def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
+def ladder_config(method: LstRecipe, spec: BackboneSpec, vision: VisionConfig | None = None) -> LadderConfig:
     """Return the side network's configuration on this backbone, checked: "all" becomes the list of its blocks."""
     config = LadderConfig(
         design=method.design,
@@ -156,17 +172,20 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec) -> LadderConfig:
         precision=method.precision,
         recompute=method.recompute,
         tap_storage=method.tap_storage,
+        vision=vision,
     )
     config.validate(spec)
     return config
 
 
-def build_side_network(method: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None) -> SideNetwork:
+def build_side_network(
+    method: LstRecipe, config: LadderConfig, backbone: Backbone, seed: int, importance: WeightSource | None = None
+) -> SideNetwork:
     """Return a fresh side network on the CPU. The same seed gives the same weights on every rank.
 
     `importance` guides pruning where the recipe asks for Fisher information; None: weight magnitude.
     """
-    side = SideNetwork(backbone.spec, ladder_config(method, backbone.spec))
+    side = SideNetwork(backbone.spec, config)
     initialize_random(side, seed=seed, weights=backbone.weight_source)
     if method.initialization != "random":
         initialize_by_pruning(side, backbone.weight_source, importance)

@@ -18,9 +18,11 @@ from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.backbone.weights import precision as precisions
 from lst_scale.backbone.weights.assemble import compute_dtype
 from lst_scale.data.batches import Batch
+from lst_scale.inputs.images import Images
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee
 from lst_scale.methods.full import WholeModelTrainee
+from lst_scale.methods.images import reading_images, vision_config
 from lst_scale.plan.lora import add_lora
 from lst_scale.recipe.schema import LoraRecipe, LstRecipe, Recipe
 from lst_scale.side import loss
@@ -68,18 +70,26 @@ def trainee(recipe: Recipe, on: LocalBackbone) -> Trainee:
     if isinstance(recipe.method, LstRecipe):
         recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"initialization": "random"})})
     if isinstance(recipe.method, LoraRecipe):
-        return sized_lora(recipe.method, on)
+        return sized_lora(recipe.method, on) if recipe.vision is None else _sized_lora_with_images(recipe, recipe.method, on)
     with unmoved():
         found = build_trainee(recipe, on, zero_stage=0)
     found.module.train()
     return found
 
 
-def sized_lora(method: LoraRecipe, on: LocalBackbone) -> Trainee:
-    """Return LoRA without peft."""
+def _sized_lora_with_images(recipe: Recipe, method: LoraRecipe, on: LocalBackbone) -> Trainee:
+    vision = vision_config(recipe)
+    assert recipe.vision is not None and vision is not None
+    with unmoved():
+        whole = reading_images(on.give_model(), on.family, vision, recipe.seed, vocab_size=recipe.vision.vocab_size)
+    return sized_lora(method, on, whole)
+
+
+def sized_lora(method: LoraRecipe, on: LocalBackbone, around: Any = None) -> Trainee:
+    """Return LoRA without peft; `around`: a module that the model stands in."""
     check_targets(method, on.spec)
-    model = on.give_model()
-    add_lora(model, on.family, method)
+    model = on.give_model() if around is None else around
+    add_lora(on.give_model(), on.family, method)
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return WholeModelTrainee(model.train(), on, bf16=method.precision == "bf16", in_step=False, facts={})
@@ -96,14 +106,23 @@ def unmoved() -> Iterator[None]:
         nn.Module.to = to  # type: ignore[method-assign]
 
 
-def batch(rows: int, source: int, target: int) -> Batch:
+def batch(rows: int, source: int, target: int, images: Images | None = None) -> Batch:
     """Return one micro-batch without padding: the largest of its width."""
     return Batch(
         input_ids_BS=torch.ones(rows, source, dtype=torch.long),
         attention_mask_BS=torch.ones(rows, source, dtype=torch.long),
         labels_BT=torch.ones(rows, target, dtype=torch.long),
         indices=(),
+        images=images,
     )
+
+
+def images(recipe: Recipe, rows: int) -> Images | None:
+    """Return features of so many rows' images, as large as they are after pooling; None: there are none."""
+    vision = recipe.vision
+    if vision is None:
+        return None
+    return Images(features_BIGF=torch.ones(rows, len(recipe.image_columns), vision.pooled_grid**2, vision.feature_dim, dtype=torch.float16))
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
         engine = engine_bytes([p.numel() for p in trained.values()], stage=stage, world_size=setting.world_size)
         # What trains inside the backbone is counted with the engine, the rest of the module with the backbone.
         weights = _resident(recipe, backbone, trainee, setting)
-        batch = fake.batch(setting.rows, setting.source, setting.target)
+        batch = fake.batch(setting.rows, setting.source, setting.target, fake.images(recipe, setting.rows))
         live.forget()
         kept = _step(trainee, backbone, batch, live, setting, shards)
     static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}

@@ -19,6 +19,7 @@ from lst_scale.recipe.decode import Count, Section
 from lst_scale.recipe.grid import grid_as_lines
 from lst_scale.recipe.marks import KEPT_BY_RESUME, ONE_FOR_MEMBERS
 from lst_scale.recipe.task import GLUE, FileTask
+from lst_scale.recipe.vision import VisionRecipe
 from lst_scale.system.assets import find_recipe
 from lst_scale.system.names import Name, PathText, checked_name
 
@@ -51,6 +52,9 @@ class LstRecipe(Section):
     side_heads: Width | None = None  # None: the backbone's
     downsample_rank: Width | None = None  # two narrower linears for each downsample
     dropout: Share | None = None  # None: the backbone's
+    scale_image_rows: bool = True  # with images: gates scale image rows like text rows (the release), or leave them as they are
+    # with images: what tells an image's tokens apart: frozen N(0, 1), as those rows of the release are, or the word table's last rows
+    object_order: Literal["random", "backbone"] = "random"
     precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
 
     @model_validator(mode="after")
@@ -227,6 +231,7 @@ class Recipe(Section):
     output_dir: PathText = "runs"  # where runs' folders are
     backbone: Annotated[BackboneRecipe, ONE_FOR_MEMBERS]  # the frozen model
     method: Annotated[Method, KEPT_BY_RESUME]  # what trains, and how much
+    vision: Annotated[VisionRecipe | None, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = None  # images beside the texts
     optimizer: Annotated[OptimizerRecipe, KEPT_BY_RESUME] = OptimizerRecipe()  # AdamW
     training: TrainingRecipe = TrainingRecipe()  # how long, in what portions
     data: Annotated[DataRecipe, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = DataRecipe()  # lengths and order
@@ -235,6 +240,27 @@ class Recipe(Section):
     logging: LoggingRecipe = LoggingRecipe()  # what is told
     # Trained together on one backbone pass: overrides, a line each; or a grid of key: [values], every combination of them.
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        return () if isinstance(self.task, str) else self.task.images or ()
+
+    @model_validator(mode="after")
+    def _images_are_read(self) -> Recipe:
+        if self.vision is None and self.image_columns:
+            raise ValueError(
+                "task.images names pictures, but nothing says how they are read: write vision: {image_model: ..., feature_dim: ...}"
+            )
+        if self.vision is not None and not self.image_columns:
+            raise ValueError("vision has no effect without pictures: name their columns in task.images, or remove it")
+        if isinstance(self.method, LstRecipe):
+            if self.vision is not None and self.method.design != "transformer":
+                raise ValueError(f"method.design {self.method.design} reads no images: write transformer")
+            if self.vision is not None and self.vision.vocab_size is not None:
+                raise ValueError("vision.vocab_size has no effect on method lst, whose backbone stays as it is: remove it")
+            if self.vision is None and not (self.method.scale_image_rows and self.method.object_order == "random"):
+                raise ValueError("method.scale_image_rows and method.object_order have no effect without vision: remove them")
+        return self
 
     @model_validator(mode="after")
     def _streams_alone(self) -> Recipe:
@@ -251,6 +277,8 @@ class Recipe(Section):
             "write evaluation.max_new_tokens: not all answers are looked at before": writes and evaluation.max_new_tokens is None,
             "remove cache.enabled: rows that come once need no cache": self.cache.enabled,
             "remove members: they share a table": self.members is not None,
+            "write loss: token_mean: a stream counts tokens": self.task.loss != "token_mean",
+            "remove images: their features are made before training": bool(self.task.images),
             "download the files of hub: data sets first, and write their pattern": self.task.train.startswith("hub:"),
         }
         if found := [what for what, is_so in wrong.items() if is_so]:

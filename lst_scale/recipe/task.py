@@ -46,7 +46,12 @@ class FileTask(Section):
     test: PathText | None = None  # rows that the result is scored on; None: validation
     streaming: bool = False  # read the rows of train from their files as they are needed: for more than a disk can keep as a table
     source: tuple[str, ...] = Field(min_length=1)  # columns that the text is made of
+    # columns of pictures: paths beside the file, bytes, or `datasets.Image`; the recipe's vision says what is made of them
+    images: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     target: str  # the column of the answer
+    # over a batch: the mean over all target tokens, or over rows of the mean over a row's own tokens
+    loss: Literal["token_mean", "example_mean"] = "token_mean"
+    score: str | None = None  # with example_mean: the column of what a row's answer is worth in training
     prefix: str | None = None  # the first words of the text
     template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
     target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
@@ -85,8 +90,12 @@ class FileTask(Section):
 
     @model_validator(mode="after")
     def _columns_are_told_apart(self) -> FileTask:
+        if self.score is not None and self.loss != "example_mean":
+            raise ValueError(f"score has no effect on loss {self.loss}: remove it or write loss: example_mean")
         if self.target in self.source:
             raise ValueError(f"source holds {self.target!r}, which is the target: the answer would stand in the question; remove it there")
+        if wrong := {self.target, *self.source} & set(self.images or ()):
+            raise ValueError(f"images holds {min(wrong)!r}, which is read as text: name columns of pictures there")
         twice = [field for field in self.source if self.source.count(field) > 1]
         if twice:
             raise ValueError(f"source names {twice[0]!r} twice: write each field once (template may repeat it)")

@@ -38,7 +38,7 @@ class LadderConfig:
         normalize_taps: RMS-normalise every block's tap before its downsample, without a learned scale (the downsample has one). A
             pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
             the downsample for the same reason. Not in the paper; None, until a backbone says: off beside an encoder-decoder, on beside
-            a decoder-only model, which without it is lost (3.5 points on SmolLM2).
+            a decoder-only model, which without it is lost (3.5 points on SmolLM2). With vision, words and image tokens as they enter, too.
         gate_temperature: T in mu = sigmoid(alpha / T).
         recompute: keep only the taps and the side state between blocks for the backward pass, and run each side block again there. Exact
             in the gradient; a side block is small, its attention maps and dropout masks are not.

@@ -14,7 +14,7 @@ from lst_scale.backbone.families import Numbers, numbers_of
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.spec import BackboneSpec
 from lst_scale.errors import BackboneError, did_you_mean, fence
-from lst_scale.recipe.schema import LoraRecipe, Method, Recipe
+from lst_scale.recipe.schema import LoraRecipe, Method, PromptRecipe, Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
 
@@ -28,10 +28,25 @@ class Shape:
 
 
 def trainable_parameters(shape: Shape, method: Method) -> int:
-    """Return how many weights a method trains on a backbone of this shape."""
+    """Return how many weights a method trains on a backbone of this shape, on text alone."""
     if isinstance(method, LoraRecipe):
         check_targets(method, shape.spec)
     return _numbers(shape).trainable_parameters(shape.spec, shape.own_head, method)
+
+
+def trainable_of(recipe: Recipe, shape: Shape) -> int:
+    """Return how many weights a recipe trains on a backbone of this shape, with what makes tokens of images where it has some."""
+    vision, method, d = recipe.vision, recipe.method, shape.spec.d_model
+    on_text = trainable_parameters(shape, method)
+    if vision is None:
+        return on_text
+    # Two linear maps with a norm each, of features and of a box with its area; and an order of images.
+    visual = d * ((vision.feature_dim + 2) + (5 + 2) + max(2, len(recipe.image_columns)))
+    more_words = (vision.vocab_size or shape.spec.vocab_size) - shape.spec.vocab_size
+    added = {"full": more_words * d, "bitfit": more_words + 2 * d}
+    if isinstance(method, PromptRecipe):
+        added["prompt"] = 2 * d * method.hidden + method.hidden + d
+    return on_text + visual + added.get(method.name, 0)
 
 
 def backbone_parameters(shape: Shape) -> int:
@@ -94,5 +109,5 @@ def describe_count(recipe: Recipe) -> str:
     shape = shape_of(recipe.backbone.checkpoint)
     if shape is None:
         return f"trainable parameters: unknown before {recipe.backbone.checkpoint} is downloaded"
-    trainable, backbone = trainable_parameters(shape, recipe.method), backbone_parameters(shape)
+    trainable, backbone = trainable_of(recipe, shape), backbone_parameters(shape)
     return f"trainable parameters: {trainable:,} of the backbone's {backbone:,} ({100 * trainable / backbone:.3f} %)"

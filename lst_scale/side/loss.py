@@ -21,18 +21,22 @@ def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
     return family_of(spec.model_type, "this backbone").target_inputs(spec, labels_BT)
 
 
-def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
+def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor, weights_B: Tensor | None = None) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood in nats (float32 scalar) and the number of tokens it covers.
 
     Labels may be on the CPU while the states are on a GPU: then nobody waits for the GPU to say which positions count.
     Positions labelled -100 never meet the head. The others meet it CHUNK at a time, and since the head is frozen their gradient is
     made on the spot: logits, the widest tensor of a step, exist for one chunk and are not kept. Without any labelled position the sum
-    is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions.
+    is 0 and still has a gradient (of 0), so that a rank with filler rows alone joins its peers' reductions. With `weights_B` each token's
+    counts as often as its row's weight says.
     """
     kept_N = labelled_positions(labels_BT)
     labels_N = moved(labels_BT.flatten()[kept_N], hidden_BTD.device)
     hidden_ND = hidden_BTD.flatten(0, 1)[moved(kept_N, hidden_BTD.device)]
-    nll: Tensor = _HeadLoss.apply(hidden_ND, labels_N, head)  # type: ignore[no-untyped-call]
+    weights_N = None
+    if weights_B is not None:
+        weights_N = moved(weights_B.repeat_interleave(labels_BT.shape[1])[kept_N], hidden_BTD.device)
+    nll: Tensor = _HeadLoss.apply(hidden_ND, labels_N, head, weights_N)  # type: ignore[no-untyped-call]
     return nll + 0.0 * hidden_BTD.float().sum(), len(kept_N)
 
 
@@ -48,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, labels_N: Tensor, head: FrozenHead) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, labels_N: Tensor, head: FrozenHead, weights_N: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND)
         for start in range(0, len(labels_N), CHUNK):
@@ -56,10 +60,13 @@ class _HeadLoss(torch.autograd.Function):
             logits_NV = head(hidden).float()
             slope_NV = head.slope(logits_NV)
             largest_N1 = logits_NV.amax(-1, keepdim=True)
-            total += (largest_N1 - logits_NV.gather(-1, labels_N1)).sum()
+            weights_N1 = None if weights_N is None else weights_N[start : start + CHUNK, None]
+            total += _weighted(largest_N1 - logits_NV.gather(-1, labels_N1), weights_N1).sum()
             sums_N1 = logits_NV.sub_(largest_N1).exp_().sum(-1, keepdim=True)
-            total += sums_N1.log().sum()
+            total += _weighted(sums_N1.log(), weights_N1).sum()
             logits_NV.div_(sums_N1).scatter_add_(-1, labels_N1, -torch.ones_like(sums_N1))
+            if weights_N1 is not None:
+                logits_NV.mul_(weights_N1)
             gradient_ND[start : start + CHUNK] = head.backward(logits_NV, hidden.dtype, slope_NV)
         ctx.save_for_backward(gradient_ND)
         return total
@@ -67,7 +74,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradient.to(gradient_ND.dtype), None, None
+        return gradient_ND * gradient.to(gradient_ND.dtype), None, None, None
+
+
+def _weighted(values_N1: Tensor, weights_N1: Tensor | None) -> Tensor:
+    return values_N1 if weights_N1 is None else values_N1 * weights_N1
 
 
 LOSS_FORMS = ("token_mean", "example_mean", "scored_example_mean")

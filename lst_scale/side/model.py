@@ -203,9 +203,9 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         logits_BTV: Tensor = self.side.logits(self.backbone.head, decoder, side, own)
         return logits_BTV
 
-    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> LadderScoring:
+    def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> LadderScoring:
         """Return what gives the logits of several targets of these rows."""
-        return LadderScoring(self)
+        return LadderScoring(self, images)
 
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
@@ -262,8 +262,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
 class LadderScoring:
     """Several targets of the rows of one batch; the side encoder runs for the first."""
 
-    def __init__(self, model: Ladder) -> None:
-        self._model = model
+    def __init__(self, model: Ladder, images: Images | None = None) -> None:
+        self._model, self._images = model, images
         self._source: SideEncoderState | None = None
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ class LadderScoring:
         """Return logits (B, T, V); `taps`: what the backbone makes of these decoder inputs and the rows' source."""
         side = self._model.side
         own = select(taps, side.request)
-        self._source = self._source or side.encode(own.source, own.source_mask_BS)
+        self._source = self._source or side.encode(own.source, own.source_mask_BS, self._images)
         return self._model._logits(TargetState(taps=own.target, final_BTD=own.final_BTD), self._source)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
 from lst_scale.data.encode import EncodedSplit, answer_in, target_text
 from lst_scale.errors import ArgumentError
+from lst_scale.inputs.batch import moved
 from lst_scale.methods.base import Predictor, Scoring
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.side.loss import shift_right
@@ -97,6 +98,7 @@ def generated(
             do_sample=False,
             max_new_tokens=recipe.max_new_tokens or longest,
             source=source,
+            **({} if batch.images is None else {"image_features": moved(batch.images.features_BIGF, model.device)}),
         )
     return [answer_in(text, target_prefix) for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
 
@@ -123,7 +125,7 @@ def label_scores(
     It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
     """
     targets = tuple(tuple(tokenizer(target_text(label, target_prefix)).input_ids) for label in labels)
-    scoring = None if batch is None else model.scoring(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device))
+    scoring = None if batch is None else _scoring(model, batch)
     scores: list[Tensor] = []
     for number, target in enumerate(targets):
         taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
@@ -131,6 +133,11 @@ def label_scores(
             scores.append(_log_likelihood(model, scoring, target, len(batch.indices), taps))
         del taps  # or the next label's would be made beside these
     return torch.stack(scores, -1) if scores else torch.empty(0, len(labels))
+
+
+def _scoring(model: Predictor, batch: Batch) -> Scoring:
+    images = () if batch.images is None else (batch.images.to(model.device),)
+    return model.scoring(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device), *images)
 
 
 @torch.no_grad()

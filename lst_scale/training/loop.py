@@ -182,7 +182,7 @@ class Trainer:
             answer = yield BackboneRequest(at=Moment(progress.step, TRAINING, index), batch=batch, following=following)
             start = time.perf_counter() - answer.seconds  # while others trained, the clock stood still
             torch.manual_seed(_step_seed(self.recipe.seed, progress.step, self.world.rank, index))
-            losses.append(self._forward_backward(batch, answer.prepared, step.num_target_tokens))
+            losses.append(self._forward_backward(batch, answer.prepared, step.divisor))
             del answer  # or the next micro-batch's taps would be made beside these
             source_tokens += int(batch.attention_mask_BS.sum())
             if index == last:
@@ -202,11 +202,11 @@ class Trainer:
         self._log_step(progress, loss, rate, seconds)
         return progress
 
-    def _forward_backward(self, batch: Batch, prepared: Any, num_target_tokens: int) -> Tensor:
+    def _forward_backward(self, batch: Batch, prepared: Any, divisor: int) -> Tensor:
         """Return this micro-batch's summed negative log-likelihood, in nats, where it was made: nobody waits for a GPU here."""
         nll = self.trainee.nll(self.engine, batch, prepared)
-        # DeepSpeed averages over ranks and micro-batches; undo both, so that every token of the global batch weighs the same.
-        scale = self.world.size * self.plan.accumulation / num_target_tokens
+        # DeepSpeed averages over ranks and micro-batches; undo both, so that every token (or row) of the global batch weighs the same.
+        scale = self.world.size * self.plan.accumulation / divisor
         self.engine.backward(nll * scale)
         return nll.detach()
 
@@ -227,7 +227,7 @@ class Trainer:
         ranks = [str(rank) for rank, flag in enumerate(flags[:size]) if flag]
         if ranks:
             self._refuse_loss(losses, taken, step, ranks)
-        return total_nll / taken.num_target_tokens, int(total_source)
+        return total_nll / taken.divisor, int(total_source)
 
     def _refuse_loss(self, losses: list[Tensor], taken: Step, step: int, ranks: list[str]) -> None:
         """Say what made a loss that is not finite. All ranks look at one micro-batch again, since some backbones run on all at once."""

@@ -18,7 +18,7 @@ from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import check_folder, folder_of
-from lst_scale.side.count import Shape, shape_of, trainable_parameters
+from lst_scale.side.count import Shape, shape_of, trainable_of
 from lst_scale.system.assets import load_ds_config
 from lst_scale.system.extras import require
 from lst_scale.training.warm_start import start_folder
@@ -98,7 +98,7 @@ def _check_checkpoints(recipes: Sequence[Recipe], problems: list[str]) -> None:
         if shape is not None:
             with _gathering(problems):
                 _refuse_one_stack(shape, recipe.backbone.checkpoint)
-                trainable_parameters(shape, recipe.method)
+                trainable_of(recipe, shape)
 
 
 def _refuse_one_stack(shape: Shape, checkpoint: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
-from lst_scale.data.encode import EncodedSplit, encode
+from lst_scale.data.encode import EncodedSplit, encode, weighted_by_row
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
 from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
+from lst_scale.images.features import ImageReader
 from lst_scale.methods import check_method
+from lst_scale.methods.images import vision_config
 from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of, with_keys
 from lst_scale.recipe.schema import LstRecipe, Recipe
 from lst_scale.runs.logs import Logger
@@ -77,6 +79,9 @@ def load_data(recipe: Recipe) -> Data:
     try_own_metrics(task)
     tokenizer, unknown = load_fitting_tokenizer(recipe, task)
     splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    splits = with_images(splits, recipe)
+    if not isinstance(recipe.task, str) and recipe.task.loss == "example_mean":
+        splits["train"] = weighted_by_row(splits["train"])
     said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer))
     return Data(task=task, tokenizer=tokenizer, splits=splits, sentences=tuple(sentence for sentence in said if sentence is not None))
 
@@ -113,6 +118,18 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
         loading=loading,
         passes=SharedPasses(backbone=backbone, request=_request(recipes, backbone.spec)),
     )
+
+
+def with_images(splits: dict[str, EncodedSplit], recipe: Recipe) -> dict[str, EncodedSplit]:
+    """Return splits whose batches bring the features of their images, where rows have some; features that are missing are made.
+
+    Raises:
+        LstScaleError: a picture or the image model can't be used.
+    """
+    if recipe.vision is None:
+        return splits
+    reader = ImageReader(recipe.vision)
+    return {name: replace(split, images=reader.read(row.images for row in split.rows)) for name, split in splits.items()}
 
 
 def build_cache(recipe: Recipe) -> tuple[int, Path]:
@@ -192,7 +209,7 @@ def peak_memory_bytes(world: World) -> int:
 
 def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest | None:
     """Return which taps serve all members; None: the method reads none."""
-    configs = [ladder_config(recipe.method, spec) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
+    configs = [ladder_config(recipe.method, spec, vision_config(recipe)) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
     return union([SideNetwork.request_of(config) for config in configs]) if configs else None
 
 

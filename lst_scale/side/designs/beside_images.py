@@ -62,7 +62,10 @@ class StackBesideImages(TransformerStack):
         return tokens
 
     def _enter_with(self, embedding: Tensor, tokens: Tensor) -> Tensor:
-        narrow: Tensor = self.first_downsample(self.dropout(torch.cat([cast_embedding(embedding), tokens], 1)))
+        entering = torch.cat([cast_embedding(embedding), tokens], 1)
+        if self.normalize_taps:  # one scale for words and images
+            entering = nn.functional.rms_norm(entering, entering.shape[-1:], eps=1e-6)
+        narrow: Tensor = self.first_downsample(self.dropout(entering))
         return narrow
 
     def _rung(

@@ -1,0 +1,80 @@
+"""The images of a split's rows, as a batch takes them: features out of the store, by each row's pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from lst_scale.errors import LadderError
+from lst_scale.images.model import load_image_model
+from lst_scale.images.store import FeatureStore, digest_of_file
+from lst_scale.inputs.images import Images
+from lst_scale.inputs.keys import FILLER
+from lst_scale.recipe.vision import VisionRecipe
+
+
+class ImagesOfRows:
+    """Which images each row of a split has, and their features."""
+
+    def __init__(self, store: FeatureStore, digests: Sequence[str], numbers: Sequence[Sequence[int]]) -> None:
+        self._store, self._digests = store, digests
+        self._numbers = np.array(numbers, np.int32)  # (rows, I): which of the digests
+        self.digest = hashlib.sha256("".join(digests).encode() + self._numbers.tobytes()).hexdigest()
+
+    def of(self, rows: Sequence[int]) -> Images:
+        """Return those of a batch; a filler row has the first row's."""
+        numbers = self._numbers[[0 if row == FILLER else row for row in rows]]
+        features = np.stack([np.stack([self._store[self._digests[number]] for number in row]) for row in numbers])
+        return Images(features_BIGF=torch.from_numpy(features))
+
+
+class ImageReader:
+    """Gives rows the features of their pictures; those that are not on disk yet are made.
+
+    Raises:
+        LadderError: the image model can't be had.
+    """
+
+    def __init__(self, recipe: VisionRecipe) -> None:
+        self._recipe, self._store = recipe, FeatureStore(load_image_model(recipe))
+        self._digests: dict[str, str] = {}  # of each file
+
+    def read(self, rows: Iterable[tuple[str, ...]]) -> ImagesOfRows:
+        """Return the images of rows, given the files of each one's pictures.
+
+        Raises:
+            DataError: a picture can't be read.
+            LadderError: the image model makes other features than the recipe says.
+        """
+        files = list(rows)
+        for file in dict.fromkeys(file for row in files for file in row):
+            if file not in self._digests:
+                self._digests[file] = digest_of_file(file)
+        pictures = {self._digests[file]: file for row in files for file in row}
+        self._store.fill(pictures)
+        order = list(pictures)
+        refuse_other_features(self._recipe, self._store[order[0]].shape)
+        place = {digest: number for number, digest in enumerate(order)}
+        return ImagesOfRows(self._store, order, [[place[self._digests[file]] for file in row] for row in files])
+
+
+def refuse_other_features(recipe: VisionRecipe, shape: tuple[int, ...]) -> None:
+    """Compare what an image model makes of an image (G, F) with what the recipe says.
+
+    Raises:
+        LadderError: names the key and the value to write.
+    """
+    positions, channels = shape
+    if channels != recipe.feature_dim:
+        raise LadderError(
+            f"vision.feature_dim is {recipe.feature_dim}, but {recipe.image_model} makes {channels} channels: write {channels}"
+        )
+    grid = round(positions**0.5)
+    if grid < recipe.pooled_grid:
+        size = "" if recipe.image_size is None else ", or a larger vision.image_size"
+        raise LadderError(
+            f"vision.pooled_grid {recipe.pooled_grid} is finer than the {grid} x {grid} features of an image: write {grid} or less{size}"
+        )
