@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -38,6 +39,8 @@ from typing import Any
 
 import torch
 from reuse_ways import CACHED, LADDERS, TOGETHER, WAYS, Step, ladder_step, make_batches, open_backbone, rival_step, stacked_step
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DEFAULT = ("forward", "side", "lst", "lst-cached", "members", "members-cached", "lora", "lora-checkpointed", "full")
 
@@ -179,6 +182,45 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run_alone(case: str, tree: Path | None = None) -> list[dict[str, Any]]:
+    """Run one case in a process of its own, perhaps with another tree's package and script."""
+    script, arguments = sys.argv[0], without_against(sys.argv[1:])
+    environment = dict(os.environ)
+    if tree:
+        script, environment["PYTHONPATH"] = str(tree / "benchmarks/reuse.py"), str(tree)
+    command = [sys.executable, script, *arguments, "--one", case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+    failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
+    found = json.loads(lines[-1]) if done.returncode == 0 and lines else [{"case": case, "error": failure[0][:100]}]
+    for each in found:
+        print(json.dumps(each), file=sys.stderr, flush=True)
+    return found
+
+
+def without_against(arguments: list[str]) -> list[str]:
+    """Return the arguments less `--against TREE`, which older scripts do not know."""
+    place = arguments.index("--against") if "--against" in arguments else len(arguments)
+    return arguments[:place] + arguments[place + 2 :]
+
+
+def compared(options: argparse.Namespace) -> str:
+    """Run each case on this tree and on another in turns, and return the least processor seconds of both as a Markdown table."""
+    least: dict[str, dict[Path, float]] = {}
+    for number in range(options.rounds):
+        trees = [options.against, ROOT]
+        for case in options.cases:
+            for tree in trees if number % 2 else reversed(trees):
+                for found in run_alone(case, tree.resolve()):
+                    seconds = least.setdefault(found["case"], {})
+                    seconds[tree] = min(seconds.get(tree, math.inf), found.get("processor_seconds", math.inf))
+    lines = ["| case | processor s a step before | now | now / before |", "| --- | --- | --- | --- |"]
+    for case, seconds in least.items():
+        before, now = seconds.get(options.against, math.inf), seconds.get(ROOT, math.inf)
+        lines.append(f"| {case} | {before:.3f} | {now:.3f} | {now / before:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -199,6 +241,7 @@ def main() -> None:
         "--folder", type=Path, help="where taps are stored for a while: on a disk, not in memory (default: the temporary folder)"
     )
     parser.add_argument("--json", type=Path, help="also write the records of all rounds here")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="compare with another source tree, in turns: the least of all rounds")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     wrong = [case for case in options.cases if case.partition(":")[0] not in WAYS]
@@ -208,15 +251,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             print(json.dumps(measure(options, options.one, Path(folder))))
         return
-    records = []
-    for case in options.cases * options.rounds:
-        done = subprocess.run([sys.executable, *sys.argv, "--one", case], capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
-        failure = done.stderr.strip().splitlines()[-1:] or ["failed"]
-        found = json.loads(lines[-1]) if done.returncode == 0 and lines else [{"case": case, "error": failure[0][:100]}]
-        records += found
-        for each in found:
-            print(json.dumps(each), file=sys.stderr, flush=True)
+    if options.against:
+        print(compared(options))
+        return
+    records = [each for case in options.cases * options.rounds for each in run_alone(case)]
     sizes = (
         f"batch {options.batch}, source {options.source}, target {options.target}, layers {options.layers}, r {options.reduction_factor}"
     )
