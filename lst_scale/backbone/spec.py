@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar
 
-from lst_scale.errors import LadderError
+from lst_scale.errors import BackboneError, LadderError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,18 @@ class BackboneSpec:
     def architecture(self) -> Mapping[str, Any]:
         """What a side network can't do without: it fits a backbone whose values are the same."""
         raise NotImplementedError
+
+
+def refuse_placement(spec: BackboneSpec, placement: str) -> None:
+    """Refuse a placement that was never tried with a kind of model.
+
+    Raises:
+        BackboneError: it was not.
+    """
+    if spec.one_stack and placement != "replicated":
+        raise BackboneError(
+            f"a {spec.model_type} is held whole by each process so far: write backbone.placement=replicated, not {placement}"
+        )
 
 
 def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequence[int], side_heads: int | None = None) -> None:

@@ -50,6 +50,8 @@ def plan_command(
         raise ArgumentError(
             f"the shape of {loaded.backbone.checkpoint} is unknown here: give a folder with its config.json as backbone.checkpoint"
         )
+    if shape.spec.one_stack:
+        raise ArgumentError(f"the memory of a {shape.spec.model_type} is not planned yet: train a few steps, whose peak a run tells")
     gpu = None if cpu else report.Gpu()
     setting = report.setting_of(loaded, world_size=gpus, on_gpu=not cpu, target=target)
     with _quiet(), _without_collector(), _progress() as begin:

@@ -117,7 +117,7 @@ class Encoding:
         """Return the ids of sources, and how many of these were cut."""
         with fence(DataError, "the rows can't be tokenized"):
             ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_source_length).input_ids
-            return ids, _count_cut(texts, ids, self.tokenizer, self.max_source_length)
+            return ids, _count_cut("text", texts, ids, self.tokenizer, self.max_source_length)
 
     def _encode(self, rows: Sequence[Row], first: int) -> EncodedRows:
         sources, cut_sources = self.sources([row.source for row in rows])
@@ -130,7 +130,7 @@ class Encoding:
         truncated = {"truncation": True, "max_length": self.max_target_length} if self.max_target_length is not None else {}
         with fence(DataError, "the rows can't be tokenized"):
             ids = self.tokenizer(text_target=texts, **truncated).input_ids
-            cut = _count_cut(texts, ids, self.tokenizer, self.max_target_length)
+            cut = _count_cut("text_target", texts, ids, self.tokenizer, self.max_target_length)
         for number, (target, answer) in enumerate(zip(ids, answers, strict=True), start=first):
             if not any(token != self.tokenizer.eos_token_id for token in target):
                 raise self._empty(answer, number)
@@ -238,12 +238,12 @@ def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int)
     )
 
 
-def _count_cut(texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, limit: int | None) -> int:
+def _count_cut(side: str, texts: Sequence[str], ids: Sequence[Sequence[int]], tokenizer: Any, limit: int | None) -> int:
     """Return how many texts have more tokens than the limit left of them. Only those that reach it are tokenized again, whole."""
     if limit is None:
         return 0
     full = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) >= limit]
-    return sum(len(tokens) > limit for tokens in tokenizer(full, verbose=False).input_ids) if full else 0
+    return sum(len(tokens) > limit for tokens in tokenizer(**{side: full}, verbose=False).input_ids) if full else 0
 
 
 def weighted_by_row(split: EncodedSplit) -> EncodedSplit:

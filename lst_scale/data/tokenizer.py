@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lst_scale.data.prompts import PromptTokenizer, ends_no_text
 from lst_scale.errors import DataError, fence
 from lst_scale.system.assets import resolve
 
@@ -31,7 +32,8 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> Any:
 
     refuse_missing_tokenizer(checkpoint)
     with fence(DataError, f"the tokenizer of {checkpoint} could not be loaded"):
-        return AutoTokenizer.from_pretrained(resolve(checkpoint), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(checkpoint), revision=revision, trust_remote_code=False)
+        return PromptTokenizer(tokenizer) if ends_no_text(tokenizer) else tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import BackboneSpec, Replica, TapRequest
 from lst_scale.data.batches import Batch
 from lst_scale.inputs.images import Images
@@ -95,6 +96,16 @@ class Trainee(Protocol):
             LadderError: the folder is not whole, or does not fit this backbone.
         """
         ...
+
+
+def divided(batch: Batch, labels_BT: Tensor, spec: BackboneSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a model reads of a batch, where that is, to predict these labels: source ids, their mask, target ids."""
+    return family_of(spec.model_type, "this backbone").divide(spec, batch.input_ids_BS, batch.attention_mask_BS, labels_BT)
+
+
+def as_labels(target: Sequence[int], batch: Batch) -> Tensor:
+    """Return one target (token ids) as the labels (B, T) of all rows of a batch."""
+    return torch.tensor([target]).expand(len(batch.indices), -1)
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,9 +23,8 @@ from lst_scale.errors import LadderError, fence
 from lst_scale.inputs.batch import moved
 from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import IGNORED
-from lst_scale.methods.base import trained_parameters, whole_shape
+from lst_scale.methods.base import divided, trained_parameters, whole_shape
 from lst_scale.side.files import read_weights
-from lst_scale.side.loss import shift_right
 from lst_scale.system.durable import write_directory
 
 WEIGHTS, CONFIG = "trained.safetensors", "method.json"
@@ -57,12 +56,12 @@ class WholeModelTrainee:
         return None
 
     def nll(self, engine: Any, batch: Batch, prepared: Any = None) -> Tensor:
-        device, spec = self.backbone.device, self.backbone.spec
+        device = self.backbone.device
         labels_BT = moved(batch.labels_BT, device)
+        source_BS, mask_BS, target_BT = (moved(ids, device) for ids in divided(batch, batch.labels_BT, self.backbone.spec))
         with self._precision():
-            source_BS, mask_BS = moved(batch.input_ids_BS, device), moved(batch.attention_mask_BS, device)
             images = None if batch.images is None else batch.images.to(device)
-            logits_BTV = _logits(self.backbone.family, engine, source_BS, mask_BS, shift_right(labels_BT, spec), images)[0]
+            logits_BTV = _logits(self.backbone.family, engine, source_BS, mask_BS, target_BT, images)[0]
         flat, wanted = logits_BTV.float().flatten(0, 1), labels_BT.flatten()
         if batch.weights_B is None:
             nll = nn.functional.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum")

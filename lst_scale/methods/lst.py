@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import Backbone, BackboneSpec, Inputs, SourceState, TapRequest, Taps, select, where_not_finite
 from lst_scale.data.batches import Batch, collate
 from lst_scale.data.encode import EncodedSplit, stored_keys
 from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import FILLER, KeyTable, RowKey
+from lst_scale.methods.base import as_labels, divided
 from lst_scale.recipe.schema import LstRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.files import refuse_config_of_another
 from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initialize_random
-from lst_scale.side.loss import cross_entropy_sum, shift_right
+from lst_scale.side.loss import cross_entropy_sum
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
 from lst_scale.side.vision_config import VisionConfig
@@ -89,15 +91,17 @@ class LadderTrainee:
 
     def _frozen(self) -> dict[str, Tensor]:
         """What belongs to the side network and does not train: what tells image tokens apart."""
-        return dict(self.module.named_buffers())
+        trained = {name for name, _ in self.module.named_parameters()}
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in trained}
 
 
 def inputs_of(batch: Batch, spec: BackboneSpec) -> Inputs:
     """Return a batch as a backbone takes it, on the CPU."""
+    source_BS, source_mask_BS, target_BT = divided(batch, batch.labels_BT, spec)
     return Inputs(
-        source_BS=batch.input_ids_BS,
-        source_mask_BS=batch.attention_mask_BS,
-        target_BT=shift_right(batch.labels_BT, spec),
+        source_BS=source_BS,
+        source_mask_BS=source_mask_BS,
+        target_BT=target_BT,
         target_lengths=batch.target_lengths,
         encoded_keys=batch.keys,
     )
@@ -138,7 +142,7 @@ class SharedPasses:
         return None if self.request is None else taps_of(self.backbone, batch, self.request)
 
     def source_of(self, batch: Batch) -> SourceState | None:
-        if self.request is None:
+        if self.request is None or not family_of(self.backbone.spec.model_type, "this backbone").answers_from_source:
             return None
         device = self.backbone.device
         return self.backbone.read(moved(batch.input_ids_BS, device), moved(batch.attention_mask_BS, device), self.request)
@@ -148,7 +152,7 @@ class SharedPasses:
         if self.request is None:
             return iter([None] * len(targets))
         inputs = inputs_of(batch, self.backbone.spec).to(self.backbone.device)
-        several = [inputs.with_target(shift_right(torch.tensor([target]), self.backbone.spec)[0]) for target in targets]
+        several = [inputs.with_target(divided(batch, as_labels(target, batch), self.backbone.spec)[2]) for target in targets]
         return self.backbone.each_target(several, self.request)
 
     def prefetch(self, following: Callable[[], Batch | None]) -> None:

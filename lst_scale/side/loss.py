@@ -18,7 +18,7 @@ CHUNK = 256  # tokens whose logits exist at once: 33 MB in float32 for T5's 32,1
 
 def shift_right(labels_BT: Tensor, spec: BackboneSpec) -> Tensor:
     """Return the target ids (B, T) that a backbone reads to predict these labels."""
-    return family_of(spec.model_type, "this backbone").target_inputs(spec, labels_BT)
+    return family_of(spec.model_type, "this backbone").divide(spec, labels_BT, labels_BT, labels_BT)[2]
 
 
 def cross_entropy_sum(head: FrozenHead, hidden_BTD: Tensor, labels_BT: Tensor, weights_B: Tensor | None = None) -> tuple[Tensor, int]:

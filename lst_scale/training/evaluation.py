@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lst_scale.backbone.families import family_of
 from lst_scale.data.batches import FILLER, Batch, evaluation_batches, merge_predictions
 from lst_scale.data.encode import EncodedSplit, answer_in, target_text
 from lst_scale.errors import ArgumentError
 from lst_scale.inputs.batch import moved
-from lst_scale.methods.base import Predictor, Scoring
+from lst_scale.methods.base import Predictor, Scoring, as_labels, divided
 from lst_scale.recipe.schema import EvaluationRecipe
-from lst_scale.side.loss import shift_right
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
 from lst_scale.training.sessions import EVALUATION, BackboneRequest, Moment, Session, Want
@@ -91,9 +91,10 @@ def generated(
     if batch is None:
         return []
     with torch.no_grad():
-        output_BT = model.generate(
-            input_ids=batch.input_ids_BS.to(model.device),
-            attention_mask=batch.attention_mask_BS.to(model.device),
+        output_BT = family_of(model.spec.model_type, "this model").answers(
+            model.generate,
+            batch.input_ids_BS.to(model.device),
+            batch.attention_mask_BS.to(model.device),
             num_beams=recipe.num_beams,
             do_sample=False,
             max_new_tokens=recipe.max_new_tokens or longest,
@@ -124,25 +125,27 @@ def label_scores(
 
     It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
     """
-    targets = tuple(tuple(tokenizer(target_text(label, target_prefix)).input_ids) for label in labels)
+    targets = tuple(tuple(tokenizer(text_target=target_text(label, target_prefix)).input_ids) for label in labels)
     scoring = None if batch is None else _scoring(model, batch)
     scores: list[Tensor] = []
     for number, target in enumerate(targets):
         taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
         if batch is not None and scoring is not None:
-            scores.append(_log_likelihood(model, scoring, target, len(batch.indices), taps))
+            scores.append(_log_likelihood(model, scoring, target, batch, taps))
         del taps  # or the next label's would be made beside these
     return torch.stack(scores, -1) if scores else torch.empty(0, len(labels))
 
 
 def _scoring(model: Predictor, batch: Batch) -> Scoring:
+    source_BS, mask_BS, _ = divided(batch, batch.labels_BT, model.spec)
     images = () if batch.images is None else (batch.images.to(model.device),)
-    return model.scoring(batch.input_ids_BS.to(model.device), batch.attention_mask_BS.to(model.device), *images)
+    return model.scoring(source_BS.to(model.device), mask_BS.to(model.device), *images)
 
 
 @torch.no_grad()
-def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], rows: int, taps: Any) -> Tensor:
+def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], batch: Batch, taps: Any) -> Tensor:
     """Return the log-likelihood (B,) of one target for every row."""
-    labels_BT = torch.tensor([target], device=model.device).expand(rows, -1)
-    logits_BTV = scoring.logits(shift_right(labels_BT, model.spec), taps)
+    labels_BT = as_labels(target, batch)
+    logits_BTV = scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps)
+    labels_BT = labels_BT.to(model.device)
     return logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from lst_scale.backbone.spec import refuse_placement
 from lst_scale.data.files import HUB
 from lst_scale.data.tasks import FILE_SPLITS, file_rows, labels_of, refuse_unknown_labels
 from lst_scale.data.tokenizer import refuse_missing_tokenizer
-from lst_scale.errors import BackboneError, LstScaleError, NotReady
+from lst_scale.errors import LstScaleError, NotReady
 from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import check_folder, folder_of
-from lst_scale.side.count import Shape, shape_of, trainable_of
+from lst_scale.side.count import shape_of, trainable_of
 from lst_scale.system.assets import load_ds_config
 from lst_scale.system.extras import require
 from lst_scale.training.warm_start import start_folder
@@ -97,17 +98,9 @@ def _check_checkpoints(recipes: Sequence[Recipe], problems: list[str]) -> None:
         shape = shapes.get(recipe.backbone.checkpoint)
         if shape is not None:
             with _gathering(problems):
-                _refuse_one_stack(shape, recipe.backbone.checkpoint)
+                refuse_placement(shape.spec, recipe.backbone.placement.name)
+            with _gathering(problems):
                 trainable_of(recipe, shape)
-
-
-def _refuse_one_stack(shape: Shape, checkpoint: str) -> None:
-    """Refuse what a ladder can stand beside in Python, and a recipe not yet."""
-    if shape.spec.one_stack:
-        raise BackboneError(
-            f"backbone.checkpoint {checkpoint} is a {shape.spec.model_type}, which recipes do not train yet: "
-            "write LadderModel(model, LadderConfig(...)) in Python, or choose a T5"
-        )
 
 
 @contextlib.contextmanager

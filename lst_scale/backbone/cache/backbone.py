@@ -63,10 +63,12 @@ class CachingBackbone:
         replica: Replica,
         load: Callable[[], Backbone],
         num_parameters: int,
+        embedding_scale: float = 1.0,
     ) -> None:
         self.cache, self.spec, self.identity, self.head = cache, spec, identity, head
         self.weight_source, self.replica, self.num_parameters = weight_source, replica, num_parameters
         self._embedding_VD, self._live = embedding_VD, LazyBackbone(load)
+        self._embedding_scale = torch.tensor(embedding_scale).to(embedding_VD.dtype)
         self.rows_read, self.rows_run = 0, 0
         # Rows are stored with the taps of all members of a run; each is given its own.
         self._whole = TapRequest(layers=cache.key.layers, target_final=cache.key.decoder_final)
@@ -176,11 +178,15 @@ class CachingBackbone:
         final = target.pop() if self.cache.key.decoder_final else None
         layers = self.cache.key.layers
         return Taps(
-            source=StackTaps(layers=layers, embedding=self._embedding_VD[inputs.source_BS], hidden=tuple(source)),
-            target=StackTaps(layers=layers, embedding=self._embedding_VD[inputs.target_BT], hidden=tuple(target)),
+            source=StackTaps(layers=layers, embedding=self._embed(inputs.source_BS), hidden=tuple(source)),
+            target=StackTaps(layers=layers, embedding=self._embed(inputs.target_BT), hidden=tuple(target)),
             source_mask_BS=inputs.source_mask_BS,
             final_BTD=final,
         )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        rows = self._embedding_VD[ids]
+        return rows if self._embedding_scale == 1 else rows * self._embedding_scale
 
 
 def _wanted(inputs: Inputs) -> Wanted:

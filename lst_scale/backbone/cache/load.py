@@ -70,4 +70,5 @@ def load_caching(
         replica=Replica(index=world.rank, count=world.size),
         load=load,
         num_parameters=count,
+        embedding_scale=checkpoint.family.embedding_scale(checkpoint.spec),
     )

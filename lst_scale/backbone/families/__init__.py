@@ -119,6 +119,7 @@ class Family(Protocol):
     head_name: ClassVar[str]  # of the output head, where it is a matrix of its own
     live_classes: ClassVar[tuple[str, ...]]  # transformers' classes that can be wrapped
     peft_task: ClassVar[str]  # peft's name of what the model does
+    answers_from_source: ClassVar[bool]  # whether generation goes on from what `read` made of a source
 
     # Names in checkpoints.
 
@@ -158,6 +159,10 @@ class Family(Protocol):
         """Return the input embedding (V, D)."""
         ...
 
+    def embedding_scale(self, spec: Any) -> float:
+        """Return by what a row of the input embedding is multiplied when it is looked up."""
+        ...
+
     def head(self, model: Any, spec: Any) -> FrozenHead: ...
 
     def head_scale(self, spec: Any) -> float:
@@ -166,8 +171,15 @@ class Family(Protocol):
 
     # Running it.
 
-    def target_inputs(self, spec: Any, labels_BT: Tensor) -> Tensor:
-        """Return the target ids (B, T) that a model reads to predict these labels."""
+    def divide(self, spec: Any, ids_BS: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return source ids (B, S), their mask, and the target ids (B, T) that a model reads to predict these labels.
+
+        What is given are whole sources, padded after their last token.
+        """
+        ...
+
+    def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
+        """Return what `generate`, a model's own, makes of sources that are padded after their last token: new tokens alone."""
         ...
 
     def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from lst_scale.backbone.placement.prefetch import Prefetcher
 from lst_scale.backbone.placement.replicated import LocalBackbone
+from lst_scale.backbone.spec import refuse_placement
 from lst_scale.backbone.taps import BackboneIdentity, Replica
 from lst_scale.backbone.weights import assemble
 from lst_scale.backbone.weights import precision as precisions
@@ -37,6 +38,7 @@ def open_alone(recipe: BackboneRecipe) -> MetaBackbone:
     """
     precisions.check(recipe.precision)
     checkpoint = open_checkpoint(recipe.checkpoint, recipe.revision)
+    refuse_placement(checkpoint.spec, recipe.placement.name)
     model = assemble.empty_model(checkpoint)
     assemble.check_shapes(model, checkpoint)
     identity = BackboneIdentity(

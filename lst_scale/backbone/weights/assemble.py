@@ -73,12 +73,17 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 def fill_ends(model: Any, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
     """Put embedding, head and final norms in place."""
-    dtype, own_head = compute_dtype(precision), checkpoint.has_own_head
+    own_head = checkpoint.has_own_head
     for name in checkpoint.family.ends(own_head=own_head):
-        path, _, last = name.rpartition(".")
-        module = model.get_submodule(path)
-        setattr(module, last, _read_parameter(checkpoint, name, getattr(module, last), dtype, device))
+        fill_end(model, name, checkpoint, precision, device)
     checkpoint.family.tie(model, own_head=own_head)
+
+
+def fill_end(model: Any, name: str, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:
+    """Put one weight outside the blocks in place."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, last, _read_parameter(checkpoint, name, getattr(module, last), compute_dtype(precision), device))
 
 
 def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: str, device: torch.device) -> None:

@@ -123,7 +123,7 @@ class _Walk:
         self.checkpoint, self.family, self.spec, self.device, self.total = checkpoint, checkpoint.family, checkpoint.spec, device, total
         self.sources = [example.input_ids_S.to(device)[None] for example in examples]
         self.labels = [example.labels_T.to(device) for example in examples]
-        self.targets = [self.family.target_inputs(self.spec, labels[None]) for labels in self.labels]
+        self.targets = [self.family.divide(self.spec, labels[None], labels[None], labels[None])[2] for labels in self.labels]
         self.positions: dict[str, Callable[[int, torch.device], Any]] = {}  # by stack
 
     def run(self) -> None:

@@ -23,6 +23,7 @@ from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
 from lst_scale.backbone.masks import positions_of, whole_mask
 from lst_scale.backbone.taps import FrozenHead
 from lst_scale.errors import BackboneError
+from lst_scale.inputs.keys import IGNORED
 
 STACK = "decoder"
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -51,6 +52,7 @@ class LlamaModel:
     stacks: ClassVar[tuple[str, str]] = (STACK, STACK)
     embedding_name: ClassVar[str] = EMBEDDING
     head_name: ClassVar[str] = HEAD
+    answers_from_source: ClassVar[bool] = False
     live_classes: ClassVar[tuple[str, ...]] = (
         "LlamaForCausalLM",
         "Qwen2ForCausalLM",
@@ -103,6 +105,9 @@ class LlamaModel:
         weight_VD: Tensor = model.model.embed_tokens.weight
         return weight_VD
 
+    def embedding_scale(self, spec: LlamaSpec) -> float:
+        return float(spec.d_model**0.5) if spec.model_type.startswith("gemma") else 1.0
+
     def head(self, model: Any, spec: LlamaSpec) -> FrozenHead:
         divided_by, soft_cap = spec.setting("logits_scaling", 1.0), spec.setting("final_logit_softcapping")
         return FrozenHead(weight_VD=model.lm_head.weight, scale=1.0, divided_by=float(divided_by), soft_cap=soft_cap)
@@ -110,10 +115,24 @@ class LlamaModel:
     def head_scale(self, spec: LlamaSpec) -> float:
         return 1.0
 
-    def target_inputs(self, spec: LlamaSpec, labels_BT: Tensor) -> Tensor:
-        raise BackboneError(
-            "a decoder-only model's target begins with the last token of its source, which labels do not tell: give the target"
-        )
+    def divide(self, spec: LlamaSpec, ids_BS: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The target begins with the last token of the prompt, which predicts the first of the answer; the source ends before it.
+
+        A prompt of one token, which rows that fill a batch up have, is source and begins the target as well: a source is never empty.
+        """
+        last_B1 = (mask_BS.sum(1, keepdim=True) - 1).clamp(min=0)
+        target_BT = torch.cat([ids_BS.gather(1, last_B1), labels_BT[:, :-1]], 1)
+        ends_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None] == last_B1
+        mask_BS = mask_BS.masked_fill(ends_BS & (last_B1 > 0), 0)
+        longest = max(1, int(mask_BS.sum(1).max()))
+        return ids_BS[:, :longest], mask_BS[:, :longest], target_BT.masked_fill(target_BT == IGNORED, spec.pad_token_id)
+
+    def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
+        """Prompts are moved to the right, since new tokens come after them."""
+        width = ids_BS.shape[1]
+        places = (torch.arange(width, device=ids_BS.device)[None] + mask_BS.sum(1, keepdim=True)) % width
+        moved = generate(input_ids=ids_BS.gather(1, places), attention_mask=mask_BS.gather(1, places), **options)
+        return moved[:, width:]
 
     def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
         blocks: nn.ModuleList = model.model.layers

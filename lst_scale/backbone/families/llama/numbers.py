@@ -61,6 +61,8 @@ def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
 
 def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     """Return the weights of a side network: blocks, |K| + 1 downsamples, |K| gates, a norm, an upsample."""
+    if method.initialization != "random":
+        raise BackboneError(f"side blocks are not carved out of a {spec.model_type}: write method.initialization=random")
     r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
     width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))
     kv = max(1, round(spec.num_kv_heads / r))

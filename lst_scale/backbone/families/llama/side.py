@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -25,7 +26,8 @@ class Rotary(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embedding = LlamaRotaryEmbedding(config)
+        with torch.device("cpu"):  # whatever the weights are made on: frequencies are not read from a file
+            self.embedding = LlamaRotaryEmbedding(config)
 
     def forward(self, hidden: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         cosines, sines = self.embedding(hidden, positions_BT)

@@ -47,6 +47,7 @@ class T5Model:
     stacks: ClassVar[tuple[str, str]] = (ENCODER, DECODER)
     embedding_name: ClassVar[str] = SHARED
     head_name: ClassVar[str] = HEAD
+    answers_from_source: ClassVar[bool] = True
     live_classes: ClassVar[tuple[str, ...]] = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
     def stored_names(self, name: str) -> tuple[str, ...]:
@@ -97,6 +98,9 @@ class T5Model:
         weight_VD: Tensor = model.shared.weight
         return weight_VD
 
+    def embedding_scale(self, spec: T5Spec) -> float:
+        return 1.0
+
     def head(self, model: Any, spec: T5Spec) -> FrozenHead:
         return FrozenHead(weight_VD=model.lm_head.weight, scale=self.head_scale(spec))
 
@@ -108,6 +112,12 @@ class T5Model:
         shifted = torch.full_like(labels_BT, spec.decoder_start_token_id)
         shifted[:, 1:] = labels_BT[:, :-1]
         return shifted.masked_fill(shifted == IGNORED, spec.pad_token_id)
+
+    def divide(self, spec: T5Spec, ids_BS: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ids_BS, mask_BS, self.target_inputs(spec, labels_BT)
+
+    def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
+        return generate(input_ids=ids_BS, attention_mask=mask_BS, **options)
 
     def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
         blocks: nn.ModuleList = (model.decoder if target else model.encoder).block

@@ -1,0 +1,87 @@
+"""The tokenizer of a model that goes on with a text: sources are prompts, which do not end; targets are what follows, which does.
+
+source   [<bos>] Review : a fine film Sentiment :       too long ones lose their beginning, never the question at their end
+target   ▁positive </s>                                 as it is tokenized after a text, not as at the beginning of one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lst_scale.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """Token ids, under transformers' name."""
+
+    input_ids: list[Any]
+
+
+class PromptTokenizer:
+    """A tokenizer of transformers, called as one that ends texts itself is called. All but the call is its own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokenizer.truncation_side = "left"
+        if tokenizer.pad_token_id is None:  # padding is masked: any token will do
+            tokenizer.pad_token = tokenizer.eos_token
+        self._tokenizer = tokenizer
+        self._between = _between(tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        text_target: str | Sequence[str] | None = None,
+        max_length: int | None = None,
+        truncation: bool = False,
+        **options: Any,
+    ) -> Any:
+        if text_target is not None:
+            return self._targets(text_target, max_length if truncation else None)
+        found = self._tokenizer(text, max_length=max_length, truncation=truncation, **options)
+        if options.get("add_special_tokens", True) and text is not None and not isinstance(text, str):
+            return TokenIds(input_ids=[self._long_enough(ids) for ids in found.input_ids])
+        return found
+
+    def _targets(self, texts: str | Sequence[str], limit: int | None) -> TokenIds:
+        if isinstance(texts, str):
+            return TokenIds(input_ids=self._targets([texts], limit).input_ids[0])
+        spaced = [f"{self._between}{text}" for text in texts]
+        each = self._tokenizer(spaced, add_special_tokens=False).input_ids if spaced else []
+        end = self._tokenizer.eos_token_id
+        return TokenIds(input_ids=[[*ids[: None if limit is None else limit - 1], end] for ids in each])
+
+    def _long_enough(self, ids: list[int]) -> list[int]:
+        """A prompt has two tokens at least: one to read, and one that the answer is predicted from."""
+        first = self._tokenizer.bos_token_id
+        return [self._tokenizer.eos_token_id if first is None else first] * max(0, 2 - len(ids)) + ids
+
+
+def ends_no_text(tokenizer: Any) -> bool:
+    """Whether texts stay open in this tokenizer, as those of models that go on with a text do.
+
+    Raises:
+        DataError: it has no token that could end one.
+    """
+    ids = tokenizer("a").input_ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        return False
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no token that ends a text (eos_token): name it in tokenizer_config.json")
+    return True
+
+
+def _between(tokenizer: Any) -> str:
+    """Return what stands before a target so that it gets the ids that it has after a text and a space."""
+    before, both = (tokenizer(text, add_special_tokens=False).input_ids for text in ("x", "x a"))
+    after = both[len(before) :]
+    return "" if tokenizer("a", add_special_tokens=False).input_ids == after else " "
