@@ -24,6 +24,7 @@ WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # What makes clusters of two workers of pytest-xdist strangers to each other: names of nodes, ports, numbers of jobs.
 FIRST_NODE, PORT, FIRST_JOB = 2 + 10 * WORKER, 21000 + 1000 * WORKER, 1 + 1000 * WORKER
 ON_TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--time", "60")
+ON_TWO_NODES_WITH_ONE_RANK_EACH = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "60")
 ON_ONE_CORE = ("--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "60", "--memory", "1000M")
 MINI_SLURM = ROOT / "tests" / "mini_slurm.sh"
 
