@@ -67,7 +67,7 @@ def with_labels(*labels: str) -> Callable[[Place], None]:
     return prepare
 
 
-def spoiled(change: Callable[[Path], None]) -> Callable[[Place], dict[str, str]]:
+def spoiled(change: Callable[[Path], object]) -> Callable[[Place], dict[str, str]]:
     """Return a preparation that trains on a changed copy of the backbone."""
 
     def prepare(place: Place) -> dict[str, str]:
@@ -463,9 +463,7 @@ refuses(
     prepare=spoiled(config(decoder_start_token_id=99999)),
 )
 refuses("B11e", "config feed_forward_proj unknown", "feed_forward_proj", EARLY, prepare=spoiled(config(feed_forward_proj="gated-none")))
-refuses(
-    "B11f", "config.json a list", "config.json", EARLY, prepare=spoiled(lambda folder: (folder / "config.json").write_text("[]") and None)
-)
+refuses("B11f", "config.json a list", "config.json", EARLY, prepare=spoiled(lambda folder: (folder / "config.json").write_text("[]")))
 
 
 @case("B12b", "step-99999999 as a file", "test_checkpoint_faults.py::test_what_only_looks_like_a_checkpoint_is_passed_over")

@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,10 +27,11 @@ SHARD_BYTES = 1 << 30
 
 def config_of(shape: Shape) -> T5Config:
     """Return the transformers configuration of a shape."""
+    spec: Any = shape.spec  # a T5's
     names = ("vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers")
     return T5Config(
-        **{name: getattr(shape.spec, name) for name in names},
-        feed_forward_proj="gated-gelu" if shape.spec.gated else "relu",
+        **{name: getattr(spec, name) for name in names},
+        feed_forward_proj="gated-gelu" if spec.gated else "relu",
         tie_word_embeddings=not shape.own_head,
         decoder_start_token_id=0,
     )

@@ -56,7 +56,8 @@ def measure(name: str, rows: int, overrides: list[str]) -> dict[str, Any]:
         trainee = fake.trainee(recipe, backbone)
     trainee.module.to(device)
     batch.attention_mask_BS[0, -1] = 0  # a batch without any padding needs no mask, and on a GPU makes none: plans are for the others
-    for tensor in (*held_tensors(trainee.module), *held_tensors(getattr(trainee, "backbone", trainee)._model)):
+    frozen: Any = getattr(trainee, "backbone", trainee)
+    for tensor in (*held_tensors(trainee.module), *held_tensors(frozen._model)):
         if tensor.is_floating_point():
             tensor.data.fill_(0.01)  # any finite value: DeepSpeed skips the optimizer step when a gradient is not
     ds_config = load_ds_config(recipe.training.deepspeed)

@@ -99,7 +99,7 @@ def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone:
         labels = batches[number if kept is None else 0]["labels"]
         for side, optimizer in zip(sides, optimizers, strict=True):
             nll, tokens = cross_entropy_sum(backbone.head, side(taps), labels)
-            (nll / tokens).backward()
+            torch.autograd.backward(nll / tokens)
             if way != "loop":
                 optimizer.step()
             optimizer.zero_grad()
@@ -128,7 +128,7 @@ def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, bat
         with sdpa_kernel(SDPBackend.MATH):
             hidden_MBTD = torch.func.vmap(hidden_of, randomness="error")(parameters, buffers)
         nll, tokens = cross_entropy_sum(backbone.head, hidden_MBTD.flatten(0, 1), labels)
-        (nll / tokens).backward()
+        torch.autograd.backward(nll / tokens)
         for parameter in parameters.values():
             parameter.grad = None
 

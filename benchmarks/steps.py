@@ -75,7 +75,8 @@ def copy_all(conveyor: Any) -> Step:
     def step() -> Tensor:
         for index in range(len(conveyor.blocks)):
             conveyor.source.start(index, conveyor.slots[index % 2], None).wait()
-        return conveyor.slots[0][:1].float()
+        first: Tensor = conveyor.slots[0][:1].float()
+        return first
 
     return step
 
@@ -104,11 +105,12 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
         before()
         taps = backbone(inputs, request)
         if method == "forward":
-            return taps.target.tensors[-1].float().mean()
+            mean: Tensor = taps.target.tensors[-1].float().mean()
+            return mean
         for side in sides:
             nll, count = cross_entropy_sum(backbone.head, side(taps), batch["labels"])
             if side is not sides[-1]:
-                (nll / count).backward()  # one after the other, as members do; the caller runs the last one's
+                torch.autograd.backward(nll / count)  # one after the other, as members do; the caller runs the last one's
         return nll / count
 
     if method.startswith("lst-cached"):
@@ -185,7 +187,7 @@ def qlora_loss(options: argparse.Namespace, method: str, precision: str, device:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
-    quantized = {
+    quantized: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",

@@ -1,6 +1,6 @@
 """What a run answered on easy-VQA, by kind of question, and a picture of twelve pictures with questions and answers.
 
-    python benchmarks/easy_vqa.py predictions.jsonl answers.png
+    python benchmarks/pictures.py predictions.jsonl answers.png
 
 `predictions.jsonl` is what `lst-scale predict RUN data/easy-vqa/test.jsonl` wrote.
 """
