@@ -288,3 +288,26 @@ def test_tables_are_listed_and_removed_and_what_is_not_ours_stays(few_are_many: 
     assert rows("--remove", table.parent.name[:6]).startswith("removed ") and not table.exists()
     assert (table.parent / "thesis.doc").exists() and (few_are_many / "foreign" / "facts.json").exists()
     assert list(load_task(recipe).train) == expected
+
+
+def test_what_a_table_takes_of_memory_is_given_back_and_its_rows_stay() -> None:
+    """The system counts the pages that were read until they are given back; 64 MB here."""
+    count, length = 10, 1_600_000
+
+    def fill(write: Any) -> dict[str, Any]:
+        write({"n": chunk_of([np.full(length, number) for number in range(count)])})
+        return {}
+
+    column = stored_table("large", KIND, fill, likely_bytes=0).ids("n")
+
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssFile"))
+
+    column.let_go()
+    before = mapped()
+    assert [int(row.sum()) for row in column] == [number * length for number in range(count)]
+    read = mapped()
+    column.let_go()
+    assert read - before > 50 and mapped() - before < 10
+    assert int(column[3][0]) == 3

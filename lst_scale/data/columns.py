@@ -8,7 +8,7 @@ A column comes in chunks of CHUNK rows (the last may be shorter), so row r is pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,9 +27,14 @@ class Chunk(NamedTuple):
 
 
 class Column:
-    """What all columns have: rows of unequal length."""
+    """What all columns have: rows of unequal length.
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    Args:
+        let_go: gives back what a mapped file takes of this process's memory; it is read again where it is asked for.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], let_go: Callable[[], None] = lambda: None) -> None:
+        self.let_go = let_go
         assert all(len(chunk.ends) == CHUNK + 1 for chunk in chunks[:-1]), [len(chunk.ends) for chunk in chunks]
         self.chunks = chunks
         self._count = sum(len(chunk.ends) - 1 for chunk in chunks)

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import zlib
@@ -58,18 +59,25 @@ class Table:
         return found
 
     def texts(self, name: str) -> Texts:
-        return Texts(self._chunks[name])
+        return Texts(self._chunks[name], self._let_go)
 
     def ids(self, name: str) -> Ids:
-        return Ids(self._chunks[name])
+        return Ids(self._chunks[name], self._let_go)
+
+    def _let_go(self) -> None:
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    @cached_property
+    def _mapped(self) -> mmap.mmap:
+        with (self.folder / ROWS).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
     def _chunks(self) -> dict[str, list[Chunk]]:
         import pyarrow
 
-        with pyarrow.memory_map(str(self.folder / ROWS)) as source:
-            reader = pyarrow.ipc.open_file(source)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        reader = pyarrow.ipc.open_file(pyarrow.py_buffer(self._mapped))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         return {name: [_chunk(batch.column(name), KINDS[kind][0]) for batch in batches] for name, kind in self.kinds.items()}
 
 

@@ -48,8 +48,9 @@ class KeyTable:
 
     _ROW = np.dtype([("digests", np.uint8, (2, BYTES)), ("lengths", np.int32, 2)])
 
-    def __init__(self, rows: Iterable[RowKey], filler: RowKey) -> None:
-        self._rows = np.fromiter(map(_packed, itertools.chain(rows, [filler])), self._ROW)
+    def __init__(self, rows: Iterable[RowKey], filler: RowKey, count: int = -1) -> None:
+        """`count`: how many rows there are, if that is known."""
+        self._rows = np.fromiter(map(_packed, itertools.chain(rows, [filler])), self._ROW, count=count + 1 if count >= 0 else -1)
 
     @classmethod
     def of_numbers(cls, numbers: NDArray[np.int32]) -> KeyTable:
