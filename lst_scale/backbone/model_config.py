@@ -29,6 +29,7 @@ def find_config(checkpoint: str, revision: str | None = None) -> Path | None:
     """
     with fence(BackboneError, f"backbone.checkpoint {printable(checkpoint)!r}"):
         folder = Path(resolve(checkpoint))
+        _refuse_gguf(folder)
         if folder.is_dir():
             if not (folder / CONFIG).is_file():
                 raise BackboneError(f"{folder} has no {CONFIG}: copy the whole checkpoint, or write another folder")
@@ -43,6 +44,13 @@ def find_config(checkpoint: str, revision: str | None = None) -> Path | None:
 
         found = try_to_load_from_cache(checkpoint, CONFIG, revision=revision)
         return Path(found) if isinstance(found, str) else None
+
+
+def _refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF file, or a folder that holds nothing else, and say how it becomes a checkpoint."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf")) if path.is_dir() and not (path / CONFIG).is_file() else []
+    if files and files[0].suffix == ".gguf":
+        raise BackboneError(f"{files[0]} is a GGUF file: write lst-scale from-gguf {files[0]} FOLDER first, and that folder here")
 
 
 def read_config(path: Path) -> dict[str, Any]:
