@@ -50,8 +50,6 @@ def plan_command(
         raise ArgumentError(
             f"the shape of {loaded.backbone.checkpoint} is unknown here: give a folder with its config.json as backbone.checkpoint"
         )
-    if shape.spec.one_stack:
-        raise ArgumentError(f"the memory of a {shape.spec.model_type} is not planned yet: train a few steps, whose peak a run tells")
     gpu = None if cpu else report.Gpu()
     setting = report.setting_of(loaded, world_size=gpus, on_gpu=not cpu, target=target)
     with _quiet(), _without_collector(), _progress() as begin:
@@ -76,6 +74,8 @@ def plan_command(
         typer.echo(
             f"tap cache: at most {size / 1e9:.2f} GB on disk for {rows:,} {'training' if known else ''} rows in {loaded.cache.dtype}"
         )
+    if loaded.backbone.context is not None:
+        typer.echo("backbone.context is not counted: with data.max_source_length raised by its tokens a plan says what it takes at most")
     if plot is not None:
         from lst_scale.plan.picture import draw
 

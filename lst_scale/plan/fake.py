@@ -87,7 +87,7 @@ def _sized_lora_with_images(recipe: Recipe, method: LoraRecipe, on: LocalBackbon
 
 def sized_lora(method: LoraRecipe, on: LocalBackbone, around: Any = None) -> Trainee:
     """Return LoRA without peft; `around`: a module that the model stands in."""
-    check_targets(method, on.spec)
+    method = check_targets(method, on.spec)
     model = on.give_model() if around is None else around
     add_lora(on.give_model(), on.family, method)
     if method.gradient_checkpointing:

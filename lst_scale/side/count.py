@@ -54,8 +54,8 @@ def backbone_parameters(shape: Shape) -> int:
     return _numbers(shape).backbone_parameters(shape.spec, shape.own_head)
 
 
-def check_targets(method: LoraRecipe, spec: BackboneSpec) -> None:
-    """Refuse matrices that blocks of this backbone do not have.
+def check_targets(method: LoraRecipe, spec: BackboneSpec) -> LoraRecipe:
+    """Return the method with its matrices under the backbone's own names; refuse those that its blocks do not have.
 
     Raises:
         BackboneError: names the first of them, and those that there are.
@@ -63,7 +63,8 @@ def check_targets(method: LoraRecipe, spec: BackboneSpec) -> None:
     valid = numbers_of(spec.model_type, "this backbone").lora_targets(spec)
     for target in method.targets:
         if target not in valid:
-            raise BackboneError(f"method.targets: blocks of this backbone have no matrix {target!r}.{did_you_mean(target, valid)}")
+            raise BackboneError(f"method.targets: blocks of this backbone have no matrix {target!r}.{did_you_mean(target, tuple(valid))}")
+    return method.model_copy(update={"targets": tuple(dict.fromkeys(valid[target] for target in method.targets))})
 
 
 def _numbers(shape: Shape) -> Numbers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.llama.config import problem_of
 from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
@@ -17,17 +19,18 @@ class LlamaNumbers:
     spec_from = staticmethod(spec_from)
     problem_of = staticmethod(problem_of)
 
-    def lora_targets(self, spec: LlamaSpec) -> tuple[str, ...]:
-        if spec.model_type == "phi3":
-            return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-        return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    def lora_targets(self, spec: LlamaSpec) -> Mapping[str, str]:
+        """Attention's matrices go by T5's names as well, so that a recipe serves both families."""
+        matrices = _matrices(spec)
+        short = {name: next(matrix for matrix in matrices if name in matrix.partition("_")[0]) for name in ("q", "k", "v", "o")}
+        return {name: name for name in matrices} | short
 
     def trainable_parameters(self, spec: LlamaSpec, own_head: bool, method: Method) -> int:
         if isinstance(method, FullRecipe):
             return backbone_parameters(spec, own_head)
         if isinstance(method, LoraRecipe):
-            widths = _matrices(spec)
-            return spec.num_layers * method.rank * sum(sum(widths[target]) for target in method.targets)
+            widths, names = _matrices(spec), self.lora_targets(spec)
+            return spec.num_layers * method.rank * sum(sum(widths[name]) for name in {names[target] for target in method.targets})
         if isinstance(method, LstRecipe):
             return _ladder(spec, method)
         raise BackboneError(f"method.name: {method.name} trains inside encoder-decoders alone so far: write lst, lora or full")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.t5.config import problem_of
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
@@ -17,8 +19,8 @@ class T5Numbers:
     spec_from = staticmethod(spec_from)
     problem_of = staticmethod(problem_of)
 
-    def lora_targets(self, spec: T5Spec) -> tuple[str, ...]:
-        return ("q", "k", "v", "o", *(("wi_0", "wi_1") if spec.gated else ("wi",)), "wo")
+    def lora_targets(self, spec: T5Spec) -> Mapping[str, str]:
+        return {name: name for name in ("q", "k", "v", "o", *(("wi_0", "wi_1") if spec.gated else ("wi",)), "wo")}
 
     def trainable_parameters(self, spec: T5Spec, own_head: bool, method: Method) -> int:
         return trainable_parameters(spec, own_head, method)
