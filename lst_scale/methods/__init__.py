@@ -73,7 +73,7 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
     method = recipe.method
     assert not isinstance(method, LstRecipe)
     if isinstance(method, LoraRecipe):
-        check_targets(method, backbone.spec)
+        method = check_targets(method, backbone.spec)
     model, family, checkpoint = backbone.give_model(), backbone.family, recipe.backbone.checkpoint
     kind: type[Any] = WholeModelTrainee
     vision = vision_config(recipe)
@@ -85,7 +85,7 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
         kind = PeftTrainee if isinstance(method, LoraRecipe | PromptRecipe) else WholeModelTrainee
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    facts = {"method": method.model_dump(mode="json"), "backbone": vars(backbone.identity)}
+    facts = {"method": method.model_dump(mode="json"), "backbone": backbone.identity.as_json()}
     trainee: Trainee = kind(model.train(), backbone, bf16=method.precision == "bf16", in_step=in_step, facts=facts)
     return trainee
 

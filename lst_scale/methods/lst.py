@@ -45,7 +45,7 @@ class LadderTrainee:
     ) -> None:
         self.backbone = backbone
         self._spec, self._config = backbone.spec, ladder_config(recipe, backbone.spec, vision)
-        self.module: SideNetwork = build_side_network(recipe, self._config, backbone, seed, importance)
+        self.module: SideNetwork = build_side_network(recipe, backbone, seed, importance, self._config)
         self.request = SideNetwork.request_of(self._config)
 
     def prepare(self, batch: Batch) -> Taps:
@@ -116,14 +116,15 @@ def with_keys(split: EncodedSplit, spec: BackboneSpec) -> EncodedSplit:
     (filler,), (first,) = keys([FILLER]), keys([0])
 
     def make() -> KeyTable:
-        return KeyTable(_each_key(keys, len(split)), filler)
+        return KeyTable(_each_key(keys, split), filler, len(split))
 
     return replace(split, keys=stored_keys(split, [filler.target, first.target], make))
 
 
-def _each_key(keys: Callable[[Sequence[int]], Iterator[RowKey]], count: int) -> Iterator[RowKey]:
-    for first in range(0, count, HASHED_AT_ONCE):
-        yield from keys(range(first, min(first + HASHED_AT_ONCE, count)))
+def _each_key(keys: Callable[[Sequence[int]], Iterator[RowKey]], split: EncodedSplit) -> Iterator[RowKey]:
+    for first in range(0, len(split), HASHED_AT_ONCE):
+        yield from keys(range(first, min(first + HASHED_AT_ONCE, len(split))))
+        split.input_ids.let_go()
 
 
 def taps_of(backbone: Backbone, batch: Batch, request: TapRequest) -> Taps:
@@ -183,13 +184,15 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec, vision: VisionConfig | 
 
 
 def build_side_network(
-    method: LstRecipe, config: LadderConfig, backbone: Backbone, seed: int, importance: WeightSource | None = None
+    method: LstRecipe, backbone: Backbone, seed: int, importance: WeightSource | None = None, config: LadderConfig | None = None
 ) -> SideNetwork:
     """Return a fresh side network on the CPU. The same seed gives the same weights on every rank.
 
-    `importance` guides pruning where the recipe asks for Fisher information; None: weight magnitude.
+    Args:
+        importance: guides pruning where the recipe asks for Fisher information; None: weight magnitude.
+        config: None: the recipe's, without images.
     """
-    side = SideNetwork(backbone.spec, config)
+    side = SideNetwork(backbone.spec, config or ladder_config(method, backbone.spec))
     initialize_random(side, seed=seed, weights=backbone.weight_source)
     if method.initialization != "random":
         initialize_by_pruning(side, backbone.weight_source, importance)

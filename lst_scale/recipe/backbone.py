@@ -100,12 +100,32 @@ else:
     Placement = decode.tagged(**PLACEMENTS)
 
 
+class ContextRecipe(Section):
+    """What stands before every row. A decoder-only backbone runs it once, and every row goes on from it; elsewhere it begins each row."""
+
+    text: Annotated[str, Field(min_length=1)] | None = None  # such as a system prompt; an empty line follows
+    # so many training rows with their answers, as many of each label as can be; they are left out of training
+    examples: Annotated[int, Field(ge=1, le=1000)] | None = None
+    draw: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # which of the rows; None: 0. Draws differ in what they are worth: try some
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ContextRecipe:
+        if self.text is None and self.examples is None:
+            raise ValueError("a context is a text, or examples, or both: write text: ... or examples: 8")
+        if self.text is not None and not self.text.strip():
+            raise ValueError("text is empty: write it, or remove it")
+        if self.draw is not None and self.examples is None:
+            raise ValueError("draw has no effect without examples: write examples: 8, or remove it")
+        return self
+
+
 class BackboneRecipe(Section):
     checkpoint: PathText  # a name of the hub, a folder, or embedded:tiny-t5
     revision: PathText | None = None  # of the hub's
     precision: Annotated[Literal["fp32", "bf16", "int8", "nf4"], NotFp16] = "bf16"  # in which it is held
     max_quantization_error: float | None = Field(default=None, gt=0)  # the largest accepted error of taps; None: the precision's own
     placement: Placement = Replicated(name="replicated")  # how it is held, by name or with its settings
+    context: ContextRecipe | None = None  # what it has read before every row; None: nothing
 
     @model_validator(mode="after")
     def _threshold_needs_quantization(self) -> BackboneRecipe:

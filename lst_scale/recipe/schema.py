@@ -193,6 +193,8 @@ class EvaluationRecipe(Section):
     num_beams: Beams = 1  # of generation
     max_new_tokens: NewTokens | None = None  # None: the longest target
 
+    score_start: bool = False  # before training also score what the method starts as, on the rows that the result is of
+
     @model_validator(mode="after")
     def _beams_need_generation(self) -> EvaluationRecipe:
         if self.method == "likelihood" and (self.num_beams != 1 or self.max_new_tokens is not None):
@@ -279,6 +281,9 @@ class Recipe(Section):
             "remove members: they share a table": self.members is not None,
             "write loss: token_mean: a stream counts tokens": self.task.loss != "token_mean",
             "remove images: their features are made before training": bool(self.task.images),
+            "write backbone.context.text: examples are drawn from a table of rows": (
+                self.backbone.context is not None and self.backbone.context.examples is not None
+            ),
             "download the files of hub: data sets first, and write their pattern": self.task.train.startswith("hub:"),
         }
         if found := [what for what, is_so in wrong.items() if is_so]:

@@ -9,7 +9,7 @@ differ in seed, reduction factor, layers and design. (Deep ensembles: Lakshminar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lst_scale.backbone.taps import FrozenHead, StackTaps, TapRequest, TargetSta
 from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
 from lst_scale.side.cache import part_of
+from lst_scale.side.designs.one_stack import SidePrefix
 from lst_scale.side.designs.parts import SideEncoderState
 from lst_scale.side.model import Ladder, LadderModel
 from lst_scale.side.network import SideNetwork
@@ -49,15 +50,29 @@ class SideNetworks(nn.Module):
         """Return log-probabilities (B, T, V). Each side network has layers of its own in the cache, one after another."""
         total: Tensor | None = None
         first = 0
-        parts = torch.split(encoder.final_BSR, [side.encoder_width for side in self.each], -1)
-        for side, final_BSR in zip(self.each, parts, strict=True):  # one network's logits at a time
+        for side, state in zip(self.each, self._each_source(encoder), strict=True):  # one network's logits at a time
             own = TargetState(taps=selected_stack(decoder.taps, side.request), final_BTD=decoder.final_BTD)
-            state = SideEncoderState(final_BSR=final_BSR, attention_mask_BS=encoder.attention_mask_BS)
             found = side.logits(head, own, state, part_of(cache, first, side.num_cache_layers)).float().log_softmax(-1)
             total = found if total is None else torch.logaddexp(total, found)
             first += side.num_cache_layers
         assert total is not None
         return total - math.log(len(self.each))
+
+    def _each_source(self, encoder: SideEncoderState) -> Iterator[Any]:
+        """Yield what `encode` of each side network returned."""
+        parts = torch.split(encoder.final_BSR, [side.encoder_width for side in self.each], -1)
+        return (SideEncoderState(final_BSR=part, attention_mask_BS=encoder.attention_mask_BS) for part in parts)
+
+
+class OneStackNetworks(SideNetworks):
+    """The same beside a decoder-only model: all go on from one prefix, each along its own taps of it."""
+
+    def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> Any:
+        return SidePrefix(taps=taps, attention_mask_BS=attention_mask_BS)
+
+    def _each_source(self, encoder: Any) -> Iterator[SidePrefix]:
+        parts = (selected_stack(encoder.taps, side.request) for side in self.each)
+        return (SidePrefix(taps=part, attention_mask_BS=encoder.attention_mask_BS) for part in parts)
 
 
 class LadderEnsemble(Ladder):
@@ -68,7 +83,8 @@ class LadderEnsemble(Ladder):
     def __init__(self, backbone: Any, sides: Sequence[SideNetwork]) -> None:
         if not sides:
             raise LadderError("an ensemble needs at least one side network")
-        super().__init__(as_backbone(backbone), SideNetworks(sides).eval())
+        frozen = as_backbone(backbone)
+        super().__init__(frozen, (OneStackNetworks if frozen.spec.one_stack else SideNetworks)(sides).eval())
 
     @classmethod
     def from_pretrained(cls, folders: Sequence[str | Path], backbone: Any = None, *, allow_other_backbone: bool = False) -> LadderEnsemble:

@@ -69,7 +69,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, ide
 
 def record_of(config: LadderConfig, identity: BackboneIdentity, spec: BackboneSpec) -> dict[str, Any]:
     """Return what has to be known beside the weights."""
-    return {"format": FORMAT, "config": asdict(config), "backbone": asdict(identity), "backbone_spec": asdict(spec)}
+    return {"format": FORMAT, "config": asdict(config), "backbone": identity.as_json(), "backbone_spec": asdict(spec)}
 
 
 def as_bytes(record: dict[str, Any]) -> Tensor:
@@ -95,6 +95,8 @@ def refuse_another_design(found: dict[str, Any], expected: dict[str, Any]) -> No
     ]
     if found["backbone"]["fingerprint"] != expected["backbone"]["fingerprint"]:
         differ.append(f"another backbone, {found['backbone']['checkpoint']}")
+    if found["backbone"].get("context") != expected["backbone"].get("context"):
+        differ.append("another context before every row")
     if differ:
         raise LadderError(
             f"these weights were trained with {', '.join(differ)}: build the model so, or remove {RECORD!r} from the state dict"
@@ -144,7 +146,7 @@ def read(folder: Path) -> Saved:
             raise LadderError(f"{folder / CONFIG} has format {record['format']}, this version reads {FORMAT}: use the one that wrote it")
         return Saved(
             config=_config(record["config"], folder / CONFIG),
-            identity=BackboneIdentity(**record["backbone"]),
+            identity=BackboneIdentity.from_json(record["backbone"]),
             spec=numbers_of(record["backbone_spec"]["model_type"], folder).spec_type(**record["backbone_spec"]),
             weights=weights,
             folder=folder,

@@ -88,7 +88,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         self.side = side
         self.train(side.training)
         spec = backbone.spec
-        self._form: Form = OneStack() if spec.one_stack else TwoStacks()
+        self._form: Form = OneStack(spec.cache_layers) if spec.one_stack else TwoStacks()
         # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
         self.config = family_of(spec.model_type, "this backbone").generation_config(spec, side_layers=side.num_cache_layers)
         self.generation_config = GenerationConfig(
@@ -334,6 +334,7 @@ class LadderModel(Ladder):
         with fence(LadderError, f"{Path(folder) / files.CONFIG} is damaged"):
             side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
         files.load_weights(side, saved)
+        frozen = _after_the_same(frozen, saved, allow_other_backbone=allow_other_backbone)
         return cls(frozen, side.to(frozen.device).eval())
 
 
@@ -341,6 +342,19 @@ def _fresh(backbone: Backbone, config: LadderConfig) -> SideNetwork:
     side = SideNetwork(backbone.spec, config)
     initialize_random(side, seed=0, weights=backbone.weight_source)
     return side.to(backbone.device)
+
+
+def _after_the_same(backbone: Backbone, saved: files.Saved, *, allow_other_backbone: bool) -> Backbone:
+    """Return a backbone that has read before every row what it had read when the side network was trained."""
+    wanted, found = saved.identity.context, backbone.identity.context
+    if wanted == found or (found and allow_other_backbone):
+        return backbone
+    if found:
+        raise LadderError(
+            f"{saved.folder} was trained after another context than the {len(found)} tokens that this backbone goes on from: "
+            "give the backbone without a context, or allow_other_backbone=True"
+        )
+    return backbone.after(wanted)
 
 
 def _one_of(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:

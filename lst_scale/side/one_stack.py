@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
 
 class OneStack:
-    """`input_ids` are the whole text; `labels` the same ids, -100 where no loss is taken."""
+    """`input_ids` are the whole text; `labels` the same ids, -100 where no loss is taken.
+
+    Args:
+        cache_layers: how many layers of a cache are the backbone's; the side network's own come after them.
+    """
+
+    def __init__(self, cache_layers: int) -> None:
+        self._first_own = cache_layers
+
+    def _length_of(self, cache: Any | None) -> int:
+        """Return how many tokens of the texts are in a cache. The backbone's layers may hold a context as well."""
+        return int(cache.get_seq_length(self._first_own)) if cache is not None and len(cache.layers) > self._first_own else 0
 
     def forward(self, model: Ladder, call: Call) -> CausalLMOutputWithPast:
         if call.input_ids is None:
@@ -39,7 +50,7 @@ class OneStack:
         cache = cache_beside(model.spec, model.side.num_cache_layers) if call.use_cache and call.cache is None else call.cache
         mask_BS = torch.ones_like(ids_BT) if call.attention_mask is None else call.attention_mask
         if cache is not None and call.attention_mask is None:
-            mask_BS = ids_BT.new_ones(len(ids_BT), int(cache.get_seq_length()) + ids_BT.shape[1])
+            mask_BS = ids_BT.new_ones(len(ids_BT), self._length_of(cache) + ids_BT.shape[1])
         logits_BTV = model.decode(ids_BT, _after_nothing(model, ids_BT, mask_BS), cache)
         loss = None if labels_BT is None else cross_entropy(logits_BTV, next_tokens(labels_BT), call.loss_form, call.scores)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **cache_argument(cache))
@@ -57,7 +68,7 @@ class OneStack:
     def next_inputs(self, input_ids: Tensor, use_cache: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of generation's next forward pass."""
         cache = kwargs.get(CACHE)
-        past = cache.get_seq_length() if cache is not None else 0
+        past = self._length_of(cache)
         mask = kwargs.get("attention_mask")
         return {
             "input_ids": input_ids[:, min(past, input_ids.shape[1] - 1) :],
@@ -72,7 +83,9 @@ def _after_nothing(model: Ladder, ids_BT: Tensor, mask_BS: Tensor) -> tuple[Sour
     empty_BSD = torch.empty(len(ids_BT), 0, model.spec.d_model, device=ids_BT.device)
     layers = model.side.request.layers
     taps = StackTaps(layers=layers, embedding=empty_BSD, hidden=(empty_BSD,) * len(layers))
-    return SourceState(taps=taps, final=None, source_mask_BS=mask_BS), SidePrefix(taps=taps, attention_mask_BS=mask_BS)
+    return SourceState(taps=taps, final=model.backbone.begun(len(ids_BT)), source_mask_BS=mask_BS), SidePrefix(
+        taps=taps, attention_mask_BS=mask_BS
+    )
 
 
 def next_tokens(labels_BT: Tensor) -> Tensor:

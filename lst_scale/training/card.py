@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lst_scale.backbone.taps import BackboneIdentity
+from lst_scale.backbone.taps import Backbone, BackboneIdentity
 from lst_scale.data.tasks import GLUE
 from lst_scale.recipe.schema import LoraRecipe, LstRecipe, PromptRecipe, Recipe
 from lst_scale.side import card
@@ -15,13 +15,14 @@ from lst_scale.side import card
 MOST_LABELS = 60  # that are listed
 
 
-def card_of_run(recipe: Recipe, result: dict[str, Any], identity: BackboneIdentity, folder: Path, inner: str) -> str:
+def card_of_run(recipe: Recipe, result: dict[str, Any], backbone: Backbone, folder: Path, inner: str) -> str:
     """Return the card of a finished run.
 
     Args:
         folder: the run's.
         inner: below it, where what was trained is.
     """
+    identity = backbone.identity
     method = recipe.method
     what = f"Side network ({method.design})" if isinstance(method, LstRecipe) else f"Weights trained by {method.name}"
     lines = [
@@ -33,7 +34,8 @@ def card_of_run(recipe: Recipe, result: dict[str, Any], identity: BackboneIdenti
         "From a text to an answer, as this run was scored:",
         "",
     ]
-    code = _loading(recipe, identity, folder / inner)
+    by_hand = not backbone.spec.one_stack and recipe.backbone.context is None  # else rows are put together in more than these few lines
+    code = _loading(recipe, identity, folder / inner) if by_hand else []
     if code:
         answer = _likeliest(recipe, result) if recipe.evaluation.method == "likelihood" else _generated(recipe, result)
         source = recipe.data.max_source_length

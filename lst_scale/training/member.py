@@ -30,7 +30,15 @@ from lst_scale.training.checkpoint import TRAINING_ROWS, WEIGHTS, Checkpoint, Pr
 from lst_scale.training.engine import build_engine, release, restore_moments
 from lst_scale.training.evaluation import predict_split
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
-from lst_scale.training.result import only_answer_sentence, result_of, summary_sentence, weights_sha256, write_result
+from lst_scale.training.result import (
+    only_answer_sentence,
+    read_start,
+    result_of,
+    summary_sentence,
+    weights_sha256,
+    write_result,
+    write_start,
+)
 from lst_scale.training.sessions import CLOSING, EVALUATION, Session
 from lst_scale.training.shared import Shared
 from lst_scale.training.warm_start import start_folder
@@ -90,6 +98,8 @@ class Member:
     def session(self) -> Session[dict[str, Any]]:
         """Train to the end and finish, asking for what the backbone makes of each batch on the way; return what result.json holds."""
         try:
+            if self.recipe.evaluation.score_start and self._start.step == 0:
+                yield from self._score_start()
             progress = yield from self._trainer.session(self._start)
             return (yield from self._finish(progress))
         except LstScaleError as error:
@@ -104,7 +114,7 @@ class Member:
         assert progress.best_step is not None, "a run ends with an evaluation"
         recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
         best = read_tensors(_best_path(folder, progress.best_step), self._shapes)
-        split = "test" if "test" in shared.splits else "validation"
+        split = self._scored_split
         scores, only = yield from self._answer(best, split, (progress.step, CLOSING))
         distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = result_of(
@@ -113,18 +123,30 @@ class Member:
             progress,
             scores,
             split=split,
+            start_scores=read_start(folder) if recipe.evaluation.score_start else None,
             only_answer=only,
             trainable=self._trainable,
             saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
             saved_sha256=distributed.on_main_rank(shared.world, lambda: weights_sha256(folder / trainee.FOLDER)),
         )
-        card = card_of_run(recipe, result, shared.backbone.identity, folder, trainee.FOLDER)
+        card = card_of_run(recipe, result, shared.backbone, folder, trainee.FOLDER)
         distributed.on_main_rank(shared.world, lambda: write_file(folder / trainee.FOLDER / CARD, card))
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(summary_sentence(result, folder))
         if only is not None:
             self.logger.say(only_answer_sentence(only, split, len(shared.splits[split])))
         return result
+
+    @property
+    def _scored_split(self) -> str:
+        return "test" if "test" in self.shared.splits else "validation"
+
+    def _score_start(self) -> Session[None]:
+        """Score what the method starts as: beside a backbone that the first predictions are, that is the backbone without any training."""
+        weights = {name: parameter.detach() for name, parameter in trained_parameters(self.trainee.module).items()}
+        scores, _ = yield from self._answer(weights, self._scored_split, (0, EVALUATION))
+        distributed.on_main_rank(self.shared.world, lambda: write_start(self.folder, scores))
+        self.logger.say(f"before training: {self._scored_split} score {scores['score']:.2f}")
 
     def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:
         scores, _ = yield from self._answer(weights, name, at)
@@ -168,10 +190,11 @@ def _stream(recipe: Recipe, plan: Plan, shared: Shared) -> Stream | None:
         return None
     data = recipe.data
     encoding = Encoding(
-        tokenizer=shared.tokenizer,
+        tokenizer=shared.reading.tokenizer,
         max_source_length=data.max_source_length,
         max_target_length=data.max_target_length,
         target_prefix=shared.task.target_prefix,
+        before=shared.reading.before,
     )
     return Stream(
         recipe.task,
@@ -190,6 +213,8 @@ def _identity(recipe: Recipe, plan: Plan, backbone: Backbone, train: EncodedSpli
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
     settings = {key.rpartition(".")[2]: value for key, value in marked(recipe, KEPT_BY_RESUME).items()}
     found = {"backbone": backbone.identity.fingerprint, "precision": backbone.identity.precision, "total_steps": plan.total_steps}
+    if backbone.identity.context:
+        found["context"] = list(backbone.identity.context)
     of = recipe.task if isinstance(recipe.task, str) else recipe.task.train
     return settings | found | {TRAINING_ROWS: {"of": of, "rows": len(train), "ids": train.digest[:20]}}
 

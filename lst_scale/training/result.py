@@ -24,6 +24,8 @@ from lst_scale.system.durable import sha256_of, write_file
 from lst_scale.training.checkpoint import Progress
 from lst_scale.training.shared import Shared, peak_memory_bytes
 
+START = "start.json"  # in a run's folder: scores from before training
+
 
 def result_of(
     recipe: Recipe,
@@ -32,6 +34,7 @@ def result_of(
     scores: Mapping[str, float],
     *,
     split: str,
+    start_scores: Mapping[str, float] | None,
     only_answer: str | None,
     trainable: int,
     saved_bytes: int,
@@ -41,6 +44,7 @@ def result_of(
 
     Args:
         scores: of `split`.
+        start_scores: of the same rows before training; None: nobody asked.
         only_answer: what every row of `split` got; None: answers differ.
         trainable: how many parameters trained.
         saved_bytes: of the files that hold what was trained.
@@ -48,6 +52,7 @@ def result_of(
     """
     return {
         **scored(recipe, shared, scores, split=split, only_answer=only_answer),
+        "start_scores": None if start_scores is None else _rounded(start_scores),
         "validation_score": None if progress.best_score is None else round(progress.best_score, 4),
         "best_step": progress.best_step,
         **_measurements(progress, shared.world, trainable, shared.backbone),
@@ -75,9 +80,22 @@ def scored(recipe: Recipe, shared: Shared, scores: Mapping[str, float], *, split
         "majority": _rounded(majority_score(shared.task, shared.splits[split].rows)),
         "only_answer": only_answer,
         "labels": None if shared.task.labels is None else list(shared.task.labels),
+        "context": None if shared.context is None else shared.context.text,
         "longest_target": shared.splits["train"].longest_target,
         "method": recipe.method.name,
     }
+
+
+def write_start(folder: Path, scores: Mapping[str, float]) -> None:
+    """Keep the scores from before training where a resume finds them. Rank 0 only."""
+    write_file(folder / START, json.dumps(dict(scores)) + "\n")
+
+
+def read_start(folder: Path) -> dict[str, float] | None:
+    """Return them; None where training had begun before they were asked for."""
+    path = folder / START
+    scores: dict[str, float] | None = json.loads(path.read_text()) if path.exists() else None
+    return scores
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

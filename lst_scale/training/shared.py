@@ -24,6 +24,7 @@ from lst_scale.backbone.taps import Backbone, BackboneSpec, TapRequest, union
 from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
+from lst_scale.data.context import Context, Reading, reading_after, sentence_of, with_context
 from lst_scale.data.encode import EncodedSplit, encode, weighted_by_row
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_task
@@ -53,6 +54,8 @@ class Shared:
     backbone: Backbone
     loading: dict[str, Any]
     passes: SharedPasses
+    reading: Reading
+    context: Context | None
 
     def close(self) -> None:
         """Let other runs write to the tap cache."""
@@ -67,6 +70,8 @@ class Data:
     tokenizer: Any
     splits: dict[str, EncodedSplit]
     sentences: tuple[str, ...]
+    reading: Reading
+    context: Context | None
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -75,15 +80,24 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         LstScaleError: anything the user can fix, in one line.
     """
-    task = load_task(recipe)
+    task, context = with_context(load_task(recipe), recipe.backbone.context)
     try_own_metrics(task)
     tokenizer, unknown = load_fitting_tokenizer(recipe, task)
-    splits = {name: _encode(rows, tokenizer, recipe, task.target_prefix) for name, rows in task.splits().items()}
+    reading = _reading(recipe, tokenizer, context)
+    splits = {name: _encode(rows, reading, recipe, task.target_prefix) for name, rows in task.splits().items()}
     splits = with_images(splits, recipe)
     if not isinstance(recipe.task, str) and recipe.task.loss == "example_mean":
         splits["train"] = weighted_by_row(splits["train"])
-    said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer))
-    return Data(task=task, tokenizer=tokenizer, splits=splits, sentences=tuple(sentence for sentence in said if sentence is not None))
+    before = None if context is None else sentence_of(context, reading)
+    said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer), before)
+    return Data(
+        task=task,
+        tokenizer=tokenizer,
+        splits=splits,
+        sentences=tuple(sentence for sentence in said if sentence is not None),
+        reading=reading,
+        context=context,
+    )
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: Data | None = None) -> Shared:
@@ -101,14 +115,17 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     start = time.perf_counter()
     live = None if recipe.cache.enabled else load_placed(recipe.backbone, world)
     backbone: Backbone
-    backbone, splits = (live, splits) if live is not None else _remembering(recipes, splits, world, logger)
+    run_once = data.reading.run_once
+    if live is not None:
+        _check_quantization(live, splits["train"], recipe, logger)
+        backbone = live.after(run_once) if run_once else live
+    else:
+        backbone, splits = _remembering(recipes, splits, world, logger, run_once)
     loading = {
         "loading_seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
     }
     distributed.poll_interruption(world)
-    if live is not None:
-        _check_quantization(live, splits["train"], recipe, logger)
     return Shared(
         world=world,
         task=task,
@@ -117,6 +134,8 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
         backbone=backbone,
         loading=loading,
         passes=SharedPasses(backbone=backbone, request=_request(recipes, backbone.spec)),
+        reading=data.reading,
+        context=data.context,
     )
 
 
@@ -143,10 +162,11 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     check_method(recipe)
     world = distributed.connect()
     with Logger(None) as logger:
-        task = load_task(recipe)
+        task, context = with_context(load_task(recipe), recipe.backbone.context)
         tokenizer, _ = load_fitting_tokenizer(recipe, task)
-        encoded = {"train": _encode(task.train, tokenizer, recipe, task.target_prefix)}
-        backbone, splits = _remembering([recipe], encoded, world, logger)
+        reading = _reading(recipe, tokenizer, context)
+        encoded = {"train": _encode(task.train, reading, recipe, task.target_prefix)}
+        backbone, splits = _remembering([recipe], encoded, world, logger, reading.run_once)
         split = splits["train"]
         request = _taps_of([recipe], backbone.spec)
         if not backbone.lock.held():
@@ -219,12 +239,17 @@ def _taps_of(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
     return request
 
 
-def _encode(rows: Any, tokenizer: Any, recipe: Recipe, target_prefix: str) -> EncodedSplit:
-    return encode(rows, tokenizer, recipe.data.max_source_length, recipe.data.max_target_length, target_prefix)
+def _reading(recipe: Recipe, tokenizer: Any, context: Context | None) -> Reading:
+    return reading_after(None if context is None else context.text, tokenizer, beside_backbone=recipe.method.beside_backbone)
+
+
+def _encode(rows: Any, reading: Reading, recipe: Recipe, target_prefix: str) -> EncodedSplit:
+    limits = (recipe.data.max_source_length, recipe.data.max_target_length)
+    return encode(rows, reading.tokenizer, *limits, target_prefix, reading.before)
 
 
 def _remembering(
-    recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger
+    recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger, context: Sequence[int]
 ) -> tuple[CachingBackbone, dict[str, EncodedSplit]]:
     """Open the backbone's tap cache, and return splits with their keys; the backbone itself is loaded only if a row is missing there."""
     recipe = recipes[0]
@@ -233,7 +258,7 @@ def _remembering(
         logger.say("some rows are not in the tap cache: the backbone is loaded")
         _check_quantization(live, splits["train"], recipe, logger)
 
-    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check)
+    backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check, context)
     splits = {name: with_keys(split, backbone.spec) for name, split in splits.items()}
     rows = splits["train"].keys
     assert rows is not None

@@ -99,6 +99,12 @@ class CachingBackbone:
         ends = {t.data_ptr(): t.numel() * t.element_size() for t in (self._embedding_VD, self.head.weight_VD)}
         return sum(ends.values())
 
+    def after(self, context: Sequence[int]) -> Backbone:
+        raise BackboneError("a tap cache remembers what follows one context: give that when it is opened")
+
+    def begun(self, num_rows: int) -> Any:
+        return self.live.begun(num_rows)
+
     def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
         return self.live.read(source_BS, source_mask_BS, request)
 

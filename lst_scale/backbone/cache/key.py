@@ -30,13 +30,17 @@ class CacheKey:
     decoder_final: bool  # whether the target's final state is there too; the name in key.json
     d_model: int
     dtype: str  # of storage: bf16, fp32, or int8 with one scale a token
+    context: str = ""  # a digest of what the backbone has read before every row
 
     @property
     def folder(self) -> str:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:20]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"format": FORMAT}
+        known = asdict(self) | {"format": FORMAT}
+        if not self.context:  # as it was before there were any
+            del known["context"]
+        return known
 
     def bytes_a_token(self) -> int:
         """Return what one state of one token takes on disk."""
@@ -59,7 +63,7 @@ def read_key(folder: Path) -> CacheKey:
     with fence(BackboneError, str(path)):
         tree = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in fields(CacheKey)} | {"format"}
-        if not isinstance(tree, dict) or set(tree) != names:
+        if not isinstance(tree, dict) or set(tree) | {"context"} != names:
             raise ValueError("not the mark of a tap cache")
         if tree.pop("format") != FORMAT:
             raise ValueError("the mark of another version's tap cache")

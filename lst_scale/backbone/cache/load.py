@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lst_scale.backbone.cache.backbone import CachingBackbone
@@ -26,8 +28,12 @@ def load_caching(
     world: World,
     request: Callable[[BackboneSpec], TapRequest],
     check: Callable[[Backbone], None],
+    context: Sequence[int] = (),
 ) -> CachingBackbone:
     """Open the tap cache of this backbone; the backbone itself is loaded when a row is not in it, and then given to `check`.
+
+    Args:
+        context: token ids that the backbone has read before every row.
 
     Raises:
         BackboneError: the checkpoint can't be used, or its placement needs all ranks at once.
@@ -51,6 +57,7 @@ def load_caching(
         decoder_final=wanted.target_final,
         d_model=checkpoint.spec.d_model,
         dtype=cache.dtype,
+        context=hashlib.sha256(repr(list(context)).encode()).hexdigest() if context else "",
     )
     root = Path(cache.folder).expanduser() if cache.folder is not None else cache_folder("taps")
     alone = World(rank=0, size=1, local_rank=world.local_rank, device=world.device)  # ranks load when they must, not together
@@ -58,12 +65,12 @@ def load_caching(
     def load() -> Backbone:
         backbone = load_alone(recipe, alone)
         check(backbone)
-        return backbone
+        return backbone.after(context) if context else backbone
 
     return CachingBackbone(
         cache=TapCache(root, key),
         spec=checkpoint.spec,
-        identity=identity,
+        identity=dataclasses.replace(identity, context=tuple(context)),
         head=checkpoint.family.head(model, checkpoint.spec),
         embedding_VD=checkpoint.family.embedding(model),
         weight_source=checkpoint.tensor,

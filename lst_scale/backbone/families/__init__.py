@@ -95,8 +95,8 @@ class Numbers(Protocol):
         """Return the first value of a config.json that can't be meant, and what it should be."""
         ...
 
-    def lora_targets(self, spec: Any) -> tuple[str, ...]:
-        """Return the names of the matrices of a block that low-rank updates can be put on."""
+    def lora_targets(self, spec: Any) -> Mapping[str, str]:
+        """Return the matrices of a block that low-rank updates can be put on, by the names that a recipe may give them."""
         ...
 
     def trainable_parameters(self, spec: Any, own_head: bool, method: Method) -> int:
@@ -186,8 +186,20 @@ class Family(Protocol):
         """Return the blocks that make the states of the target, or of the source."""
         ...
 
-    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Any:
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor, context: Any | None = None) -> Any:
         """Run the source and return what `extend` needs of it. Only the family looks into that."""
+        ...
+
+    def context(self, model: Any, embedding_1CD: Tensor) -> Any:
+        """Run what stands before every row, once, and return what `read` and `begun` go on from.
+
+        Raises:
+            BackboneError: sources are read as a whole, so nothing can be run before them.
+        """
+        ...
+
+    def begun(self, context: Any | None, num_rows: int) -> Any:
+        """Return what `extend` goes on from where a source has no tokens."""
         ...
 
     def extend(

@@ -6,6 +6,8 @@ Hooks and not `output_hidden_states`: that keeps every block's output alive, and
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +56,7 @@ class LocalBackbone:
         self.num_parameters = num_parameters  # as published, whatever they are held in; a tied head counts once
         self.family = family_of(spec.model_type, identity.checkpoint)
         self.head = self.family.head(model, spec)
+        self._context: Any | None = None  # what the family made of a text that stands before every row
 
     @classmethod
     def load(cls, name: str, *, precision: str, device: torch.device | str = "cpu", revision: str | None = None) -> LocalBackbone:
@@ -113,10 +116,23 @@ class LocalBackbone:
         return sum(tensors.values()) + (self.conveyor.resident_bytes if self.conveyor is not None else 0)
 
     @torch.no_grad()
+    def after(self, context: Sequence[int]) -> LocalBackbone:
+        """Run the context now; both backbones share the model."""
+        if self.identity.context:
+            raise BackboneError("this backbone goes on from a context already: call after on the one without")
+        other = copy.copy(self)
+        other._context = self.family.context(self._model, self.embed(torch.tensor([list(context)], device=self.device)))
+        other.identity = dataclasses.replace(self.identity, context=tuple(context))
+        return other
+
+    def begun(self, num_rows: int) -> Any:
+        return self.family.begun(self._context, num_rows)
+
+    @torch.no_grad()
     def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
         embedding_BSD = self.embed(source_BS)
         with _capture(self.blocks[0], request, self.family) as hidden:
-            final = self.family.read(self._model, embedding_BSD, source_mask_BS)
+            final = self.family.read(self._model, embedding_BSD, source_mask_BS, self._context)
         taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
         return SourceState(taps=taps, final=final, source_mask_BS=source_mask_BS)
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,21 @@ def config_of(spec: LlamaSpec, **changes: Any) -> Any:
     }
     config = CONFIG_MAPPING[spec.model_type](**(json.loads(spec.settings) | numbers | changes))
     return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Keys and values of what comes before a target."""
+
+    cache: DynamicCache
+    context_length: int  # tokens at its beginning that stand before every row
+
+    def repeated(self, num_rows: int) -> Prompt:
+        """Return those of so many rows, given those of one: what is held is shared."""
+        cache = _continued(self.cache, None)
+        for layer in cache.layers:
+            layer.keys, layer.values = (held.expand(num_rows, -1, -1, -1) for held in (layer.keys, layer.values))
+        return Prompt(cache=cache, context_length=self.context_length)
 
 
 class LlamaModel:
@@ -124,7 +140,7 @@ class LlamaModel:
         target_BT = torch.cat([ids_BS.gather(1, last_B1), labels_BT[:, :-1]], 1)
         ends_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None] == last_B1
         mask_BS = mask_BS.masked_fill(ends_BS & (last_B1 > 0), 0)
-        longest = max(1, int(mask_BS.sum(1).max()))
+        longest = max(1, ids_BS.shape[1] - 1)  # some row has all tokens
         return ids_BS[:, :longest], mask_BS[:, :longest], target_BT.masked_fill(target_BT == IGNORED, spec.pad_token_id)
 
     def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
@@ -138,29 +154,35 @@ class LlamaModel:
         blocks: nn.ModuleList = model.model.layers
         return blocks
 
-    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> DynamicCache | None:
-        """Return the source's keys and values; None of a source without tokens."""
-        if embedding_BSD.shape[1] == 0:
-            return None
-        cache = DynamicCache(config=model.config)
-        _run(model, embedding_BSD, attention_mask_BS, cache)
-        return cache
+    def context(self, model: Any, embedding_1CD: Tensor) -> Prompt:
+        cache, length = DynamicCache(config=model.config), embedding_1CD.shape[1]
+        _run(model, embedding_1CD, torch.ones(1, length, dtype=torch.long, device=embedding_1CD.device), cache)
+        return Prompt(cache=cache, context_length=length)
+
+    def begun(self, context: Prompt | None, num_rows: int) -> Prompt | None:
+        return None if context is None else context.repeated(num_rows)
+
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor, context: Prompt | None = None) -> Prompt:
+        """Return the source's keys and values."""
+        begun = self.begun(context, len(embedding_BSD)) or Prompt(cache=DynamicCache(config=model.config), context_length=0)
+        _run(model, embedding_BSD, attention_mask_BS, begun.cache, begun.context_length)
+        return begun
 
     def extend(
         self,
         model: Any,
         embedding_BTD: Tensor,
-        source: DynamicCache | None,
+        source: Prompt | None,
         attention_mask_BS: Tensor,
         cache: DynamicCache | None,
         *,
         num_blocks: int,
     ) -> Tensor:
-        """The mask is the source's, or one of all tokens up to the last of the target."""
+        """The mask is the source's, or one of all tokens up to the last of the target; a context is in neither."""
         if source is not None and (cache is None or cache.get_seq_length() == 0):
-            cache = _continued(source, cache)
+            cache = _continued(source.cache, cache)
         with _shortened(model.model, num_blocks):
-            return _run(model, embedding_BTD, attention_mask_BS, cache)
+            return _run(model, embedding_BTD, attention_mask_BS, cache, 0 if source is None else source.context_length)
 
     def state(self, output: Any) -> Tensor:
         return _state(output)
@@ -171,10 +193,10 @@ def _state(output: Any) -> Tensor:
     return hidden
 
 
-def _run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache | None) -> Tensor:
-    """Run new tokens after those in the cache, and return their final normed states (B, T, D)."""
+def _run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache | None, context_length: int = 0) -> Tensor:
+    """Run new tokens after those in the cache, and return their final normed states (B, T, D). The mask is without the context."""
     past, length = (0 if cache is None else cache.get_seq_length()), embedding_BTD.shape[1]
-    mask = whole_mask(mask_BS, past, length)
+    mask = torch.nn.functional.pad(whole_mask(mask_BS, past - context_length, length), (context_length, 0), value=1)
     final_BTD: Tensor = model.model(
         inputs_embeds=embedding_BTD,
         attention_mask=mask,

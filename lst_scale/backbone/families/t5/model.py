@@ -18,6 +18,7 @@ from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
 from lst_scale.backbone.taps import FrozenHead
+from lst_scale.errors import BackboneError
 from lst_scale.inputs.keys import IGNORED
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -123,7 +124,13 @@ class T5Model:
         blocks: nn.ModuleList = (model.decoder if target else model.encoder).block
         return blocks
 
-    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor) -> Tensor:
+    def context(self, model: Any, embedding_1CD: Tensor) -> None:
+        raise BackboneError("an encoder reads each row as a whole: a context begins each row's source")
+
+    def begun(self, context: None, num_rows: int) -> None:
+        raise BackboneError("a decoder goes on from an encoder's states: give a source")
+
+    def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor, context: None = None) -> Tensor:
         final_BSD: Tensor = model.encoder(inputs_embeds=embedding_BSD, attention_mask=attention_mask_BS).last_hidden_state
         return final_BSD
 
