@@ -52,7 +52,7 @@ def open_backbone(options: argparse.Namespace, way: str, precision: str, folder:
 
 
 def ladder_recipe(options: argparse.Namespace, precision: str) -> Any:
-    from lst_scale.recipe.schema import LstRecipe
+    from lst_scale.recipe.method import LstRecipe
 
     layers: Any = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))
     return LstRecipe(

@@ -86,7 +86,7 @@ def ladder_loss(options: argparse.Namespace, method: str, precision: str, device
     from lst_scale.backbone.taps import Inputs
     from lst_scale.backbone.weights.precision import held_tensors
     from lst_scale.methods.lst import build_side_network
-    from lst_scale.recipe.schema import LstRecipe
+    from lst_scale.recipe.method import LstRecipe
     from lst_scale.side.loss import cross_entropy_sum, shift_right
 
     layers = "all" if options.layers == "all" else tuple(int(layer) for layer in options.layers.split(","))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.recipe import backbone as recipe_backbone
+from lst_scale.recipe import method as recipe_method
+from lst_scale.recipe import release as recipe_release
 from lst_scale.recipe import schema as recipe
 from lst_scale.recipe import task as recipe_task
 from lst_scale.recipe import vision as recipe_vision
@@ -21,6 +23,7 @@ PAGE = Path(__file__).parent / "recipe.md"
 SECTIONS = {  # by the key that they stand under
     "": "Recipe",
     "task": "FileTask",
+    "task, of the release": "ReleaseTask",
     "vision": "VisionRecipe",
     "backbone": "BackboneRecipe",
     "backbone.context": "ContextRecipe",
@@ -44,8 +47,8 @@ SECTIONS = {  # by the key that they stand under
 INTRODUCTION = """# What a recipe can say
 
 Made by `python docs/make_recipe_md.py` from the classes in [schema.py](../lst_scale/recipe/schema.py),
-[task.py](../lst_scale/recipe/task.py), [vision.py](../lst_scale/recipe/vision.py) and
-[backbone.py](../lst_scale/recipe/backbone.py): change it there.
+[task.py](../lst_scale/recipe/task.py), [release.py](../lst_scale/recipe/release.py), [vision.py](../lst_scale/recipe/vision.py),
+[method.py](../lst_scale/recipe/method.py) and [backbone.py](../lst_scale/recipe/backbone.py): change it there.
 On the command line a key is written with its section: `training.max_steps=100`, `method.reduction_factor=4`.
 `lst-scale train RECIPE --print-recipe` shows a recipe with every default filled in.
 """
@@ -88,9 +91,8 @@ def meanings(name: str) -> dict[str, str]:
 
 
 def _class(name: str) -> type[Any]:
-    (found,) = {
-        id(kind): kind for module in (recipe, recipe_task, recipe_vision, recipe_backbone) if (kind := vars(module).get(name))
-    }.values()
+    modules = (recipe, recipe_method, recipe_task, recipe_release, recipe_vision, recipe_backbone)
+    (found,) = {id(kind): kind for module in modules if (kind := vars(module).get(name))}.values()
     result: type[Any] = found
     return result
 

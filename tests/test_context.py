@@ -139,12 +139,13 @@ def test_examples_are_drawn_evenly_from_the_labels_and_each_draw_is_another() ->
 
 def test_examples_leave_the_training_rows_and_stand_before_the_others(write: Callable[..., Path]) -> None:
     plain, data = (load_data(load_recipe(str(write(name, backbone__context=context)))) for name, context in (("a", None), ("b", EXAMPLES)))
-    assert data.context is not None and len(data.task.train) == len(plain.task.train) - 4
-    examples = [plain.task.train[number - 1] for number in data.context.rows]
+    assert data.context is not None and len(data.tasks[0].task.train) == len(plain.tasks[0].task.train) - 4
+    examples = [plain.tasks[0].task.train[number - 1] for number in data.context.rows]
     assert data.context.text == "".join(f"{row.source} {row.target}\n\n" for row in examples)
-    assert not {row.source for row in examples} & {row.source for row in data.task.train}
+    assert not {row.source for row in examples} & {row.source for row in data.tasks[0].task.train}
     assert data.tokenizer.decode(data.reading.run_once) == data.context.text
-    assert data.splits["validation"].input_ids[0].tolist() == plain.splits["validation"].input_ids[0].tolist(), "run once, in no row"
+    first, bare = (each.tasks[0].splits["validation"].input_ids[0].tolist() for each in (data, plain))
+    assert first == bare, "run once, in no row"
     assert any(sentence.startswith("context of ") and "left out of training" in sentence for sentence in data.sentences)
 
 
@@ -180,7 +181,7 @@ def test_the_tokens_of_a_context_are_run_once(
     watched = shared.backbone.live if isinstance(shared.backbone, CachingBackbone) else shared.backbone
     passes: list[int] = []
     watched.blocks[0][0].register_forward_hook(lambda _block, given, _output: passes.append(given[0].shape[1]))
-    split = shared.splits["train"]
+    split = shared.tasks[0].train
     for _ in range(2):
         for batch in evaluation_batches(split, batch_size=4, rank=0, world_size=1):
             shared.passes.all_of(batch)

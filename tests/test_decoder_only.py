@@ -16,7 +16,7 @@ from lst_scale.backbone.families import family_of, numbers_of
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.inputs.batch import Inputs
-from lst_scale.recipe.schema import LstRecipe
+from lst_scale.recipe.method import LstRecipe
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy
 
 CONFIG = {"reduction_factor": 8, "side_layers": [1, 3], "start_as_backbone": True}

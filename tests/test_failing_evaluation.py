@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lst_scale.recipe.schema import load_recipe
-from lst_scale.training import member
+from lst_scale.training import answering
 from lst_scale.training.run import run
 
 
@@ -31,16 +31,16 @@ def test_a_run_whose_evaluation_fails_resumes_to_an_undisturbed_runs_weights_and
     changes = {"method__dropout": 0.1, "training__micro_batch_size": 6, "training__save_every_steps": 3}
     (expected,) = run(load_recipe(str(write_recipe("whole", **changes))))
     victim = str(write_recipe("failed", **changes))
-    score, failing = member.score, {2, 4}  # the second evaluation and, after a resume, the test split's
+    score_rows, failing = answering.score_rows, {2, 4}  # the second evaluation and, after a resume, the test split's
 
     def fails(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) in failing:
             raise RuntimeError("a metric that can't be")
-        return score(*arguments)
+        return score_rows(*arguments)
 
     calls: list[int] = []
-    monkeypatch.setattr(member, "score", fails)
+    monkeypatch.setattr(answering, "score_rows", fails)
     for _ in failing:
         with pytest.raises(RuntimeError, match="a metric that can't be"):
             run(load_recipe(victim), resume=True)

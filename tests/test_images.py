@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def test_a_row_without_its_picture_is_named(cell: Any, message: str, tmp_path: P
 def test_a_column_of_pictures_that_is_not_there_is_named(rows: Path) -> None:
     with pytest.raises(DataError, match="row 1 has no field 'photo'"):
         files_of(rows, images=["photo"])
+
+
+def test_the_row_of_a_broken_picture_is_named(tower: Path, rows: Path, tmp_path: Path) -> None:
+    whole = files_of(rows)[0][0]
+    (tmp_path / "broken.png").write_bytes(Path(whole).read_bytes()[:60])
+    reader = ImageReader(VisionRecipe.model_validate(vision_of(tower)))
+    for name, message in (("broken.png", "is no whole picture"), ("gone.png", "can't be read")):
+        file = str(tmp_path / name)
+        with pytest.raises(DataError, match=rf"^colours, train: row 2: {re.escape(file)} {message}.*: (replace|put)") as caught:
+            reader.read([(whole,), (file,), (file,)], "colours, train")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"", b"\x89PNG\r\n\x1a\n cut"])

@@ -14,7 +14,8 @@ from helpers.inputs import inputs_of
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.errors import LadderError, LstScaleError
-from lst_scale.recipe.schema import LstRecipe, load_recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.side.count import backbone_parameters, shape_of, trainable_parameters
 from lst_scale.side.initialize import initialize_by_pruning
 from lst_scale.side.network import SideNetwork

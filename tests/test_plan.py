@@ -23,7 +23,8 @@ from lst_scale.methods import build_trainee
 from lst_scale.plan import depth, fake, memo, picture, report
 from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint, packed_otherwise
 from lst_scale.plan.live import LiveBytes
-from lst_scale.recipe.schema import LoraRecipe, Recipe, load_recipe
+from lst_scale.recipe.method import LoraRecipe
+from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.side.count import shape_of
 from lst_scale.system import distributed
 

@@ -93,7 +93,7 @@ def test_a_session_knows_the_next_micro_batch_across_steps_and_epochs(tiny_t5_di
     recipe = load_recipe(str(recipe_writer(tmp_path, tiny_t5_dir)("known")))  # 22 rows, batches of 6 in micro-batches of 2, 2 epochs
     task = load_task(recipe)
     split = encode(task.train, load_tokenizer(str(tiny_t5_dir), None), 24, None, task.target_prefix)
-    plan = make_plan(recipe, 22, 2, 1)
+    plan = make_plan(recipe, [(22, 6)], 2, 1)
     unused: Any = None
     trainer = Trainer(
         world=distributed.connect(),
@@ -101,7 +101,7 @@ def test_a_session_knows_the_next_micro_batch_across_steps_and_epochs(tiny_t5_di
         plan=plan,
         trainee=unused,
         engine=unused,
-        train_split=split,
+        train=[(split, 6)],
         evaluate=unused,
         save_best=unused,
         logger=unused,

@@ -39,5 +39,5 @@ def test_every_key_of_a_run_says_whether_members_share_it_and_whether_a_resume_k
     assert {key for key, field in Recipe.model_fields.items() if KEPT_BY_RESUME not in field.metadata} == free_of_resume
     pace = {"epochs", "max_steps", "evaluate_every", "patience", "save_every_steps", "keep_checkpoints"}
     training = TrainingRecipe.model_fields.items()
-    assert {key for key, field in training if ONE_FOR_MEMBERS not in field.metadata} == pace | {"start_from"}
+    assert {key for key, field in training if ONE_FOR_MEMBERS not in field.metadata} == pace | {"start_from", "result"}
     assert {key for key, field in training if KEPT_BY_RESUME not in field.metadata} == pace | {"micro_batch_size", "deepspeed"}

@@ -17,7 +17,7 @@ from helpers.tiny import tiny_t5
 from lst_scale.backbone.weights.checkpoint import spec_of
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.methods.lst import ladder_config
-from lst_scale.recipe.schema import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.count import SHAPES, Shape, backbone_parameters, shape_of, trainable_parameters
 from lst_scale.side.network import SideNetwork

@@ -16,7 +16,7 @@ from lst_scale.backbone.weights.checkpoint import spec_of
 from lst_scale.inputs.images import Images
 from lst_scale.methods import changed_with_images
 from lst_scale.methods.base import trained_parameters
-from lst_scale.recipe.schema import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, PromptRecipe
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, PromptRecipe
 from lst_scale.side.network import SideNetwork
 
 T5 = family_of("t5", "tests")

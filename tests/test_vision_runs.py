@@ -142,7 +142,7 @@ def test_a_scored_row_weighs_its_score_times_the_mean_over_its_tokens(name: str,
     task = task_of(scored, loss="example_mean", score="worth")
     recipe = load_recipe(str(place.recipe(f"scored-{name}", METHODS[name], task=task)))
     (step,) = training_steps(
-        load_data(recipe).splits["train"], epoch=0, seed=0, global_batch_size=6, micro_batch_size=4, rank=0, world_size=1
+        load_data(recipe).tasks[0].train, epoch=0, seed=0, global_batch_size=6, micro_batch_size=4, rank=0, world_size=1
     )
     trainee = build_trainee(recipe, LocalBackbone.load(str(place.checkpoint), precision="fp32"), zero_stage=0)
     trainee.module.eval()

@@ -32,7 +32,8 @@ def plan_command(
     from rich.console import Console
     from rich.table import Table
 
-    from lst_scale.recipe.schema import LstRecipe, load_recipe
+    from lst_scale.recipe.method import LstRecipe
+    from lst_scale.recipe.schema import load_recipe
     from lst_scale.runs.pictures import check_picture
     from lst_scale.side.count import shape_of
 

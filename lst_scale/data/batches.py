@@ -26,7 +26,7 @@ from lst_scale.inputs.keys import FILLER as FILLER
 from lst_scale.inputs.keys import IGNORED, RowKeys
 
 T = TypeVar("T")
-POOL = 50  # global batches that are sorted by length together: long enough to save padding, short enough to stay random
+POOL = 50  # global batches that are sorted by length together, unless a recipe says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,9 @@ class MicroBatches(Sequence[Batch]):
 class Steps(Sequence[Step]):
     """The steps of one epoch as one rank sees them. What is kept is the order of the rows, an array; a step is made when asked for."""
 
-    def __init__(self, split: EncodedSplit, epoch: Epoch, *, micro_batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, split: EncodedSplit, epoch: Epoch, *, micro_batches: int, rank: int, world_size: int) -> None:
         self._split, self._epoch, self._rank, self._world_size = split, epoch, rank, world_size
-        self._num_groups = -(-epoch.size // (micro_batch_size * world_size)) * world_size
+        self._num_groups = micro_batches * world_size
 
     def __len__(self) -> int:
         return len(self._epoch)
@@ -111,16 +111,39 @@ def training_steps(
 ) -> Steps:
     """Return the steps of one epoch as this rank sees them. Over all ranks every row comes exactly once."""
     order = global_batches(split, epoch=epoch, seed=seed, size=global_batch_size)
-    return Steps(split, order, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+    micro_batches = -(-global_batch_size // (micro_batch_size * world_size))
+    return Steps(split, order, micro_batches=micro_batches, rank=rank, world_size=world_size)
 
 
-def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int) -> Epoch:
-    """Return the rows of every global batch of an epoch, each sorted by length, the batches in random order."""
+class MixedSteps(Sequence[Step]):
+    """The steps of one epoch of several tasks, each step on one of them: a task comes as often as it has batches, in random order."""
+
+    def __init__(self, each: Sequence[Steps], *, epoch: int, seed: int) -> None:
+        self._each = each
+        tasks = np.repeat(np.arange(len(each)), [len(steps) for steps in each])
+        order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).numpy()
+        self._tasks = tasks[order]
+        self._places = np.zeros(len(tasks), np.int64)  # which of its task's steps each is
+        for task in range(len(each)):
+            mine = self._tasks == task
+            self._places[mine] = np.arange(mine.sum())
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: int) -> Step:  # type: ignore[override]
+        return self._each[int(self._tasks[index])][int(self._places[index])]
+
+
+def global_batches(split: EncodedSplit, *, epoch: int, seed: int, size: int, pool: int = POOL) -> Epoch:
+    """Return the rows of every global batch of an epoch, each sorted by length, the batches in random order; those of `pool` batches are
+    sorted together."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order, lengths = torch.randperm(len(split), generator=generator).numpy(), split.input_ids.lengths
-    for start in range(0, len(order), size * POOL):
-        pool = order[start : start + size * POOL]
-        pool[:] = pool[by_length(lengths[pool])]
+    order, lengths = torch.randperm(split.num_questions, generator=generator).numpy(), split.input_ids.lengths
+    order = split.rows_of_epoch(epoch, seed)[order]
+    for start in range(0, len(order), size * pool):
+        some = order[start : start + size * pool]
+        some[:] = some[by_length(lengths[some])]
     batches = torch.randperm(-(-len(order) // size), generator=generator).numpy()
     return Epoch(batches=batches, rows=order.astype(np.int32), size=size)
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lst_scale.data.columns import CHUNK, Chunk, Ids, by_chunks, chunk_of, chunk_of_arrays, join_chunks
-from lst_scale.data.rows import Row, StoredRows, scores_of
+from lst_scale.data.columns import CHUNK, Chunk, Ids, Numbers, by_chunks, chunk_of, chunk_of_arrays, join_chunks
+from lst_scale.data.draws import Draws
+from lst_scale.data.rows import Row, StoredRows, questions_of, scores_of
 from lst_scale.data.tables import Facts, Write, digest_of, stored_table
 from lst_scale.data.tokenizer import tokenizer_digest
 from lst_scale.data.workers import in_order, usable_cores
@@ -52,13 +53,26 @@ class EncodedSplit:
     keys: KeyTable | None = None  # by what a tap cache knows each row; None: there is no cache
     images: ImagesOfRows | None = None  # features of each row's images; None: rows are text alone
     weights: NDArray[np.float32] | None = None  # of a token's loss, by its row, where the loss is a mean over rows
+    draws: Draws | None = None  # which rows an epoch takes, where several are answers to one question; None: all
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
+    def num_questions(self) -> int:
+        """How many rows an epoch has."""
+        return len(self) if self.draws is None else len(self.draws)
+
+    def rows_of_epoch(self, epoch: int, seed: int) -> Numbers:
+        """Return the rows that an epoch has, in order."""
+        return np.arange(len(self)) if self.draws is None else self.draws.of_epoch(epoch, seed)
+
+    @property
     def digest(self) -> str:
-        """What changes when any id of any row does, or any image."""
+        """What changes when any id of any row does, or any image, or what is drawn."""
+        if self.draws is not None:
+            drawn = hashlib.sha256(self.draws.starts.tobytes() + self.draws.totals.tobytes()).hexdigest()
+            return hashlib.sha256(f"{replace(self, draws=None).digest} {drawn}".encode()).hexdigest()
         if self.images is not None:
             return hashlib.sha256(f"{replace(self, images=None).digest} {self.images.digest}".encode()).hexdigest()
         if self.known_digest is not None:
@@ -126,19 +140,20 @@ class Encoding:
 
     def _encode(self, rows: Sequence[Row], first: int) -> EncodedRows:
         sources, cut_sources = self.sources([row.source for row in rows])
-        targets, cut_targets = self._targets([row.target for row in rows], first)
+        targets, cut_targets = self._targets(rows, first)
         return EncodedRows(input_ids=chunk_of(sources), labels=chunk_of(targets), cut_sources=cut_sources, cut_targets=cut_targets)
 
-    def _targets(self, answers: Sequence[str], first: int) -> tuple[list[list[int]], int]:
+    def _targets(self, rows: Sequence[Row], first: int) -> tuple[list[list[int]], int]:
         """Return the ids of targets, and how many of these were cut; `first` is the number of the first one's row."""
-        texts = [target_text(answer, self.target_prefix) for answer in answers]
+        texts = [target_text(row.target, self.target_prefix) for row in rows]
         truncated = {"truncation": True, "max_length": self.max_target_length} if self.max_target_length is not None else {}
         with fence(DataError, "the rows can't be tokenized"):
             ids = self.tokenizer(text_target=texts, **truncated).input_ids
             cut = _count_cut("text_target", texts, ids, self.tokenizer, self.max_target_length)
-        for number, (target, answer) in enumerate(zip(ids, answers, strict=True), start=first):
-            if not any(token != self.tokenizer.eos_token_id for token in target):
-                raise self._empty(answer, number)
+        for number, (target, row) in enumerate(zip(ids, rows, strict=True), start=first):
+            may_be_empty = not row.target and (row.score == 0 or row.reference)  # nothing is learned of it
+            if not may_be_empty and not any(token != self.tokenizer.eos_token_id for token in target):
+                raise self._empty(row.target, number)
         return ids, cut
 
     def _empty(self, answer: str, number: int) -> DataError:
@@ -264,10 +279,15 @@ def _count_cut(side: str, texts: Sequence[str], ids: Sequence[Sequence[int]], to
     return sum(len(tokens) > limit for tokens in tokenizer(**{side: full}, verbose=False).input_ids) if full else 0
 
 
-def weighted_by_row(split: EncodedSplit) -> EncodedSplit:
-    """Return a split whose loss is the mean over rows: of each its score times the mean over its tokens."""
-    scores = np.fromiter(scores_of(split.rows), np.float32, count=len(split))
-    return replace(split, weights=(scores / split.labels.lengths).astype(np.float32))
+def for_training(split: EncodedSplit, loss: str, *, scored: bool) -> EncodedSplit:
+    """Return the split that is trained on: of which an epoch draws rows where several answer one question, and whose loss is a mean over
+    tokens, or over rows: of each the mean over its tokens, times its score where rows are `scored`."""
+    questions = questions_of(split.rows)
+    if loss == "token_mean" and questions is None:
+        return split
+    scores = np.fromiter(scores_of(split.rows), np.float64, count=len(split))
+    weights = ((scores if scored else 1.0) / split.labels.lengths).astype(np.float32) if loss == "example_mean" else None
+    return replace(split, weights=weights, draws=None if questions is None else Draws.of(questions, scores))
 
 
 def target_text(answer: str, prefix: str) -> str:

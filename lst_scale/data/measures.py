@@ -27,6 +27,8 @@ class Measure:
     function: Callable[[list[str], list[str]], float]
     description: str
     is_error: bool = False  # less is better
+    is_beside: bool = False  # told beside others, and no part of the score
+    suffix: Callable[[], str] = str  # of its name in results, where how it is measured depends on what is installed
 
     def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> float:
         return float(self.function(list(predictions), list(references)))

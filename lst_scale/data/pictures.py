@@ -12,6 +12,14 @@ from lst_scale.errors import DataError, printable
 from lst_scale.system.assets import cache_folder, resolve
 
 
+class PictureError(DataError):
+    """A file that is no picture; whoever knows which row has it says so."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file} {reason}")
+        self.file = file
+
+
 def picture_of(value: Any, field: str, path: str, number: int) -> str:
     """Return the file of a row's picture, given its cell: a path, relative to the row's own file or whole, or bytes, which go to a file.
 
@@ -52,7 +60,7 @@ def open_picture(file: str) -> Any:
     """Return a picture in RGB.
 
     Raises:
-        DataError: the file is missing, or is no whole picture.
+        PictureError: the file is missing, or is no whole picture.
     """
     from PIL import Image
 
@@ -60,6 +68,6 @@ def open_picture(file: str) -> Any:
         with Image.open(file) as picture:
             return picture.convert("RGB")
     except FileNotFoundError:
-        raise DataError(f"{file}: the picture is gone") from None
+        raise PictureError(file, "is gone: put the picture there, or remove its rows") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no whole picture ({printable(str(error))[:100]}): replace it, or remove its rows") from error
+        raise PictureError(file, f"is no whole picture ({printable(str(error))[:100]}): replace it, or remove its rows") from error

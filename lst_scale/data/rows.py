@@ -15,7 +15,8 @@ from lst_scale.data.tables import Facts, Table, Write, digest_of, known_table, s
 from lst_scale.runs.logs import progress_of
 
 COLUMNS = {"source": "texts", "target": "texts"}
-BESIDE = {"images": "texts", "scores": "texts"}  # pictures, a file a line, and a number; only in tables whose rows have some
+# Pictures, a file a line, numbers, and what a metric compares with; only in tables whose rows have some.
+BESIDE = dict.fromkeys(("images", "scores", "references", "questions"), "texts")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Row:
     target: str
     images: tuple[str, ...] = ()  # files of pictures
     score: float = 1.0  # what its answer is worth in training
+    reference: str = ""  # what its answer is measured by, where that is more than the target; JSON
+    question: int | None = None  # rows of one number are answers to one question, of which an epoch draws one; None: each is by itself
 
 
 class StoredRows(Sequence[Row]):
@@ -34,8 +37,7 @@ class StoredRows(Sequence[Row]):
     def __init__(self, table: Table, order: Numbers | None = None) -> None:
         self.table, self._order = table, order
         self._sources, self._targets = table.texts("source"), table.texts("target")
-        self._images = table.texts("images") if "images" in table.kinds else None
-        self._scores = table.texts("scores") if "scores" in table.kinds else None
+        self._beside = {name: table.texts(name) for name in BESIDE if name in table.kinds}
 
     @property
     def key(self) -> str:
@@ -61,7 +63,7 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, row: int | slice) -> Row | Sequence[Row]:
         if isinstance(row, int):
             place = self._place(row)
-            return Row(self._sources[place], self._targets[place], self._images_of(place), self._score_of(place))
+            return self._row(place)
         chosen = range(len(self))[row]
         if chosen == range(len(self)):
             return self
@@ -73,14 +75,25 @@ class StoredRows(Sequence[Row]):
         """Return some rows in some order."""
         return StoredRows(self.table, rows if self._order is None else self._order[rows])
 
-    def _images_of(self, place: int) -> tuple[str, ...]:
-        return () if self._images is None else tuple(self._images[place].split("\n"))
-
-    def _score_of(self, place: int) -> float:
-        return 1.0 if self._scores is None else float(self._scores[place])
+    def _row(self, place: int) -> Row:
+        beside = {name: column[place] for name, column in self._beside.items()}
+        return Row(
+            self._sources[place],
+            self._targets[place],
+            tuple(beside["images"].split("\n")) if "images" in beside else (),
+            float(beside.get("scores", 1.0)),
+            beside.get("references", ""),
+            int(beside["questions"]) if "questions" in beside else None,
+        )
 
     def targets(self) -> Iterator[str]:
         return (self._targets[self._place(row)] for row in range(len(self)))
+
+    def beside(self, name: str) -> Iterator[str] | None:
+        """Return a column of BESIDE; None: these rows have none."""
+        if name not in self._beside:
+            return None
+        return (self._beside[name][self._place(row)] for row in range(len(self)))
 
 
 def keep_rows(
@@ -124,10 +137,7 @@ def _fill(rows: Iterable[Row], write: Write, *, tally: bool, beside: Sequence[st
     with progress_of(None, 0, shown=True, what="reading row") as advance:
         for some in by_chunks(rows):
             texts = {"source": [row.source for row in some], "target": [row.target for row in some]}
-            if "images" in beside:
-                texts["images"] = ["\n".join(row.images) for row in some]
-            if "scores" in beside:
-                texts["scores"] = [repr(row.score) for row in some]
+            texts |= {name: [_WRITTEN[name](row) for row in some] for name in beside}
             write({name: chunk_of_texts(column) for name, column in texts.items()})
             if tally:
                 for number, row in enumerate(some, start=count + 1):
@@ -137,6 +147,14 @@ def _fill(rows: Iterable[Row], write: Write, *, tally: bool, beside: Sequence[st
     return {"rows": count, "first": first if tally else None}
 
 
+_WRITTEN: Mapping[str, Callable[[Row], str]] = {
+    "images": lambda row: "\n".join(row.images),
+    "scores": lambda row: repr(row.score),
+    "references": lambda row: row.reference,
+    "questions": lambda row: str(row.question),
+}
+
+
 def targets_of(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the target of every row."""
     return rows.targets() if isinstance(rows, StoredRows) else (row.target for row in rows)
@@ -144,7 +162,29 @@ def targets_of(rows: Sequence[Row]) -> Iterator[str]:
 
 def scores_of(rows: Sequence[Row]) -> Iterator[float]:
     """Yield what every row's answer is worth."""
+    if isinstance(rows, StoredRows):
+        stored = rows.beside("scores")
+        return itertools.repeat(1.0, len(rows)) if stored is None else map(float, stored)
     return (row.score for row in rows)
+
+
+def references_of(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what every row's answer is measured by: its target, where no more is known."""
+    return (row.reference or row.target for row in rows)
+
+
+def questions_of(rows: Sequence[Row]) -> Numbers | None:
+    """Return the question of every row; None: each row is one by itself."""
+    if isinstance(rows, StoredRows):
+        stored = rows.beside("questions")
+        return None if stored is None else np.fromiter(map(int, stored), np.int64, count=len(rows))
+    return None if not rows or rows[0].question is None else np.array([row.question for row in rows])
+
+
+def images_of(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """Yield the files of every row's pictures."""
+    stored = rows.beside("images") if isinstance(rows, StoredRows) else None
+    return (row.images for row in rows) if stored is None else (tuple(files.split("\n")) for files in stored)
 
 
 def first_of_each_target(rows: Sequence[Row]) -> Mapping[str, int]:

@@ -11,16 +11,19 @@ import decimal
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from lst_scale.data import files
 from lst_scale.data.columns import Numbers
 from lst_scale.data.pictures import picture_of
+from lst_scale.data.release import endings_of, release_rows
 from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows
 from lst_scale.errors import DataError, printable
+from lst_scale.recipe.release import EPOCHS as RELEASE_EPOCHS
+from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
-from lst_scale.recipe.task import FileTask, metrics_misfit
+from lst_scale.recipe.task import FileTask, Task, metrics_misfit
 from lst_scale.recipe.template import fill
 
 SPLIT_SEED = 42
@@ -46,6 +49,11 @@ class TaskData:
     train: Sequence[Row]
     validation: Sequence[Row]
     test: Sequence[Row] | None
+    loss: Literal["token_mean", "example_mean"] = "token_mean"
+    scored: bool = True  # with example_mean: a row's mean is multiplied by its score
+    source_length: int | None = None  # in tokens, where the task has its own limit
+    target_length: int | None = None
+    by_first_token: bool = False  # labels are told apart by their first token alone, where the likeliest is chosen
 
     def splits(self) -> dict[str, Sequence[Row]]:
         """Return the splits there are, by name."""
@@ -114,19 +122,53 @@ GLUE = {
 DEFAULT_METRICS = {"classification": ("accuracy",), "regression": ("pearson", "spearman"), "text": ("exact_match", "rouge_l")}
 
 
-def load_task(recipe: Recipe) -> TaskData:
-    """Return the recipe's task with all its rows, cut to `data.max_train_rows` and `data.max_eval_rows`.
+def load_tasks(recipe: Recipe) -> list[TaskData]:
+    """Return each of the recipe's tasks with all its rows, cut to `data.max_train_rows` and `data.max_eval_rows`.
 
     Raises:
         DataError: a file, a field or a row is wrong; the message names it.
     """
-    task = _load_glue(recipe.task) if isinstance(recipe.task, str) else _load_files(recipe.task)
+    return [_load(task, recipe) for task in recipe.each_task]
+
+
+def load_task(recipe: Recipe) -> TaskData:
+    """Return the task of a recipe that has one."""
+    (task,) = load_tasks(recipe)
+    return task
+
+
+def _load(task: Task, recipe: Recipe) -> TaskData:
     data = recipe.data
+    if isinstance(task, ReleaseTask):
+        return _load_release(task, recipe)
+    found = _load_glue(task) if isinstance(task, str) else _load_files(task)
+    return replace(
+        found,
+        train=found.train[: data.max_train_rows],
+        validation=found.validation[: data.max_eval_rows],
+        test=None if found.test is None else found.test[: data.max_eval_rows],
+    )
+
+
+def _load_release(task: ReleaseTask, recipe: Recipe) -> TaskData:
+    form, endings = task.of, endings_of(recipe.vision)
+    most = {"train": recipe.data.max_train_rows, "validation": recipe.data.max_eval_rows, "test": recipe.data.max_eval_rows}
+    train, validation, test = (release_rows(task, split, endings, most[split]) for split in FILE_SPLITS)
+    assert train is not None and validation is not None
     return TaskData(
-        **{name: getattr(task, name) for name in ("name", "kind", "labels", "target_prefix", "metrics", "epochs")},
-        train=task.train[: data.max_train_rows],
-        validation=task.validation[: data.max_eval_rows],
-        test=None if task.test is None else task.test[: data.max_eval_rows],
+        name=task.format,
+        kind=form.kind,
+        labels=form.labels,
+        metrics=form.metrics,
+        epochs=RELEASE_EPOCHS,
+        train=train,
+        validation=validation,
+        test=test,
+        loss=form.loss,
+        scored=form.scored,
+        source_length=form.source_length,
+        target_length=form.target_length,
+        by_first_token=form.labels is not None,
     )
 
 
@@ -203,6 +245,7 @@ def _load_files(task: FileTask) -> TaskData:
         train=splits["train"],
         validation=splits["validation"],
         test=splits.get("test"),
+        loss=task.loss,
     )
 
 

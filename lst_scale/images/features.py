@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from lst_scale.errors import LadderError
+from lst_scale.data.pictures import PictureError
+from lst_scale.errors import DataError, LadderError
 from lst_scale.images.model import load_image_model
 from lst_scale.images.store import FeatureStore, digest_of_file
 from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import FILLER
-from lst_scale.recipe.vision import VisionRecipe
+from lst_scale.recipe.vision import STORED, VisionRecipe
+
+
+class AnyImagesOfRows(Protocol):
+    """Which images each row of a split has, and their features."""
+
+    digest: str
+
+    def of(self, rows: Sequence[int]) -> Images: ...
+
+
+class RowReader(Protocol):
+    """Gives rows the features of their images, by the files that they name."""
+
+    def read(self, rows: Iterable[tuple[str, ...]], where: str = "", first: int = 1) -> AnyImagesOfRows:
+        """Return the images of rows, given each one's files; in messages the rows are in `where`, from number `first` on."""
+        ...
+
+
+def image_reader(recipe: VisionRecipe) -> RowReader:
+    """Return what reads the images that a recipe's rows name: pictures, or features that an image model made elsewhere.
+
+    Raises:
+        LadderError: the image model can't be had.
+        ArgumentError: what it needs is not installed.
+    """
+    if recipe.image_model == STORED:
+        from lst_scale.images.hdf5 import StoredReader
+
+        return StoredReader(recipe)
+    return ImageReader(recipe)
 
 
 class ImagesOfRows:
@@ -26,9 +59,20 @@ class ImagesOfRows:
 
     def of(self, rows: Sequence[int]) -> Images:
         """Return those of a batch; a filler row has the first row's."""
-        numbers = self._numbers[[0 if row == FILLER else row for row in rows]]
+        numbers = numbers_of(self._numbers, rows)
         features = np.stack([np.stack([self._store[self._digests[number]] for number in row]) for row in numbers])
         return Images(features_BIGF=torch.from_numpy(features))
+
+
+def row_called(where: str, number: int) -> str:
+    """Return what a message calls a row, counted from 1."""
+    return f"{where}: row {number}" if where else f"row {number}"
+
+
+def numbers_of(numbers: NDArray[np.int32], rows: Sequence[int]) -> NDArray[np.int32]:
+    """Return the images' numbers of some rows; a filler row has the first row's."""
+    chosen: NDArray[np.int32] = numbers[[0 if row == FILLER else row for row in rows]]
+    return chosen
 
 
 class ImageReader:
@@ -42,19 +86,23 @@ class ImageReader:
         self._recipe, self._store = recipe, FeatureStore(load_image_model(recipe))
         self._digests: dict[str, str] = {}  # of each file
 
-    def read(self, rows: Iterable[tuple[str, ...]]) -> ImagesOfRows:
+    def read(self, rows: Iterable[tuple[str, ...]], where: str = "", first: int = 1) -> ImagesOfRows:
         """Return the images of rows, given the files of each one's pictures.
 
         Raises:
-            DataError: a picture can't be read.
+            DataError: a picture can't be read; names its first row.
             LadderError: the image model makes other features than the recipe says.
         """
         files = list(rows)
-        for file in dict.fromkeys(file for row in files for file in row):
-            if file not in self._digests:
-                self._digests[file] = digest_of_file(file)
-        pictures = {self._digests[file]: file for row in files for file in row}
-        self._store.fill(pictures)
+        try:
+            for file in dict.fromkeys(file for row in files for file in row):
+                if file not in self._digests:
+                    self._digests[file] = digest_of_file(file)
+            pictures = {self._digests[file]: file for row in files for file in row}
+            self._store.fill(pictures)
+        except PictureError as error:
+            number = next(number for number, row in enumerate(files, start=first) if error.file in row)
+            raise DataError(f"{row_called(where, number)}: {error}") from error
         order = list(pictures)
         refuse_other_features(self._recipe, self._store[order[0]].shape)
         place = {digest: number for number, digest in enumerate(order)}

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lst_scale.data.pictures import open_picture
-from lst_scale.errors import DataError, StorageError
+from lst_scale.data.pictures import PictureError, open_picture
+from lst_scale.errors import StorageError
 from lst_scale.images.model import ImageModel
 from lst_scale.runs.logs import progress_of
 from lst_scale.system.assets import cache_folder
@@ -48,7 +48,7 @@ class FeatureStore:
         """See to it that all of these are there: files of pictures, by their digests.
 
         Raises:
-            DataError: a picture can't be read.
+            PictureError: a picture can't be read.
             StorageError: the disk refused.
         """
         self._look()
@@ -97,9 +97,7 @@ class FeatureStore:
             features_BGF = self._model.features(torch.stack([self._model.prepared(open_picture(file)) for file in some]))
             for file, features_GF in zip(some, features_BGF, strict=True):
                 if not torch.isfinite(features_GF.half()).all():
-                    raise DataError(
-                        f"{file}: its features are not finite in float16: choose another vision.image_model, or remove its rows"
-                    )
+                    raise PictureError(file, "has no finite features in float16: choose another vision.image_model, or remove its rows")
             found.append(features_BGF.half().numpy())
             advance(len(some))  # type: ignore[operator]
         features, folder = np.concatenate(found), self.folder / f"part-{len(self._parts):06d}"
@@ -128,4 +126,4 @@ def digest_of_file(file: str) -> str:
     try:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(f"{file}: the picture can't be read ({error.strerror})") from error
+        raise PictureError(file, f"can't be read ({error.strerror}): put the picture there, or remove its rows") from error

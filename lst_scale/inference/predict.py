@@ -23,9 +23,10 @@ from lst_scale.data.columns import by_chunks
 from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
+from lst_scale.data.release import NamedImages, endings_of, question_text
 from lst_scale.data.tasks import GLUE, file_images, file_source, refuse_bad_cells, source_text
 from lst_scale.errors import ArgumentError, DataError, fence
-from lst_scale.images.features import ImageReader
+from lst_scale.images.features import image_reader
 from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
 from lst_scale.inference.scored_run import ScoredRun, read_result, read_scored_run, refuse_changed_weights
@@ -33,7 +34,9 @@ from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import Predictor
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee, SharedPasses
+from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
+from lst_scale.recipe.task import FileTask
 from lst_scale.runs.logs import progress_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
@@ -84,26 +87,26 @@ def predict_file(
     _refuse_inputs_as_output(source, output)
     world = distributed.connect()
     with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
-        reader = None if asked.recipe.vision is None else ImageReader(asked.recipe.vision)
+        reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
         reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
         with _model(runs, asked.recipe, world, reading) as (model, passes):
-            at_once = BATCHES_AT_ONCE * asked.recipe.evaluation.batch_size * model.replica.count
+            at_once = BATCHES_AT_ONCE * asked.evaluation.batch_size * model.replica.count
             first = answered - answered % at_once  # the same rows together as without a stop
             keep(first)
             if first:
                 say(f"going on after {first:,} rows")
-            cut = 0
+            cut, number = 0, first + 1
             with progress_of(count, first, shown=world.is_main) as advance:
                 for some in by_chunks(itertools.islice(rows, first, None), at_once):
                     split = encode_sources(
                         [text for text, _, _ in some], reading.tokenizer, asked.recipe.data.max_source_length, reading.before
                     )
                     if reader is not None:
-                        split = replace(split, images=reader.read(images for _, images, _ in some))
+                        split = replace(split, images=reader.read((images for _, images, _ in some), str(source), number))
                     answers = _answers(model, passes, split, tokenizer, asked, world, probabilities=probabilities)
                     write([row | dict(zip(names, said, strict=True)) for said, (_, _, row) in zip(answers, some, strict=True)])
-                    cut += split.cut_sources
+                    cut, number = cut + split.cut_sources, number + len(some)
                     advance(len(some))
             if (sentence := cut_inputs(cut, count - first, asked.recipe.data)) is not None:
                 say(sentence)
@@ -120,10 +123,13 @@ class InputRows:
     names: Sequence[str]
 
     def __iter__(self) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
-        task = self.asked.recipe.task
+        task = self.asked.task
+        named = NamedImages(task, endings_of(self.asked.recipe.vision)) if isinstance(task, ReleaseTask) else None
         for found in files.read_records(str(self.source), "test", where="inputs"):
             text = _text(self.asked, found.record, found.path, found.number)
-            images = () if isinstance(task, str) else file_images(task, found.record, found.path, found.number)
+            images = () if named is None else named.of(found.record, found.path, found.number)
+            if isinstance(task, FileTask):
+                images = file_images(task, found.record, found.path, found.number)
             yield text, images, _with_room(found.record, self.names, found.path, found.number)
 
     def count_answered(self, earlier: Iterator[dict[str, Any]]) -> int:
@@ -155,15 +161,15 @@ def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: boo
     each = [read_scored_run(run, overrides) for run in runs]
     recipe, labels = each[0].recipe, each[0].labels
     if len(runs) > 1:
-        check_ensemble(runs, [one.recipe for one in each], ("task", "backbone", "data", "evaluation"))
+        check_ensemble(runs, [one.recipe for one in each], ("each_task", "backbone", "data", "evaluation"))
         other = next((run for run, one in zip(runs, each, strict=True) if one.labels != labels), None)
         if other is not None:
             raise ArgumentError(f"{other} was trained with other labels than {runs[0]}: an ensemble answers one question")
     if probabilities and labels is None:
         raise ArgumentError(f"--probabilities are those of labels, which {runs[0]} has not (kind {each[0].kind}): remove it")
-    if recipe.evaluation.method == "likelihood" and labels is None:
+    if each[0].evaluation.method == "likelihood" and labels is None:
         raise ArgumentError(f"evaluation.method=likelihood compares labels, which {runs[0]} has not: write evaluation.method=generation")
-    if recipe.evaluation.method == "generation" and recipe.evaluation.max_new_tokens is None and any(one.longest is None for one in each):
+    if each[0].evaluation.method == "generation" and each[0].evaluation.max_new_tokens is None and any(one.longest is None for one in each):
         raise ArgumentError(f"{runs[0]} does not say how long its targets were: write evaluation.max_new_tokens=64, or what they need")
     check_method(recipe)
     for run in runs:
@@ -186,7 +192,9 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
 def _text(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
     """Return a row's source text, written as in training."""
     refuse_bad_cells(record, asked.columns, path, number)
-    task = asked.recipe.task
+    task = asked.task
+    if isinstance(task, ReleaseTask):
+        return question_text(task, record, f"{path}: row {number}")
     return source_text(task, GLUE[task].fields, record) if isinstance(task, str) else file_source(task, record)
 
 
@@ -234,16 +242,16 @@ def _answers(
     def reply(batch: Batch | None, moment: Moment) -> Session[list[tuple[Any, ...]]]:
         return _reply(model, batch, tokenizer, asked, moment, probabilities=probabilities)
 
-    return run_alone(each_row(model, split, asked.recipe.evaluation, world, reply), passes)
+    return run_alone(each_row(model, split, asked.evaluation, world, reply), passes)
 
 
 def _reply(
     model: Predictor, batch: Batch | None, tokenizer: Any, asked: ScoredRun, moment: Moment, *, probabilities: bool
 ) -> Session[list[tuple[Any, ...]]]:
-    evaluation, labels, prefix = asked.recipe.evaluation, asked.labels or (), asked.target_prefix
+    evaluation, labels, prefix = asked.evaluation, asked.labels or (), asked.target_prefix
     scores_BL = None
     if probabilities or evaluation.method == "likelihood":
-        scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, at=moment)
+        scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, first_token=asked.by_first_token, at=moment)
     if scores_BL is not None and evaluation.method == "likelihood":
         texts = [labels[int(best)] for best in scores_BL.argmax(-1)]
     else:

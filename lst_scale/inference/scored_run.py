@@ -10,7 +10,9 @@ from typing import Any
 
 from lst_scale.data.tasks import GLUE
 from lst_scale.errors import ArgumentError, fence
-from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.recipe.release import ReleaseTask
+from lst_scale.recipe.schema import EvaluationRecipe, Recipe, load_recipe
+from lst_scale.recipe.task import FileTask, Task, name_of
 from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.system.durable import sha256_of
 
@@ -23,6 +25,7 @@ class ScoredRun:
     """A finished run as `predict` uses it."""
 
     recipe: Recipe
+    task: Task  # the one that is asked, of several
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
     context: str | None  # what stands before every row
@@ -31,16 +34,25 @@ class ScoredRun:
     @property
     def columns(self) -> Sequence[str]:
         """The fields that the source text is made of."""
-        task = self.recipe.task
-        return [column for _, column in GLUE[task].fields] if isinstance(task, str) else task.source
+        if isinstance(self.task, str):
+            return [column for _, column in GLUE[self.task].fields]
+        return self.task.source if isinstance(self.task, FileTask) else ()
 
     @property
     def target_prefix(self) -> str:
-        return "" if isinstance(self.recipe.task, str) else self.recipe.task.target_prefix or ""
+        return self.task.target_prefix or "" if isinstance(self.task, FileTask) else ""
+
+    @property
+    def by_first_token(self) -> bool:
+        return isinstance(self.task, ReleaseTask) and self.task.of.labels is not None
+
+    @property
+    def evaluation(self) -> EvaluationRecipe:
+        return self.recipe.evaluation_of(self.task)
 
 
 def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
-    """Read how a finished run answers; `overrides` change its recipe.
+    """Read how a finished run answers; `overrides` change its recipe, and task=NAME says which of several tasks is asked.
 
     Raises:
         ArgumentError: it is no finished run, its files are damaged, or an override has no effect on answers.
@@ -48,19 +60,39 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
     """
     if not (run / RECIPE).is_file():
         raise ArgumentError(f"{run} is no run: give a folder that holds {RECIPE} and {RESULT}")
+    asked = [override.partition("=")[2] for override in overrides if override.startswith("task=")]
+    overrides = [override for override in overrides if not override.startswith("task=")]
     _refuse_without_effect(overrides)
     recipe = load_recipe(str(run / RECIPE), overrides)
+    task = _asked_task(run, recipe, asked)
     result = read_result(run)
     if "ensemble_of" in result:
         raise ArgumentError(f"{run} is an ensemble, which answers by its members: give one of them, and the others by --with")
     with fence(ArgumentError, f"{run / RESULT} is damaged"):
         return ScoredRun(
             recipe=recipe,
-            kind=_kind(recipe),
-            labels=_labels(recipe, result),
+            task=task,
+            kind=_kind(task),
+            labels=_labels(task, _of(result, "labels", task, recipe)),
             context=_context(recipe, result),
-            longest=_longest(result),
+            longest=_longest(_of(result, "longest_target", task, recipe)),
         )
+
+
+def _asked_task(run: Path, recipe: Recipe, asked: Sequence[str]) -> Task:
+    tasks = {name_of(task): task for task in recipe.each_task}
+    if len(tasks) == 1 and not asked:
+        return recipe.each_task[0]
+    if not asked or asked[-1] not in tasks:
+        raise ArgumentError(f"{run} was trained on {', '.join(tasks)}: say which of them is asked, such as task={next(iter(tasks))}")
+    return tasks[asked[-1]]
+
+
+def _of(result: dict[str, Any], key: str, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """Return a result as that of one task alone would be, as to `key`."""
+    if len(recipe.each_task) == 1 or key not in result:
+        return result
+    return result | {key: result[key][name_of(task)]}
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -103,18 +135,18 @@ def _refuse_without_effect(overrides: Sequence[str]) -> None:
             raise ArgumentError(f"{key} has no effect on predictions: remove it (what has: {', '.join(WITH_EFFECT)})")
 
 
-def _kind(recipe: Recipe) -> str:
-    if isinstance(recipe.task, str):
-        return "regression" if GLUE[recipe.task].labels is None else "classification"
-    kind: str = recipe.task.kind
-    return kind
+def _kind(task: Task) -> str:
+    if isinstance(task, str):
+        return "regression" if GLUE[task].labels is None else "classification"
+    return task.kind if isinstance(task, FileTask) else task.of.kind
 
 
-def _labels(recipe: Recipe, result: dict[str, Any]) -> tuple[str, ...] | None:
+def _labels(task: Task, result: dict[str, Any]) -> tuple[str, ...] | None:
     """Return the labels that the run was trained with, which its recipe may not list."""
-    if _kind(recipe) != "classification":
+    if _kind(task) != "classification":
         return None
-    listed = GLUE[recipe.task].labels if isinstance(recipe.task, str) else recipe.task.labels
+    own = task if not isinstance(task, ReleaseTask) else task.of
+    listed = GLUE[own].labels if isinstance(own, str) else own.labels
     if "labels" not in result:  # an earlier version wrote it
         return listed
     labels = result["labels"]

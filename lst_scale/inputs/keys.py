@@ -105,6 +105,12 @@ class KeyTable:
         return map(self.__getitem__, range(len(self)))
 
 
+def joined(tables: Sequence[KeyTable]) -> KeyTable:
+    """Return the rows of several splits, one after another, as one table."""
+    numbers = [table.numbers[:-1] for table in tables]
+    return KeyTable.of_numbers(np.concatenate([*numbers, tables[-1].numbers[-1:]]))
+
+
 def source_digest(source: Any) -> bytes:
     """Return the digest of a row's source; token ids without padding, in memory."""
     return hashlib.blake2b(b"e" + _id_bytes(source), digest_size=BYTES).digest()

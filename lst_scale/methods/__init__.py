@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
 from lst_scale.recipe.backbone import QUANTIZED
-from lst_scale.recipe.schema import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe, Recipe
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import check_targets, shape_of
 
 if TYPE_CHECKING:

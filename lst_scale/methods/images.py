@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family
 from lst_scale.inputs.images import Images
-from lst_scale.recipe.schema import LstRecipe, PromptRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe, PromptRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side.vision import VisualEmbedding, beside_images
 from lst_scale.side.vision_config import VisionConfig
 
@@ -25,7 +26,8 @@ def vision_config(recipe: Recipe) -> VisionConfig | None:
     if vision is None:
         return None
     own = {"object_order": method.object_order, "scale_image_rows": method.scale_image_rows} if isinstance(method, LstRecipe) else {}
-    images = len(recipe.image_columns)
+    counts = recipe.image_counts
+    images = counts[0] if len(counts) == 1 else counts
     return VisionConfig(feature_dim=vision.feature_dim, pooled_grid=vision.pooled_grid, num_images=images, **own)  # type: ignore[arg-type]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,25 +13,33 @@ from lst_scale.backbone.weights.checkpoint import open_checkpoint
 from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
 from lst_scale.data.columns import Numbers
 from lst_scale.data.encode import EncodedSplit
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.system import distributed
 from lst_scale.system.assets import cache_folder
 from lst_scale.system.distributed import World
 
 
-def task_importance(recipe: Recipe, split: EncodedSplit, backbone: Backbone, world: World) -> Callable[[str], Tensor] | None:
-    """Return the backbone's Fisher information on this task, from an earlier run on this machine where there was one.
+def task_importance(recipe: Recipe, splits: Sequence[EncodedSplit], backbone: Backbone, world: World) -> Callable[[str], Tensor] | None:
+    """Return the backbone's Fisher information on the training rows of all tasks, shuffled together; from an earlier run on this machine
+    where there was one.
 
     None: the recipe asks for none. All ranks must call it.
     """
     method = recipe.method
     if not isinstance(method, LstRecipe) or method.initialization != "fisher":
         return None
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
-    examples = [Example(input_ids_S=_tensor(split.input_ids[row]), labels_T=_tensor(split.labels[row])) for row in order]
+    rows = [split.rows_of_epoch(0, recipe.seed) for split in splits]
+    ends = np.cumsum([len(each) for each in rows])
+    order = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(recipe.seed))[: method.fisher_samples].tolist()
+    examples = []
+    for place in order:
+        task = int(np.searchsorted(ends, place, side="right"))
+        row = rows[task][place - int(ends[task])]  # counted from the end, where the task's rows end
+        examples.append(Example(input_ids_S=_tensor(splits[task].input_ids[row]), labels_T=_tensor(splits[task].labels[row])))
     tree = recipe.model_dump(mode="json")
     key = {"backbone": backbone.identity.fingerprint, "task": tree["task"], "data": tree["data"], "samples": len(examples)}
-    key |= {"seed": recipe.seed}
+    key |= {"seed": recipe.seed} | ({} if recipe.tasks is None else {"tasks": tree["tasks"]})
     folder = cache_folder("fisher")
 
     def make() -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family
 from lst_scale.backbone.weights.precision import replace
-from lst_scale.recipe.schema import AdaptersRecipe
+from lst_scale.recipe.method import AdaptersRecipe
 
 ADAPTER_STD = 0.01
 

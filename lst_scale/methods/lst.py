@@ -18,7 +18,7 @@ from lst_scale.data.encode import EncodedSplit, stored_keys
 from lst_scale.inputs.batch import moved
 from lst_scale.inputs.keys import FILLER, KeyTable, RowKey
 from lst_scale.methods.base import as_labels, divided
-from lst_scale.recipe.schema import LstRecipe
+from lst_scale.recipe.method import LstRecipe
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.files import refuse_config_of_another
 from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initialize_random

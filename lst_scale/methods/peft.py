@@ -14,7 +14,7 @@ from lst_scale.errors import LadderError
 from lst_scale.methods.base import trained_parameters, whole_shape
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.inside import add_biases
-from lst_scale.recipe.schema import LoraRecipe, PromptRecipe
+from lst_scale.recipe.method import LoraRecipe, PromptRecipe
 from lst_scale.side.files import read_weights
 from lst_scale.system.durable import write_directory
 

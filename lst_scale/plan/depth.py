@@ -13,7 +13,8 @@ from functools import cache
 
 from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, packed_otherwise, worst_of
 from lst_scale.recipe.backbone import Replicated
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import Shape
 
 RUN_PACKED = "int8"  # the packing that steps are run in; in another one only the held weights are other

@@ -24,7 +24,8 @@ from lst_scale.methods.base import Trainee
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.images import reading_images, vision_config
 from lst_scale.plan.lora import add_lora
-from lst_scale.recipe.schema import LoraRecipe, LstRecipe, Recipe
+from lst_scale.recipe.method import LoraRecipe, LstRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side import loss
 from lst_scale.side.count import Shape, check_targets
 from lst_scale.side.designs import attention as side_attention
@@ -117,12 +118,12 @@ def batch(rows: int, source: int, target: int, images: Images | None = None) -> 
     )
 
 
-def images(recipe: Recipe, rows: int) -> Images | None:
-    """Return features of so many rows' images, as large as they are after pooling; None: there are none."""
+def images(recipe: Recipe, rows: int, count: int) -> Images | None:
+    """Return features of so many rows' images, `count` each, as large as they are after pooling; None: there are none."""
     vision = recipe.vision
     if vision is None:
         return None
-    return Images(features_BIGF=torch.ones(rows, len(recipe.image_columns), vision.pooled_grid**2, vision.feature_dim, dtype=torch.float16))
+    return Images(features_BIGF=torch.ones(rows, count, vision.pooled_grid**2, vision.feature_dim, dtype=torch.float16))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
 from lst_scale.plan.packed import pack, packed_bytes
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import load_ds_config
 
@@ -40,6 +41,7 @@ class Setting:
     rows: int
     source: int
     target: int
+    images: int = 1  # of a row, where rows have some
     world_size: int = 1
     on_gpu: bool = True
     cached: bool = False  # taps come from disk, and no backbone is in memory
@@ -76,7 +78,7 @@ def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
         engine = engine_bytes([p.numel() for p in trained.values()], stage=stage, world_size=setting.world_size)
         # What trains inside the backbone is counted with the engine, the rest of the module with the backbone.
         weights = _resident(recipe, backbone, trainee, setting)
-        batch = fake.batch(setting.rows, setting.source, setting.target, fake.images(recipe, setting.rows))
+        batch = fake.batch(setting.rows, setting.source, setting.target, fake.images(recipe, setting.rows, setting.images))
         live.forget()
         kept = _step(trainee, backbone, batch, live, setting, shards)
     static = {WEIGHTS: weights, TRAINED: engine.weights, OPTIMIZER: engine.state}

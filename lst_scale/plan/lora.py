@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lst_scale.backbone.families import Family
 from lst_scale.backbone.weights.precision import replace
 from lst_scale.methods.inside import add_biases
-from lst_scale.recipe.schema import LoraRecipe
+from lst_scale.recipe.method import LoraRecipe
 
 
 class SizedLora(nn.Module):

@@ -27,8 +27,10 @@ from lst_scale.plan.footprint import (
 )
 from lst_scale.recipe.backbone import Replicated
 from lst_scale.recipe.members import members_of
-from lst_scale.recipe.schema import CacheRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, Recipe
-from lst_scale.recipe.task import FileTask
+from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method
+from lst_scale.recipe.release import ReleaseTask
+from lst_scale.recipe.schema import CacheRecipe, Recipe
+from lst_scale.recipe.task import FileTask, Task, images_of
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import resolve
 
@@ -83,16 +85,29 @@ class Line:
 
 def setting_of(recipe: Recipe, *, world_size: int, on_gpu: bool, target: int | None) -> Setting:
     """Return the micro-batch that training would run, full rows of the longest lengths."""
-    a_rank = -(-recipe.training.global_batch_size // world_size)
+    task = max(recipe.each_task, key=lambda task: recipe.rows_a_step(task) * _positions(recipe, task))  # the largest batch's
+    a_rank = -(-recipe.rows_a_step(task) // world_size)
     setting = Setting(
         rows=min(recipe.training.micro_batch_size or a_rank, a_rank),
-        source=recipe.data.max_source_length,
+        source=_longest_source(recipe, task),
+        images=len(images_of(task)),
         target=target or recipe.data.max_target_length or TARGET,
         world_size=world_size,
         on_gpu=on_gpu,
     )
     _check_fits(setting)
     return setting
+
+
+def _longest_source(recipe: Recipe, task: Task) -> int:
+    own = task.of.source_length if isinstance(task, ReleaseTask) else None
+    return min(recipe.data.max_source_length, own or recipe.data.max_source_length)
+
+
+def _positions(recipe: Recipe, task: Task) -> int:
+    """Return how many tokens a row has at most, of text and of images."""
+    beside = 0 if recipe.vision is None else len(images_of(task)) * recipe.vision.pooled_grid**2
+    return _longest_source(recipe, task) + beside
 
 
 def _check_fits(setting: Setting) -> None:
@@ -250,13 +265,17 @@ def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, in
 
 
 def _train_rows(recipe: Recipe) -> int | None:
-    most = recipe.data.max_train_rows
-    rows: int | None
-    if isinstance(recipe.task, FileTask):
-        path = Path(resolve(recipe.task.train))
+    each = [_rows_of(task, recipe.data.max_train_rows) for task in recipe.each_task]
+    return None if None in each else sum(rows for rows in each if rows is not None)
+
+
+def _rows_of(task: Task, most: int | None) -> int | None:
+    rows = most
+    if isinstance(task, FileTask):
+        path = Path(resolve(task.train))
         rows = sum(1 for _ in path.open("rb")) if path.suffix == ".jsonl" and path.is_file() else most
-    else:
-        rows = GLUE_ROWS[recipe.task]
+    elif isinstance(task, str):
+        rows = GLUE_ROWS[task]
     return rows if most is None or rows is None else min(rows, most)
 
 

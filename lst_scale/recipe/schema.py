@@ -1,142 +1,39 @@
 """A recipe: one YAML file a run, complete without inheritance; defaults live here; `key=value` overrides on the command line.
 
-Imports no torch: a mistake in a recipe is reported in well under a second. Backbone and task have
-their sections in `backbone.py` and `task.py`; decoding and its error messages are in `decode.py`.
+Imports no torch: a mistake in a recipe is reported in well under a second. Backbone, method and
+tasks have their sections in `backbone.py`, `method.py`, `task.py` and `release.py`; decoding and its error messages are in `decode.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from lst_scale.errors import RecipeError
 from lst_scale.recipe import decode
-from lst_scale.recipe.backbone import PLACEMENTS, BackboneRecipe, NotFp16
+from lst_scale.recipe.amounts import Beams, Epochs, Length, NewTokens, Rows, Seed, Share
+from lst_scale.recipe.backbone import PLACEMENTS, BackboneRecipe
 from lst_scale.recipe.decode import Count, Section
 from lst_scale.recipe.grid import grid_as_lines
 from lst_scale.recipe.marks import KEPT_BY_RESUME, ONE_FOR_MEMBERS
-from lst_scale.recipe.task import GLUE, FileTask
+from lst_scale.recipe.method import METHODS, LstRecipe, Method
+from lst_scale.recipe.release import FORMATS, LONGEST_ANSWER, ReleaseTask
+from lst_scale.recipe.task import GLUE, FileTask, Task, images_of, name_of, rows_a_step, which_task, written_out
 from lst_scale.recipe.vision import VisionRecipe
 from lst_scale.system.assets import find_recipe
 from lst_scale.system.names import Name, PathText, checked_name
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# Counts beyond which nothing would end, or fit any memory.
-Width = Annotated[int, Field(ge=1, le=65_536)]  # of a part of a network
-Length = Annotated[int, Field(ge=1, le=1_000_000)]  # in tokens
-Rows = Annotated[int, Field(ge=1, le=1_000_000)]  # at once
-Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
-Beams = Annotated[int, Field(ge=1, le=256)]
-NewTokens = Annotated[int, Field(ge=1, le=100_000)]
-
-
-class LstRecipe(Section):
-    beside_backbone: ClassVar[bool] = True  # reads the frozen backbone's states: passes may be shared and remembered
-    name: Literal["lst"]  # ladder side-tuning
-    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
-    reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
-    # backbone blocks, from 0, that have a side block in both stacks
-    side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
-    initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
-    recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
-    tap_storage: Annotated[Literal["exact", "bf16", "int8"], ONE_FOR_MEMBERS] = "exact"  # how taps are held until the backward pass
-    fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
-    merge_last: bool = False  # mix the backbone's final decoder state into the output
-    normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
-    start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
-    gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"  # how side state and tap are mixed
-    side_heads: Width | None = None  # None: the backbone's
-    downsample_rank: Width | None = None  # two narrower linears for each downsample
-    dropout: Share | None = None  # None: the backbone's
-    scale_image_rows: bool = True  # with images: gates scale image rows like text rows (the release), or leave them as they are
-    # with images: what tells an image's tokens apart: frozen N(0, 1), as those rows of the release are, or the word table's last rows
-    object_order: Literal["random", "backbone"] = "random"
-    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
-
-    @model_validator(mode="after")
-    def _something_to_prune(self) -> LstRecipe:
-        if self.design == "adapter" and self.initialization != "random":
-            raise ValueError("design adapter has no blocks to carve out of the backbone: write initialization: random")
-        if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
-            raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
-        return self
-
-    @field_validator("side_layers")
-    @classmethod
-    def _ascending(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
-        if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
-            raise ValueError(f"{list(layers)!s:.60} must be ascending, each block once, at least one; or write all")
-        return layers
-
-
-class _InsideRecipe(Section):
-    """A method that trains inside the backbone."""
-
-    beside_backbone: ClassVar[bool] = False
-
-    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the arithmetic; trained weights stay float32
-    gradient_checkpointing: bool = False  # keep blocks' inputs and run them again in the backward pass
-
-
-class FullRecipe(_InsideRecipe):
-    """Every weight (the paper: learning rate 3e-4)."""
-
-    name: Literal["full"]  # full fine-tuning
-
-
-class LoraRecipe(_InsideRecipe):
-    """Low-rank updates by peft (the paper: rank 32, alpha 32, dropout 0.1, q and v of every attention, and BitFit's biases)."""
-
-    name: Literal["lora"]  # LoRA
-    rank: Width = 32  # of the updates
-    alpha: Width = 32  # updates weigh alpha / rank
-    dropout: Share = 0.1  # before the updates
-    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
-    bitfit: bool = False  # the release trains BitFit's biases too
-
-
-class PromptRecipe(_InsideRecipe):
-    """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
-
-    name: Literal["prompt"]  # prompt tuning
-    num_vectors: Width = 100  # before the encoder's input
-    hidden: Width = 800  # with images: the width of the network that makes them
-
-
-class AdaptersRecipe(_InsideRecipe):
-    """Houlsby adapters after self-attention and feed-forward, and all norms (the paper: bottleneck 48, learning rate 3e-4)."""
-
-    name: Literal["adapters"]  # adapters
-    bottleneck: Width = 48  # their inner width
-    cross_attention: bool = False  # one after the attention to the source, too (the release's vision half)
-    train_norms: bool = True  # the backbone's norms train, too (in the release's vision half they don't)
-    start_small: bool = True  # from N(0, 0.01^2), or as torch makes a linear map (the release's vision half)
-
-
-class BitfitRecipe(_InsideRecipe):
-    """Biases, which T5 lacks: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
-
-    name: Literal["bitfit"]  # biases alone
-
-
-_METHODS: dict[str, type[Section]] = {
-    "lst": LstRecipe,
-    "full": FullRecipe,
-    "lora": LoraRecipe,
-    "prompt": PromptRecipe,
-    "adapters": AdaptersRecipe,
-    "bitfit": BitfitRecipe,
-}
-_CHOICES = {"method": _METHODS, "backbone.placement": PLACEMENTS}  # sections chosen by their name
+_CHOICES = {"method": METHODS, "backbone.placement": PLACEMENTS}  # sections chosen by their name
 
 if TYPE_CHECKING:
-    Method = LstRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
+    AnyTask = Task
 else:
-    Method = decode.tagged(**_METHODS)
+    _WORDS = Literal[(*GLUE, *FORMATS)]
+    _TASKS = (Annotated[_WORDS, Tag("<word>")], Annotated[FileTask, Tag("<mapping>")], Annotated[ReleaseTask, Tag("<format>")])
+    AnyTask = Annotated[Union[_TASKS], Discriminator(which_task), BeforeValidator(written_out)]  # noqa: UP007, made at run time
 
 
 class OptimizerRecipe(Section):
@@ -164,10 +61,18 @@ class TrainingRecipe(Section):
     deepspeed: Annotated[PathText, ONE_FOR_MEMBERS] = "zero2"  # a file of ds_configs/, or a path
     evaluate_every: decode.either(number=Count, word=Literal["epoch"]) = "epoch"  # type: ignore[valid-type]  # optimizer steps
     patience: Count | None = None  # evaluations without a better score before stopping
+    # the weights that are saved and scored on the test split: of the best evaluation, or the last ones (the release's vision half)
+    result: Annotated[Literal["best", "last"], KEPT_BY_RESUME] = "best"
     save_every_steps: Count | None = None  # beside those at every evaluation
     keep_checkpoints: Count = 2  # the newest, to resume from
     # A finished run, or its side_network/ or trained/: its weights are where this run begins.
     start_from: Annotated[PathText | None, KEPT_BY_RESUME] = None
+
+    @model_validator(mode="after")
+    def _patience_for_the_best(self) -> TrainingRecipe:
+        if self.patience is not None and self.result == "last":
+            raise ValueError("patience has no effect on result last: remove it or write result: best")
+        return self
 
     @model_validator(mode="after")
     def _micro_within_global(self) -> TrainingRecipe:
@@ -184,6 +89,9 @@ class DataRecipe(Section):
     max_train_rows: Count | None = None  # the first of them; None: all
     max_eval_rows: Count | None = None  # of validation and of test, the first of them; None: all
     shuffle_seed: Seed | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
+    # global batches that are sorted by length together, which saves padding; where length tells the kind of question, each batch is then of
+    # one kind (easy-VQA lost 11 points): write 1
+    length_pool: Rows = 50
     shuffle_buffer: Rows = 10_000  # of task.streaming: rows that are shuffled together, of all processes
 
 
@@ -224,11 +132,14 @@ class LoggingRecipe(Section):
 
 
 class Recipe(Section):
-    """What `run` carries out. `task` is one of GLUE's names, or a mapping for one's own files."""
+    """What `run` carries out. `task` is one of GLUE's names, a task of the release's CLIP-T5, or a mapping for one's own files; `tasks`
+    are several of them."""
 
     name: Name  # of the run; its folder is NAME-TASK-seedN
-    # what is learned: a task of GLUE, or one's own files as below
-    task: Annotated[decode.either(word=Literal[GLUE], mapping=FileTask), ONE_FOR_MEMBERS, KEPT_BY_RESUME]  # type: ignore[valid-type]
+    # what is learned: a task of GLUE, one of the release's CLIP-T5, or one's own files as below
+    task: Annotated[AnyTask | None, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = None
+    # or several, in batches of one task each that come in proportion to the tasks' sizes; the score is the mean of the tasks'
+    tasks: Annotated[tuple[AnyTask, ...] | None, Field(min_length=1), ONE_FOR_MEMBERS, KEPT_BY_RESUME] = None
     seed: Annotated[Seed, KEPT_BY_RESUME] = 0  # of initialization, dropout and, without data.shuffle_seed, of the order of batches
     output_dir: PathText = "runs"  # where runs' folders are
     backbone: Annotated[BackboneRecipe, ONE_FOR_MEMBERS]  # the frozen model
@@ -244,17 +155,56 @@ class Recipe(Section):
     members: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(grid_as_lines)] | None = None
 
     @property
-    def image_columns(self) -> tuple[str, ...]:
-        return () if isinstance(self.task, str) else self.task.images or ()
+    def each_task(self) -> tuple[Task, ...]:
+        """All tasks: one is a list of one."""
+        return self.tasks or (() if self.task is None else (self.task,))
+
+    @property
+    def image_counts(self) -> tuple[int, ...]:
+        """How many images a row may have, least first; empty: rows are text alone."""
+        return tuple(sorted({len(images_of(task)) for task in self.each_task} - {0}))
+
+    def rows_a_step(self, task: Task) -> int:
+        """Return how many rows a step on one of the tasks has."""
+        return rows_a_step(task, self.training.global_batch_size)
+
+    def evaluation_of(self, task: Task) -> EvaluationRecipe:
+        """Return how answers to one of the tasks are made: to those of the release as it makes them."""
+        if not isinstance(task, ReleaseTask):
+            return self.evaluation
+        ways = {"method": "likelihood" if task.of.labels else "generation", "num_beams": task.num_beams or task.of.num_beams}
+        return self.evaluation.model_copy(update=ways | {"max_new_tokens": task.max_new_tokens or LONGEST_ANSWER})
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Recipe:
+        if self.task is None and self.tasks is None:
+            raise ValueError("task is missing; write task: ...")
+        if self.task is not None and self.tasks is not None:
+            raise ValueError("task and tasks are both there: write one of them")
+        names = [name_of(task) for task in self.each_task]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks: two are called {twice[0]}: write another name for one")
+        if len(names) > 1 and any(isinstance(task, FileTask) and task.streaming for task in self.each_task):
+            raise ValueError("tasks: one that streams has no end, so it goes alone: remove streaming, or write it as task")
+        if len(names) > 1 and self.backbone.context is not None:
+            raise ValueError("backbone.context stands before the rows of one task: remove it, or write one task")
+        own = self.evaluation.model_fields_set & {"method", "num_beams", "max_new_tokens"}
+        changed = [key for key in sorted(own) if getattr(self.evaluation, key) != type(self.evaluation).model_fields[key].default]
+        if changed and all(isinstance(task, ReleaseTask) for task in self.each_task):
+            raise ValueError(f"evaluation.{changed[0]} has no effect on tasks of the release, which say it themselves: remove it")
+        return self
 
     @model_validator(mode="after")
     def _images_are_read(self) -> Recipe:
-        if self.vision is None and self.image_columns:
+        if self.vision is None and self.image_counts:
             raise ValueError(
                 "task.images names pictures, but nothing says how they are read: write vision: {image_model: ..., feature_dim: ...}"
             )
-        if self.vision is not None and not self.image_columns:
+        if self.vision is not None and not self.image_counts:
             raise ValueError("vision has no effect without pictures: name their columns in task.images, or remove it")
+        without = [name_of(task) for task in self.each_task if not images_of(task)]
+        if self.vision is not None and without:
+            raise ValueError(f"tasks: {without[0]} has no pictures and others have: give all of them some, or none")
         if isinstance(self.method, LstRecipe):
             if self.vision is not None and self.method.design != "transformer":
                 raise ValueError(f"method.design {self.method.design} reads no images: write transformer")
@@ -267,7 +217,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _streams_alone(self) -> Recipe:
         """Say everything that a stream of rows can't go with, or needs."""
-        if isinstance(self.task, str) or not self.task.streaming:
+        if not isinstance(self.task, FileTask) or not self.task.streaming:
             return self
         evaluation = self.evaluation
         writes = self.task.kind != "classification" and evaluation.method == "generation"
@@ -292,7 +242,7 @@ class Recipe(Section):
 
     @property
     def task_name(self) -> str:
-        return self.task if isinstance(self.task, str) else self.task.name
+        return "-".join(map(name_of, self.each_task))
 
     @property
     def run_name(self) -> str:
@@ -319,9 +269,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name_or_path)
     recipe = parse_recipe(decode.read_text(path), str(path.name), overrides)
-    if isinstance(recipe.task, str):
-        return recipe
-    return recipe.model_copy(update={"task": recipe.task.with_metrics_of(path.parent)})
+    found = [task.with_metrics_of(path.parent) if isinstance(task, FileTask) else task for task in recipe.each_task]
+    return recipe.model_copy(update={"task": found[0]} if recipe.tasks is None else {"tasks": tuple(found)})
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -334,8 +283,12 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
 def _switched(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Return overrides with those first that choose another method or placement, whose section then loses what only the old one has.
 
-    So `method.name=lora` works on any recipe, and complains of no key that was not typed. What both have stays as the file says.
+    So `method.name=lora` works on any recipe, and complains of no key that was not typed. What both have stays as the file says. Likewise
+    one task in place of several, or several in place of one.
     """
+    for one, other in (("task", "tasks"), ("tasks", "task")):
+        if other in tree and any(override.startswith(f"{one}=") for override in overrides):
+            del tree[other]
     first = [override for override in overrides if override.startswith(tuple(f"{path}.name=" for path in _CHOICES))]
     for override in first:
         key, _, chosen = override.partition("=")

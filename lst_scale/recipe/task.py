@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from lst_scale.errors import did_you_mean
-from lst_scale.recipe.decode import Section
+from lst_scale.recipe.decode import Count, Section
+from lst_scale.recipe.release import FORMATS, ReleaseTask
 from lst_scale.recipe.template import fields_in
 from lst_scale.system.names import Name, PathText
 
@@ -20,6 +21,7 @@ OF_CLASSES = ("f1", "macro_f1", "matthews")
 ERRORS = ("mae", "rmse")  # in the targets' unit, less is better
 OF_NUMBERS = ("pearson", "spearman", *ERRORS)
 OF_TEXTS = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rouge_l", "bleu", "chrf")
+OF_THE_RELEASE = ("vqa_accuracy", "gqa_accuracy", "consistency", "cider")  # of files that hold more than a target a row
 METRICS = (*OF_CLASSES, *OF_NUMBERS, *OF_TEXTS)
 POSITIVE = "1"  # the label that F1 looks for
 _OWN_METRIC = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|.+\.py):[A-Za-z_]\w*")
@@ -52,6 +54,7 @@ class FileTask(Section):
     # over a batch: the mean over all target tokens, or over rows of the mean over a row's own tokens
     loss: Literal["token_mean", "example_mean"] = "token_mean"
     score: str | None = None  # with example_mean: the column of what a row's answer is worth in training
+    global_batch_size: Count | None = None  # rows of a step; None: training.global_batch_size
     prefix: str | None = None  # the first words of the text
     template: str | None = None  # the source text with {field}s; None: "prefix field: value field: value"
     target_prefix: str | None = None  # written before every target and cut from answers, such as <extra_id_0> after a template with it
@@ -113,6 +116,44 @@ class FileTask(Section):
         if self.metrics is None:
             return self
         return self.model_copy(update={"metrics": tuple(_metric_in(folder, metric) for metric in self.metrics)})
+
+
+def which_task(value: Any) -> str:
+    """Return the branch that a task as it is written belongs to, as `decode.chosen` calls it."""
+    if isinstance(value, str):
+        return "<word>"
+    is_release = isinstance(value, ReleaseTask) or (isinstance(value, dict) and "format" in value)
+    return "<format>" if is_release else "<mapping>"
+
+
+def written_out(value: Any) -> Any:
+    """Return what the short word for a task of the release stands for; anything else as it is."""
+    return {"format": value} if value in FORMATS else value
+
+
+Task = str | FileTask | ReleaseTask
+
+
+def name_of(task: Task) -> str:
+    """Return what a task is called in folders, tables and scores."""
+    if isinstance(task, str):
+        return task
+    return task.name if isinstance(task, FileTask) else task.format
+
+
+def images_of(task: Task) -> tuple[str, ...]:
+    """Return the columns of a task's images, one for each that a row has."""
+    if isinstance(task, str):
+        return ()
+    return task.images or () if isinstance(task, FileTask) else task.of.image_fields
+
+
+def rows_a_step(task: Task, usual: int) -> int:
+    """Return how many rows a step on a task has, given training.global_batch_size."""
+    if isinstance(task, str):
+        return usual
+    share = task.of.share if isinstance(task, ReleaseTask) else 1
+    return task.global_batch_size or max(1, int(usual * share))
 
 
 def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | None) -> str | None:

@@ -14,7 +14,8 @@ from lst_scale.backbone.families import Numbers, numbers_of
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.spec import BackboneSpec
 from lst_scale.errors import BackboneError, did_you_mean, fence
-from lst_scale.recipe.schema import LoraRecipe, Method, PromptRecipe, Recipe
+from lst_scale.recipe.method import LoraRecipe, Method, PromptRecipe
+from lst_scale.recipe.schema import Recipe
 
 SHAPES = Path(__file__).with_name("shapes.json")
 
@@ -41,7 +42,7 @@ def trainable_of(recipe: Recipe, shape: Shape) -> int:
     if vision is None:
         return on_text
     # Two linear maps with a norm each, of features and of a box with its area; and an order of images.
-    visual = d * ((vision.feature_dim + 2) + (5 + 2) + max(2, len(recipe.image_columns)))
+    visual = d * ((vision.feature_dim + 2) + (5 + 2) + max(2, *recipe.image_counts))
     more_words = (vision.vocab_size or shape.spec.vocab_size) - shape.spec.vocab_size
     added = {"full": more_words * d, "bitfit": more_words + 2 * d}
     if isinstance(method, PromptRecipe):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.taps import Backbone, BackboneIdentity
 from lst_scale.data.tasks import GLUE
-from lst_scale.recipe.schema import LoraRecipe, LstRecipe, PromptRecipe, Recipe
+from lst_scale.recipe.method import LoraRecipe, LstRecipe, PromptRecipe
+from lst_scale.recipe.release import ReleaseTask
+from lst_scale.recipe.schema import Recipe
+from lst_scale.recipe.task import FileTask, Task, images_of, name_of
 from lst_scale.side import card
 
 MOST_LABELS = 60  # that are listed
@@ -34,52 +38,74 @@ def card_of_run(recipe: Recipe, result: dict[str, Any], backbone: Backbone, fold
         "From a text to an answer, as this run was scored:",
         "",
     ]
-    by_hand = not backbone.spec.one_stack and recipe.backbone.context is None  # else rows are put together in more than these few lines
+    # else rows are put together in more than these few lines
+    by_hand = not backbone.spec.one_stack and recipe.backbone.context is None and recipe.vision is None and len(recipe.each_task) == 1
     code = _loading(recipe, identity, folder / inner) if by_hand else []
     if code:
         answer = _likeliest(recipe, result) if recipe.evaluation.method == "likelihood" else _generated(recipe, result)
         source = recipe.data.max_source_length
         lines += card.code_block(code + card.prediction_code(identity.checkpoint, identity.revision, _text(recipe), answer, source))
         lines += ["", "Or for a file of rows, at the command line:", ""]
-    row = json.dumps(dict.fromkeys(_columns(recipe), "..."), ensure_ascii=False)
-    predict = f"lst-scale predict {shlex.quote(str(folder.resolve()))} rows.jsonl --output answers.jsonl"
+    task = recipe.each_task[0]
+    row = json.dumps(dict.fromkeys([*_columns(task), *images_of(task)], "..."), ensure_ascii=False)
+    which = "" if len(recipe.each_task) == 1 else f" task={name_of(task)}"
+    predict = f"lst-scale predict {shlex.quote(str(folder.resolve()))} rows.jsonl{which} --output answers.jsonl"
     lines += card.code_block([f"echo {shlex.quote(row)} > rows.jsonl", predict], "sh")
     return "\n".join(lines + card.backbone_lines(identity)) + "\n"
 
 
 def _facts(recipe: Recipe, result: dict[str, Any]) -> list[str]:
-    task, scores = recipe.task, result["scores"]
-    kind = "a task of GLUE" if isinstance(task, str) else task.kind
-    labels = result.get("labels")
+    tasks, scores = recipe.each_task, result["scores"]
+    one = len(tasks) == 1
+
+    def each(key: str) -> list[Any]:
+        return [result.get(key)] if one else [result[key][name_of(task)] for task in tasks]
+
+    longest = max(each("longest_target"))
+    sizes = ", ".join(dict.fromkeys(str(recipe.rows_a_step(task)) for task in tasks))
     rows = {
-        "task": f"{recipe.task_name}, {kind}",
-        "text": f"`{_template(recipe)}`".replace("\n", "\\n").replace("|", "\\|"),
-        "data": f"the paper's splits of {task}" if isinstance(task, str) else _files(recipe),
-        "labels": ", ".join(labels[:MOST_LABELS]) + (f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else "")
-        if labels
-        else "none: free text or numbers",
-        "scores": f"{result['split']}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()),
+        "task": "; ".join(f"{name_of(task)}, {_kind(task)}" for task in tasks),
+        "text": "; ".join(f"`{_template(task)}`" for task in tasks).replace("\n", "\\n").replace("|", "\\|"),
+        "data": "; ".join(f"the paper's splits of {task}" if isinstance(task, str) else _files(task) for task in tasks),
+        "labels": "; ".join(map(_listed, each("labels"))),
+        "scores": f"{', '.join(dict.fromkeys(each('split')))}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()),
         "majority class": ", ".join(f"{name} {value:.2f}" for name, value in result["majority"].items()),
-        "answers": f"by {recipe.evaluation.method}",
-        "training": f"{result['steps']} steps of {recipe.training.global_batch_size} rows, best after {result['best_step']}; "
+        "answers": "by " + ", ".join(dict.fromkeys(recipe.evaluation_of(task).method for task in tasks)),
+        "training": f"{result['steps']} steps of {sizes} rows, best after {result['best_step']}; "
         f"learning rate {recipe.optimizer.learning_rate:g}, seed {recipe.seed}",
         "started from": recipe.training.start_from or "the backbone",
-        "longest source, target": f"{recipe.data.max_source_length}, {result['longest_target']} tokens",
+        "longest source, target": f"{recipe.data.max_source_length}, {longest} tokens",
         "trained weights": f"{result['trainable_parameters']:,} ({result['trainable_share_percent']} % of the backbone's)",
         "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     }
     return ["| | |", "| --- | --- |", *(f"| {name} | {' '.join(str(value).split())} |" for name, value in rows.items())]
 
 
-def _files(recipe: Recipe) -> str:
-    assert not isinstance(recipe.task, str)
-    named = {"train": recipe.task.train, "validation": recipe.task.validation, "test": recipe.task.test}
+def _kind(task: Task) -> str:
+    if isinstance(task, str):
+        return "a task of GLUE"
+    return task.kind if isinstance(task, FileTask) else f"in the files of the release, {task.of.kind}"
+
+
+def _listed(labels: Sequence[str] | None) -> str:
+    if not labels:
+        return "none: free text or numbers"
+    more = f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else ""
+    return ", ".join(labels[:MOST_LABELS]) + more
+
+
+def _files(task: FileTask | ReleaseTask) -> str:
+    if isinstance(task, ReleaseTask):
+        return ", ".join(f"{split} {' and '.join(names)}" for split, names in task.of.files.items())
+    named = {"train": task.train, "validation": task.validation, "test": task.test}
     return ", ".join(f"{split} {Path(name).name}" for split, name in named.items() if name is not None)
 
 
-def _template(recipe: Recipe) -> str:
+def _template(task: Task) -> str:
     """Return the source text with {column}s, whichever way the recipe says it."""
-    task = recipe.task
+    if isinstance(task, ReleaseTask):
+        prompt = task.of.prompt if task.prompt is None else task.prompt
+        return prompt + "".join(f"{{{column}}}" for column in _columns(task))
     if not isinstance(task, str) and task.template is not None:
         return str(task.template)
     prefix = task if isinstance(task, str) else task.prefix
@@ -89,8 +115,9 @@ def _template(recipe: Recipe) -> str:
     return "".join(f" {{{piece}}}" if number % 2 else piece for number, piece in enumerate(pieces))
 
 
-def _columns(recipe: Recipe) -> list[str]:
-    task = recipe.task
+def _columns(task: Task) -> list[str]:
+    if isinstance(task, ReleaseTask):
+        return [] if task.format == "caption" else ["sent"]
     return [column for _, column in GLUE[task].fields] if isinstance(task, str) else list(task.source)
 
 
@@ -99,8 +126,8 @@ def _text(recipe: Recipe) -> str:
         [
             "from lst_scale.recipe.template import fill",
             "",
-            f"row = {dict.fromkeys(_columns(recipe), '...')!r}",
-            f"text = fill({_template(recipe)!r}, row)",
+            f"row = {dict.fromkeys(_columns(recipe.each_task[0]), '...')!r}",
+            f"text = fill({_template(recipe.each_task[0])!r}, row)",
         ]
     )
 
@@ -142,4 +169,5 @@ def _likeliest(recipe: Recipe, result: dict[str, Any]) -> list[str]:
 
 
 def _prefix(recipe: Recipe) -> str:
-    return "" if isinstance(recipe.task, str) else recipe.task.target_prefix or ""
+    task = recipe.each_task[0]
+    return task.target_prefix or "" if isinstance(task, FileTask) else ""

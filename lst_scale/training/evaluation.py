@@ -36,11 +36,13 @@ def predict_split(
     target_prefix: str = "",
     *,
     longest: int,
-    at: tuple[int, int] = (0, EVALUATION),
+    first_token: bool = False,
+    at: Moment = Moment(0, EVALUATION),  # noqa: B008
 ) -> Session[list[str]]:
     """A session that ends with the predicted text of every row of `split`, in order, on every rank. All ranks must run it.
 
     `longest` bounds the new tokens when the recipe does not: that of a training target, since those of the rows to answer are not known.
+    With `first_token` the likeliest label is that whose first token is.
     """
     if recipe.method == "likelihood" and not labels:
         raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
@@ -48,7 +50,7 @@ def predict_split(
     def reply(batch: Batch | None, moment: Moment) -> Session[list[str]]:
         if recipe.method == "generation":
             return generated(model, batch, tokenizer, recipe, longest, target_prefix, at=moment)
-        return likeliest(model, batch, tokenizer, labels or (), target_prefix, at=moment)
+        return likeliest(model, batch, tokenizer, labels or (), target_prefix, first_token=first_token, at=moment)
 
     return each_row(model, split, recipe, world, reply, at=at)
 
@@ -60,7 +62,7 @@ def each_row(
     world: World,
     reply: Callable[[Batch | None, Moment], Session[Sequence[T]]],
     *,
-    at: tuple[int, int] = (0, EVALUATION),
+    at: Moment = Moment(0, EVALUATION),  # noqa: B008
 ) -> Session[list[T]]:
     """A session that ends with what `reply` says of every row, in order, on every rank. All ranks must run it.
 
@@ -72,15 +74,20 @@ def each_row(
         split, batch_size=recipe.batch_size, rank=replica.index, world_size=replica.count, equally_many=replica.in_step
     )
     # As many rounds on every rank, so that all can leave together between two batches.
-    for number in range(-(-len(split) // (recipe.batch_size * replica.count))):
+    for number in range(count_rounds(model, split, recipe)):
         distributed.poll_interruption(world)
         batch = next(batches, None)
-        replies = yield from reply(batch, Moment(*at, number))
+        replies = yield from reply(batch, at._replace(batch=at.batch + number))
         if batch is not None:
             mine.extend((row, said) for row, said in zip(batch.indices, replies, strict=True) if row != FILLER)
     # Ranks that share a copy of the backbone answered the same rows: the first one speaks.
     by_replica = dict(reversed(distributed.gather((replica.index, mine))))
     return merge_predictions(by_replica.values(), len(split))
+
+
+def count_rounds(model: Predictor, split: EncodedSplit, recipe: EvaluationRecipe) -> int:
+    """Return how many batches each rank goes through."""
+    return -(-len(split) // (recipe.batch_size * model.replica.count))
 
 
 def generated(
@@ -105,10 +112,17 @@ def generated(
 
 
 def likeliest(
-    model: Predictor, batch: Batch | None, tokenizer: Any, labels: Sequence[str], target_prefix: str = "", *, at: Moment
+    model: Predictor,
+    batch: Batch | None,
+    tokenizer: Any,
+    labels: Sequence[str],
+    target_prefix: str = "",
+    *,
+    first_token: bool = False,
+    at: Moment,
 ) -> Session[list[str]]:
     """A session that ends with the likeliest label of every row of a batch."""
-    scores_BL = yield from label_scores(model, batch, tokenizer, labels, target_prefix, at=at)
+    scores_BL = yield from label_scores(model, batch, tokenizer, labels, target_prefix, first_token=first_token, at=at)
     return [labels[int(best)] for best in scores_BL.argmax(-1)]
 
 
@@ -119,13 +133,15 @@ def label_scores(
     labels: Sequence[str],
     target_prefix: str = "",
     *,
+    first_token: bool = False,
     at: Moment = Moment(0, EVALUATION),  # noqa: B008
 ) -> Session[Tensor]:
-    """A session that ends with the log-likelihood of every label for every row (B, L), in nats.
+    """A session that ends with the log-likelihood of every label for every row (B, L), in nats; with `first_token` that of its first token.
 
     It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
     """
-    targets = tuple(tuple(tokenizer(text_target=target_text(label, target_prefix)).input_ids) for label in labels)
+    most = 1 if first_token else None
+    targets = tuple(tuple(tokenizer(text_target=target_text(label, target_prefix)).input_ids[:most]) for label in labels)
     scoring = None if batch is None else _scoring(model, batch)
     scores: list[Tensor] = []
     for number, target in enumerate(targets):

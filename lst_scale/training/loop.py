@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lst_scale.data.ahead import Ahead
-from lst_scale.data.batches import Batch, Step, training_steps
+from lst_scale.data.batches import Batch, MixedSteps, Step, Steps, global_batches
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.data.stream import Stream
 from lst_scale.errors import BackboneError, LstScaleError, TrainingError
@@ -42,20 +42,23 @@ class Plan:
 
     steps_per_epoch: int
     total_steps: int
-    micro_batch_size: int
+    micro_batch_size: int  # rows of the largest
     accumulation: int
     evaluate_every: int  # steps
     save_every: int  # steps
 
 
-def make_plan(recipe: Recipe, num_rows: int, epochs: int, world_size: int) -> Plan:
-    """Derive the plan of a run over `num_rows` training rows."""
+def make_plan(recipe: Recipe, sizes: Sequence[tuple[int, int]], epochs: int, world_size: int) -> Plan:
+    """Derive the plan of a run over tasks of these sizes: training rows, and rows of a step on the task.
+
+    All steps have as many micro-batches: as the largest needs.
+    """
     training = recipe.training
-    steps_per_epoch = -(-num_rows // training.global_batch_size)
+    steps_per_epoch = sum(-(-rows // batch) for rows, batch in sizes)
     total_steps = steps_per_epoch * epochs
     if training.max_steps is not None:
         total_steps = min(total_steps, training.max_steps)
-    rows_a_rank = -(-training.global_batch_size // world_size)
+    rows_a_rank = -(-max(batch for _, batch in sizes) // world_size)
     micro_batch_size = min(training.micro_batch_size or rows_a_rank, rows_a_rank)
     evaluate_every = steps_per_epoch if training.evaluate_every == "epoch" else training.evaluate_every
     return Plan(
@@ -79,7 +82,7 @@ class Trainer:
         plan: Plan,
         trainee: Trainee,
         engine: Any,
-        train_split: EncodedSplit,
+        train: Sequence[tuple[EncodedSplit, int]],
         evaluate: Callable[[dict[str, Tensor], int], Session[Scores]],
         save_best: Callable[[dict[str, Tensor], int], None],
         logger: Logger,
@@ -88,7 +91,8 @@ class Trainer:
         stream: Stream | None = None,
     ) -> None:
         self.world, self.recipe, self.plan, self.logger = world, recipe, plan, logger
-        self.trainee, self.engine, self.train_split = trainee, engine, train_split
+        self.trainee, self.engine = trainee, engine
+        self._train = train  # of each task its rows, and how many of them a step has
         self.evaluate, self.save_best = evaluate, save_best
         self.folder, self.identity, self._stream = folder, identity, stream
         self._trace = Trace(recipe.logging.profile_steps, folder, world, logger.say if logger is not None else print)
@@ -158,15 +162,11 @@ class Trainer:
         return replace(step, micro_batches=list(step.micro_batches))
 
     def _steps_of(self, epoch: int) -> Sequence[Step]:
-        return training_steps(
-            self.train_split,
-            epoch=epoch,
-            seed=self.recipe.seed if self.recipe.data.shuffle_seed is None else self.recipe.data.shuffle_seed,
-            global_batch_size=self.recipe.training.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
+        data = self.recipe.data
+        order = {"epoch": epoch, "seed": self.recipe.seed if data.shuffle_seed is None else data.shuffle_seed}
+        ranks = {"micro_batches": self.plan.accumulation, "rank": self.world.rank, "world_size": self.world.size}
+        each = [Steps(split, global_batches(split, size=size, pool=data.length_pool, **order), **ranks) for split, size in self._train]
+        return MixedSteps(each, **order)
 
     def _train_step(self, step: Step, progress: Progress) -> Session[Progress]:
         """Run one global batch: forward and backward of every micro-batch, one look at the loss, one optimizer step."""
@@ -282,7 +282,7 @@ class Trainer:
         self.logger.record("validation", progress.step, scores | {"seconds": round(seconds, 3)})
         self.logger.record("gates", progress.step, self.trainee.openings(weights))
         self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-        if progress.best_score is None or scores["score"] > progress.best_score:
+        if progress.best_score is None or scores["score"] > progress.best_score or self.recipe.training.result == "last":
             self.save_best(weights, progress.step)
             return replace(
                 progress, evaluated_at=progress.step, best_score=scores["score"], best_step=progress.step, evaluations_since_best=0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +11,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import Backbone
-from lst_scale.data.encode import EncodedSplit, Encoding
-from lst_scale.data.rows import targets_of
-from lst_scale.data.scores import only_answer, score
+from lst_scale.data.encode import Encoding
 from lst_scale.data.stream import Stream
 from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
 from lst_scale.recipe.marks import KEPT_BY_RESUME, marked
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import Recipe
+from lst_scale.recipe.task import FileTask, name_of
 from lst_scale.runs.logs import Logger
 from lst_scale.side.files import CARD
 from lst_scale.system import distributed
 from lst_scale.system.durable import write_directory, write_file
 from lst_scale.system.preemption import Interrupted
+from lst_scale.training.answering import Answered, answer_tasks, scored_splits
 from lst_scale.training.card import card_of_run
 from lst_scale.training.checkpoint import TRAINING_ROWS, WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, release, restore_moments
-from lst_scale.training.evaluation import predict_split
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
 from lst_scale.training.result import (
-    only_answer_sentence,
+    only_answer_sentences,
     read_start,
     result_of,
     summary_sentence,
@@ -39,7 +40,7 @@ from lst_scale.training.result import (
     write_result,
     write_start,
 )
-from lst_scale.training.sessions import CLOSING, EVALUATION, Session
+from lst_scale.training.sessions import CLOSING, EVALUATION, Moment, Session
 from lst_scale.training.shared import Shared
 from lst_scale.training.warm_start import start_folder
 
@@ -49,17 +50,17 @@ class Member:
 
     def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
         self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
-        world, splits, backbone = shared.world, shared.splits, shared.backbone
+        world, backbone, trains = shared.world, shared.backbone, [rows.train for rows in shared.tasks]
         plan = _plan(recipe, shared)
         stream = _stream(recipe, plan, shared)
-        rows = f"{len(splits['train'].rows):,} training rows" if stream is None else "training rows as they come"
+        rows = f"{sum(train.num_questions for train in trains):,} training rows" if stream is None else "training rows as they come"
         logger.say(
             f"{recipe.run_name}: {rows}, {plan.total_steps} steps of "
-            f"{recipe.training.global_batch_size} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
+            f"{_sizes(shared)} on {world.size} process{'es' if world.size > 1 else ''} ({world.device.type})"
         )
-        identity = _identity(recipe, plan, backbone, splits["train"]) | ({} if stream is None else {"processes": world.size})
+        identity = _identity(recipe, plan, shared) | ({} if stream is None else {"processes": world.size})
         initial = recipe if recipe.training.start_from is None else _without_carving(recipe)
-        importance = task_importance(initial, splits["train"], backbone, world)
+        importance = task_importance(initial, trains, backbone, world)
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         self.trainee = build_trainee(initial, backbone, zero_stage=stage, importance=importance)
         self._shapes = {name: parameter.shape for name, parameter in trained_parameters(self.trainee.module).items()}
@@ -86,8 +87,8 @@ class Member:
             plan=plan,
             trainee=self.trainee,
             engine=self._engine,
-            train_split=splits["train"],
-            evaluate=lambda weights, step: self._score(weights, "validation", (step, EVALUATION)),
+            train=[(rows.train, rows.batch_size) for rows in shared.tasks],
+            evaluate=lambda weights, step: self._score(weights, Moment(step, EVALUATION)),
             save_best=lambda weights, step: distributed.on_main_rank(world, lambda: _save_best(folder, weights, step)),
             logger=logger,
             folder=folder,
@@ -114,17 +115,15 @@ class Member:
         assert progress.best_step is not None, "a run ends with an evaluation"
         recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
         best = read_tensors(_best_path(folder, progress.best_step), self._shapes)
-        split = self._scored_split
-        scores, only = yield from self._answer(best, split, (progress.step, CLOSING))
+        splits = scored_splits(shared.tasks)
+        answered = yield from self._answer(best, splits, Moment(progress.step, CLOSING))
         distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
         result = result_of(
             recipe,
             shared,
             progress,
-            scores,
-            split=split,
+            answered,
             start_scores=read_start(folder) if recipe.evaluation.score_start else None,
-            only_answer=only,
             trainable=self._trainable,
             saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
             saved_sha256=distributed.on_main_rank(shared.world, lambda: weights_sha256(folder / trainee.FOLDER)),
@@ -133,74 +132,65 @@ class Member:
         distributed.on_main_rank(shared.world, lambda: write_file(folder / trainee.FOLDER / CARD, card))
         distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
         self.logger.say(summary_sentence(result, folder))
-        if only is not None:
-            self.logger.say(only_answer_sentence(only, split, len(shared.splits[split])))
+        for sentence in only_answer_sentences(answered, shared):
+            self.logger.say(sentence)
         return result
-
-    @property
-    def _scored_split(self) -> str:
-        return "test" if "test" in self.shared.splits else "validation"
 
     def _score_start(self) -> Session[None]:
         """Score what the method starts as: beside a backbone that the first predictions are, that is the backbone without any training."""
         weights = {name: parameter.detach() for name, parameter in trained_parameters(self.trainee.module).items()}
-        scores, _ = yield from self._answer(weights, self._scored_split, (0, EVALUATION))
+        splits = scored_splits(self.shared.tasks)
+        scores = (yield from self._answer(weights, splits, Moment(0, EVALUATION))).scores
         distributed.on_main_rank(self.shared.world, lambda: write_start(self.folder, scores))
-        self.logger.say(f"before training: {self._scored_split} score {scores['score']:.2f}")
+        self.logger.say(f"before training: {splits[0] if len(splits) == 1 else 'mean'} score {scores['score']:.2f}")
 
-    def _score(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[Scores]:
-        scores, _ = yield from self._answer(weights, name, at)
-        return scores
+    def _score(self, weights: dict[str, Tensor], at: Moment) -> Session[Scores]:
+        return (yield from self._answer(weights, ["validation"] * len(self.shared.tasks), at)).scores
 
-    def _answer(self, weights: dict[str, Tensor], name: str, at: tuple[int, int]) -> Session[tuple[Scores, str | None]]:
-        """Return the scores of a split, and the answer that all its rows got if that is one."""
-        shared, split = self.shared, self.shared.splits[name]
-        task = shared.task
+    def _answer(self, weights: dict[str, Tensor], splits: Sequence[str], at: Moment) -> Session[Answered]:
+        """Return what these weights' answers to one split of each task are worth."""
         with self.trainee.evaluating(weights) as model:
-            texts = yield from predict_split(
-                model,
-                split,
-                shared.tokenizer,
-                self.recipe.evaluation,
-                task.labels,
-                shared.world,
-                task.target_prefix,
-                longest=shared.splits["train"].longest_target,
-                at=at,
-            )
-        expected = list(targets_of(split.rows))
-        return score(task, texts, expected), only_answer(texts, expected)
+            return (yield from answer_tasks(model, self.shared, splits, at))
 
 
 def _plan(recipe: Recipe, shared: Shared) -> Plan:
     """Return when a run does what; a stream is one epoch of all its steps."""
     if is_stream(recipe):
         assert recipe.training.max_steps is not None, "the recipe refuses a stream without an end"
-        return make_plan(recipe, recipe.training.max_steps * recipe.training.global_batch_size, 1, shared.world.size)
-    return make_plan(recipe, len(shared.splits["train"]), recipe.training.epochs or shared.task.epochs, shared.world.size)
+        size = shared.tasks[0].batch_size
+        return make_plan(recipe, [(recipe.training.max_steps * size, size)], 1, shared.world.size)
+    sizes = [(rows.train.num_questions, rows.batch_size) for rows in shared.tasks]
+    return make_plan(recipe, sizes, recipe.training.epochs or max(rows.task.epochs for rows in shared.tasks), shared.world.size)
+
+
+def _sizes(shared: Shared) -> str:
+    """Return how many rows a step has, of several tasks how many on each."""
+    sizes = [rows.batch_size for rows in shared.tasks]
+    each = [f"{rows.batch_size} ({rows.task.name})" for rows in shared.tasks]
+    return str(sizes[0]) if len(set(sizes)) == 1 else f"{', '.join(each[:-1])} or {each[-1]}"
 
 
 def is_stream(recipe: Recipe) -> bool:
-    return not isinstance(recipe.task, str) and recipe.task.streaming
+    return isinstance(recipe.task, FileTask) and recipe.task.streaming
 
 
 def _stream(recipe: Recipe, plan: Plan, shared: Shared) -> Stream | None:
     """Return the steps of a stream; None: rows are in a table or a list."""
-    if isinstance(recipe.task, str) or not recipe.task.streaming:
+    if not isinstance(recipe.task, FileTask) or not recipe.task.streaming:
         return None
-    data = recipe.data
+    data, rows = recipe.data, shared.tasks[0]
     encoding = Encoding(
         tokenizer=shared.reading.tokenizer,
         max_source_length=data.max_source_length,
         max_target_length=data.max_target_length,
-        target_prefix=shared.task.target_prefix,
+        target_prefix=rows.task.target_prefix,
         before=shared.reading.before,
     )
     return Stream(
         recipe.task,
         encoding,
         steps=plan.total_steps,
-        global_batch_size=recipe.training.global_batch_size,
+        global_batch_size=rows.batch_size,
         micro_batches=plan.accumulation,
         window=data.shuffle_buffer,
         seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
@@ -209,14 +199,17 @@ def _stream(recipe: Recipe, plan: Plan, shared: Shared) -> Stream | None:
     )
 
 
-def _identity(recipe: Recipe, plan: Plan, backbone: Backbone, train: EncodedSplit) -> dict[str, Any]:
+def _identity(recipe: Recipe, plan: Plan, shared: Shared) -> dict[str, Any]:
     """What must not change between a checkpoint and its resume. World size, micro-batch and ZeRO stage may."""
+    backbone = shared.backbone
     settings = {key.rpartition(".")[2]: value for key, value in marked(recipe, KEPT_BY_RESUME).items()}
     found = {"backbone": backbone.identity.fingerprint, "precision": backbone.identity.precision, "total_steps": plan.total_steps}
     if backbone.identity.context:
         found["context"] = list(backbone.identity.context)
-    of = recipe.task if isinstance(recipe.task, str) else recipe.task.train
-    return settings | found | {TRAINING_ROWS: {"of": of, "rows": len(train), "ids": train.digest[:20]}}
+    trains = [rows.train for rows in shared.tasks]
+    of = ", ".join(task.train if isinstance(task, FileTask) else name_of(task) for task in recipe.each_task)
+    ids = trains[0].digest if len(trains) == 1 else hashlib.sha256(" ".join(train.digest for train in trains).encode()).hexdigest()
+    return settings | found | {TRAINING_ROWS: {"of": of, "rows": sum(map(len, trains)), "ids": ids[:20]}}
 
 
 def _without_carving(recipe: Recipe) -> Recipe:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 
 from lst_scale.backbone.spec import refuse_placement
 from lst_scale.data.files import HUB
+from lst_scale.data.release import endings_of, release_rows
 from lst_scale.data.tasks import FILE_SPLITS, file_rows, labels_of, refuse_unknown_labels
 from lst_scale.data.tokenizer import refuse_missing_tokenizer
 from lst_scale.errors import LstScaleError, NotReady
 from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable
+from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import check_folder, folder_of
@@ -52,10 +54,14 @@ def check_before_start(recipes: Sequence[Recipe], *, resume: bool, overwrite: bo
     for name in dict.fromkeys(recipe.training.deepspeed for recipe in recipes):
         with _gathering(problems):
             load_ds_config(name)
-    for task in dict.fromkeys(recipe.task for recipe in recipes):
+    for task, vision in dict.fromkeys((task, recipe.vision) for recipe in recipes for task in recipe.each_task):
         if isinstance(task, FileTask):
             _check_files(task, problems)
-    for way, task in dict.fromkeys((recipe.evaluation.method, recipe.task) for recipe in recipes):
+        elif isinstance(task, ReleaseTask):
+            for split in task.of.files:
+                with _gathering(problems):
+                    release_rows(task, split, endings_of(vision), FIRST_ROWS)
+    for way, task in dict.fromkeys((recipe.evaluation.method, task) for recipe in recipes for task in recipe.each_task):
         if way == "likelihood" and isinstance(task, FileTask) and task.kind != "classification":
             problems.append(f"evaluation.method=likelihood needs labels, which kind {task.kind} lacks: write evaluation.method=generation")
     _check_checkpoints(recipes, problems)

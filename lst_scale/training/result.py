@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ import torch
 
 from lst_scale import __version__
 from lst_scale.backbone.taps import Backbone
-from lst_scale.data.scores import majority_score
+from lst_scale.data.scores import majority_score, together
 from lst_scale.recipe.schema import Recipe
 from lst_scale.runs.finished import Finished
 from lst_scale.runs.folder import RESULT
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
 from lst_scale.system.durable import sha256_of, write_file
+from lst_scale.training.answering import Answered
 from lst_scale.training.checkpoint import Progress
-from lst_scale.training.shared import Shared, peak_memory_bytes
+from lst_scale.training.shared import Shared, TaskRows, peak_memory_bytes
 
 START = "start.json"  # in a run's folder: scores from before training
 
@@ -31,11 +32,9 @@ def result_of(
     recipe: Recipe,
     shared: Shared,
     progress: Progress,
-    scores: Mapping[str, float],
+    answered: Answered,
     *,
-    split: str,
     start_scores: Mapping[str, float] | None,
-    only_answer: str | None,
     trainable: int,
     saved_bytes: int,
     saved_sha256: Mapping[str, str],
@@ -43,15 +42,14 @@ def result_of(
     """Return the contents of a finished run's result.json. All ranks must call it.
 
     Args:
-        scores: of `split`.
+        answered: what its answers are worth.
         start_scores: of the same rows before training; None: nobody asked.
-        only_answer: what every row of `split` got; None: answers differ.
         trainable: how many parameters trained.
         saved_bytes: of the files that hold what was trained.
         saved_sha256: digests of those that hold weights, by name, so that damage to them is found.
     """
     return {
-        **scored(recipe, shared, scores, split=split, only_answer=only_answer),
+        **scored(recipe, shared, answered),
         "start_scores": None if start_scores is None else _rounded(start_scores),
         "validation_score": None if progress.best_score is None else round(progress.best_score, 4),
         "best_step": progress.best_step,
@@ -69,21 +67,28 @@ def weights_sha256(folder: Path) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
-def scored(recipe: Recipe, shared: Shared, scores: Mapping[str, float], *, split: str, only_answer: str | None) -> dict[str, Any]:
+def scored(recipe: Recipe, shared: Shared, answered: Answered) -> dict[str, Any]:
     """Return what a result says of answers: of a run's, and of an ensemble's."""
+    tasks = shared.tasks
+    constant = [majority_score(rows.task, rows.splits[rows.scored_split].rows) for rows in tasks]
     return {
         "name": recipe.name,
-        "task": shared.task.name,
+        "task": recipe.task_name,
         "seed": recipe.seed,
-        "split": split,
-        "scores": _rounded(scores),
-        "majority": _rounded(majority_score(shared.task, shared.splits[split].rows)),
-        "only_answer": only_answer,
-        "labels": None if shared.task.labels is None else list(shared.task.labels),
+        "split": _of_each(tasks, [rows.scored_split for rows in tasks]),
+        "scores": _rounded(answered.scores),
+        "majority": _rounded(together([rows.task.name for rows in tasks], constant)),
+        "only_answer": _of_each(tasks, [answered.only.get(rows.task.name) for rows in tasks]),
+        "labels": _of_each(tasks, [None if rows.task.labels is None else list(rows.task.labels) for rows in tasks]),
         "context": None if shared.context is None else shared.context.text,
-        "longest_target": shared.splits["train"].longest_target,
+        "longest_target": _of_each(tasks, [rows.train.longest_target for rows in tasks]),
         "method": recipe.method.name,
     }
+
+
+def _of_each(tasks: Sequence[TaskRows], values: Sequence[Any]) -> Any:
+    """Return a value for the one task there is, or one for each by its name."""
+    return values[0] if len(tasks) == 1 else dict(zip((rows.task.name for rows in tasks), values, strict=True))
 
 
 def write_start(folder: Path, scores: Mapping[str, float]) -> None:
@@ -106,26 +111,30 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 def summary_sentence(result: dict[str, Any], folder: Path) -> str:
     """Return the run in one sentence, for the log."""
+    split = result["split"] if isinstance(result["split"], str) else "mean"
     return (
-        f"{result['split']} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "
+        f"{split} score {result['scores']['score']:.2f} (majority {result['majority']['score']:.2f}), "
         f"{result['train_seconds']:.0f} s of training, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process "
         f"({result['peak_memory_kind']}), {result['trainable_parameters']:,} trainable parameters "
         f"({result['trainable_share_percent']} %); saved in {folder}"
     )
 
 
-def only_answer_sentence(answer: str, split: str, count: int) -> str:
-    """Return what is said of a model that answers every row alike."""
-    return f"all {count:,} {split} rows got the answer {answer!r}, which is not right for all"
+def only_answer_sentences(answered: Answered, shared: Shared) -> Iterator[str]:
+    """Yield what is said of a model that answers every row of a task alike."""
+    for rows in shared.tasks:
+        if rows.task.name in answered.only:
+            name = rows.scored_split
+            of = f"{name} rows" if len(shared.tasks) == 1 else f"{name} rows of {rows.task.name}"
+            count, answer = len(rows.splits[name]), answered.only[rows.task.name]
+            yield f"all {count:,} {of} got the answer {answer!r}, which is not right for all"
 
 
 def ensemble_result(
     recipe: Recipe,
     shared: Shared,
-    scores: Mapping[str, float],
+    answered: Answered,
     *,
-    split: str,
-    only_answer: str | None,
     members: Mapping[Path, Finished],
     seconds_to_answer: float,
 ) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def ensemble_result(
     """
     each = list(members.values())
     return {
-        **scored(recipe, shared, scores, split=split, only_answer=only_answer),
+        **scored(recipe, shared, answered),
         "ensemble_of": [str(run) for run in members],
         "scores_alone": [one.score for one in each],
         "train_seconds": round(sum(one.train_seconds for one in each), 3),

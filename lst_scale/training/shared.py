@@ -25,16 +25,20 @@ from lst_scale.backbone.weights.precision import QUANTIZED
 from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
 from lst_scale.data.context import Context, Reading, reading_after, sentence_of, with_context
-from lst_scale.data.encode import EncodedSplit, encode, weighted_by_row
+from lst_scale.data.encode import EncodedSplit, encode, for_training
+from lst_scale.data.rows import images_of
 from lst_scale.data.scores import try_own_metrics
-from lst_scale.data.tasks import TaskData, load_task
+from lst_scale.data.tasks import TaskData, load_tasks
 from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
-from lst_scale.images.features import ImageReader
+from lst_scale.images.features import RowReader, image_reader
+from lst_scale.inputs.keys import joined
 from lst_scale.methods import check_method
 from lst_scale.methods.images import vision_config
 from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of, with_keys
-from lst_scale.recipe.schema import LstRecipe, Recipe
+from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe, Recipe
+from lst_scale.recipe.task import Task
 from lst_scale.runs.logs import Logger
 from lst_scale.side.network import SideNetwork
 from lst_scale.system import distributed
@@ -44,13 +48,31 @@ CHECKED_ROWS = 8  # of the quantization check: enough tokens for a stable error,
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskRows:
+    """One task of a run with its rows as token ids, and how it is trained on and answered."""
+
+    task: TaskData
+    splits: dict[str, EncodedSplit]
+    batch_size: int  # rows of a step
+    evaluation: EvaluationRecipe
+
+    @property
+    def train(self) -> EncodedSplit:
+        return self.splits["train"]
+
+    @property
+    def scored_split(self) -> str:
+        """The split that a result is scored on."""
+        return "test" if "test" in self.splits else "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shared:
     """What all members of a run have in common: data, and one backbone."""
 
     world: World
-    task: TaskData
+    tasks: tuple[TaskRows, ...]
     tokenizer: Any
-    splits: dict[str, EncodedSplit]
     backbone: Backbone
     loading: dict[str, Any]
     passes: SharedPasses
@@ -66,9 +88,8 @@ class Shared:
 class Data:
     """What a run reads before any weight: rows, the tokenizer, ids, and what there is to say of them."""
 
-    task: TaskData
+    tasks: tuple[TaskRows, ...]
     tokenizer: Any
-    splits: dict[str, EncodedSplit]
     sentences: tuple[str, ...]
     reading: Reading
     context: Context | None
@@ -80,24 +101,36 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         LstScaleError: anything the user can fix, in one line.
     """
-    task, context = with_context(load_task(recipe), recipe.backbone.context)
-    try_own_metrics(task)
-    tokenizer, unknown = load_fitting_tokenizer(recipe, task)
+    tasks, context = _after_context(recipe, load_tasks(recipe))
+    for task in tasks:
+        try_own_metrics(task)
+    tokenizer = load_tokenizer_of(recipe.backbone.checkpoint, recipe.backbone.revision)
     reading = _reading(recipe, tokenizer, context)
-    splits = {name: _encode(rows, reading, recipe, task.target_prefix) for name, rows in task.splits().items()}
-    splits = with_images(splits, recipe)
-    if not isinstance(recipe.task, str) and recipe.task.loss == "example_mean":
-        splits["train"] = weighted_by_row(splits["train"])
-    before = None if context is None else sentence_of(context, reading)
-    said = (unknown, cuts(splits, recipe.data), unmatchable_share(task, tokenizer), before)
-    return Data(
-        task=task,
-        tokenizer=tokenizer,
-        splits=splits,
-        sentences=tuple(sentence for sentence in said if sentence is not None),
-        reading=reading,
-        context=context,
-    )
+    reader = None if recipe.vision is None else image_reader(recipe.vision)
+    loaded, said = [], []
+    for asked, task in zip(recipe.each_task, tasks, strict=True):
+        unknown = refuse_misfits(tokenizer, recipe, task, recipe.evaluation_of(asked))
+        loaded.append(_encoded_task(recipe, asked, task, reading, reader))
+        sentences = (unknown, cuts(loaded[-1].splits, _limits(recipe, task)), unmatchable_share(task, tokenizer))
+        said += [sentence if len(tasks) == 1 else f"{task.name}: {sentence}" for sentence in sentences if sentence is not None]
+    said += [] if context is None else [sentence_of(context, reading)]
+    return Data(tasks=tuple(loaded), tokenizer=tokenizer, sentences=tuple(said), reading=reading, context=context)
+
+
+def _after_context(recipe: Recipe, tasks: Sequence[TaskData]) -> tuple[Sequence[TaskData], Context | None]:
+    """Return tasks without the rows that stand before all others, and what stands there; the recipe refuses it before several tasks."""
+    if recipe.backbone.context is None:
+        return tasks, None
+    task, context = with_context(tasks[0], recipe.backbone.context)
+    return [task], context
+
+
+def _encoded_task(recipe: Recipe, asked: Task, task: TaskData, reading: Reading, reader: RowReader | None) -> TaskRows:
+    splits = {name: _encode(rows, reading, recipe, task) for name, rows in task.splits().items()}
+    if reader is not None:
+        splits = {name: replace(split, images=reader.read(images_of(split.rows), f"{task.name}, {name}")) for name, split in splits.items()}
+    splits["train"] = for_training(splits["train"], task.loss, scored=task.scored)
+    return TaskRows(task=task, splits=splits, batch_size=recipe.rows_a_step(asked), evaluation=recipe.evaluation_of(asked))
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: Data | None = None) -> Shared:
@@ -108,7 +141,7 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     """
     recipe = recipes[0]
     data = data or load_data(recipe)
-    task, tokenizer, splits = data.task, data.tokenizer, data.splits
+    tasks = data.tasks
     for sentence in data.sentences:
         logger.say(sentence)
     distributed.poll_interruption(world)
@@ -117,10 +150,10 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     backbone: Backbone
     run_once = data.reading.run_once
     if live is not None:
-        _check_quantization(live, splits["train"], recipe, logger)
+        _check_quantization(live, tasks[0].train, recipe, logger)
         backbone = live.after(run_once) if run_once else live
     else:
-        backbone, splits = _remembering(recipes, splits, world, logger, run_once)
+        backbone, tasks = _remembering(recipes, tasks, world, logger, run_once)
     loading = {
         "loading_seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes_after_loading_by_rank": distributed.gather(peak_memory_bytes(world)),
@@ -128,27 +161,14 @@ def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: D
     distributed.poll_interruption(world)
     return Shared(
         world=world,
-        task=task,
-        tokenizer=tokenizer,
-        splits=splits,
+        tasks=tasks,
+        tokenizer=data.tokenizer,
         backbone=backbone,
         loading=loading,
         passes=SharedPasses(backbone=backbone, request=_request(recipes, backbone.spec)),
         reading=data.reading,
         context=data.context,
     )
-
-
-def with_images(splits: dict[str, EncodedSplit], recipe: Recipe) -> dict[str, EncodedSplit]:
-    """Return splits whose batches bring the features of their images, where rows have some; features that are missing are made.
-
-    Raises:
-        LstScaleError: a picture or the image model can't be used.
-    """
-    if recipe.vision is None:
-        return splits
-    reader = ImageReader(recipe.vision)
-    return {name: replace(split, images=reader.read(row.images for row in split.rows)) for name, split in splits.items()}
 
 
 def build_cache(recipe: Recipe) -> tuple[int, Path]:
@@ -162,12 +182,14 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     check_method(recipe)
     world = distributed.connect()
     with Logger(None) as logger:
-        task, context = with_context(load_task(recipe), recipe.backbone.context)
-        tokenizer, _ = load_fitting_tokenizer(recipe, task)
+        tokenizer = load_tokenizer_of(recipe.backbone.checkpoint, recipe.backbone.revision)
+        found, context = _after_context(recipe, load_tasks(recipe))
         reading = _reading(recipe, tokenizer, context)
-        encoded = {"train": _encode(task.train, reading, recipe, task.target_prefix)}
-        backbone, splits = _remembering([recipe], encoded, world, logger, reading.run_once)
-        split = splits["train"]
+        for asked, task in zip(recipe.each_task, found, strict=True):
+            refuse_misfits(tokenizer, recipe, task, recipe.evaluation_of(asked))
+        text = [_text_to_train_on(recipe, asked, task, reading) for asked, task in zip(recipe.each_task, found, strict=True)]
+        backbone, tasks = _remembering([recipe], text, world, logger, reading.run_once)
+        splits = [task.train for task in tasks]
         request = _taps_of([recipe], backbone.spec)
         if not backbone.lock.held():
             raise distributed.same_everywhere(
@@ -178,31 +200,35 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
                 )
             )
         size = recipe.training.micro_batch_size or recipe.evaluation.batch_size
-        batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
-        for _ in range(-(-len(split) // (size * world.size))):  # as often on every rank, so that all can leave together
-            distributed.poll_interruption(world)
-            batch = next(batches, None)
-            if batch is None:
-                continue
-            taps_of(backbone, batch, request)
+        for split in splits:
+            batches = evaluation_batches(split, batch_size=size, rank=world.rank, world_size=world.size)
+            for _ in range(-(-len(split) // (size * world.size))):  # as often on every rank, so that all can leave together
+                distributed.poll_interruption(world)
+                batch = next(batches, None)
+                if batch is None:
+                    continue
+                taps_of(backbone, batch, request)
         backbone.cache.flush()
         backbone.close()
     distributed.barrier()
-    return len(split), backbone.cache.folder
+    return sum(map(len, splits)), backbone.cache.folder
 
 
-def load_fitting_tokenizer(recipe: Recipe, task: TaskData) -> tuple[Any, str | None]:
-    """Return the backbone's tokenizer, which fits its vocabulary, the training texts and the labels; and what it does not know of them.
+def _text_to_train_on(recipe: Recipe, asked: Task, task: TaskData, reading: Reading) -> TaskRows:
+    """Return a task's training rows as text alone: what a tap cache holds."""
+    splits = {"train": _encode(task.train, reading, recipe, task)}
+    return TaskRows(task=task, splits=splits, batch_size=recipe.rows_a_step(asked), evaluation=recipe.evaluation_of(asked))
+
+
+def refuse_misfits(tokenizer: Any, recipe: Recipe, task: TaskData, evaluation: EvaluationRecipe) -> str | None:
+    """Compare a tokenizer with a task's training texts and labels, and return what it does not know of them.
 
     Raises:
         DataError: it does not fit.
-        BackboneError: the checkpoint's config.json can't be meant.
     """
-    checkpoint = recipe.backbone.checkpoint
-    tokenizer = load_tokenizer_of(checkpoint, recipe.backbone.revision)
-    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train[:SAMPLED_ROWS]], checkpoint)
-    refuse_unanswerable(task, tokenizer, recipe.data, recipe.evaluation)
-    return tokenizer, unknown
+    unknown = refuse_unknown_text(tokenizer, [row.source for row in task.train[:SAMPLED_ROWS]], recipe.backbone.checkpoint)
+    refuse_unanswerable(task, tokenizer, _limits(recipe, task), evaluation)
+    return unknown
 
 
 def load_tokenizer_of(checkpoint: str, revision: str | None) -> Any:
@@ -243,25 +269,31 @@ def _reading(recipe: Recipe, tokenizer: Any, context: Context | None) -> Reading
     return reading_after(None if context is None else context.text, tokenizer, beside_backbone=recipe.method.beside_backbone)
 
 
-def _encode(rows: Any, reading: Reading, recipe: Recipe, target_prefix: str) -> EncodedSplit:
-    limits = (recipe.data.max_source_length, recipe.data.max_target_length)
-    return encode(rows, reading.tokenizer, *limits, target_prefix, reading.before)
+def _encode(rows: Any, reading: Reading, recipe: Recipe, task: TaskData) -> EncodedSplit:
+    limits = _limits(recipe, task)
+    return encode(rows, reading.tokenizer, limits.max_source_length, limits.max_target_length, task.target_prefix, reading.before)
+
+
+def _limits(recipe: Recipe, task: TaskData) -> DataRecipe:
+    """Return the recipe's limits of lengths, with those that a task has of its own."""
+    data = recipe.data
+    source = min(data.max_source_length, task.source_length or data.max_source_length)
+    return data.model_copy(update={"max_source_length": source, "max_target_length": data.max_target_length or task.target_length})
 
 
 def _remembering(
-    recipes: Sequence[Recipe], splits: dict[str, EncodedSplit], world: World, logger: Logger, context: Sequence[int]
-) -> tuple[CachingBackbone, dict[str, EncodedSplit]]:
-    """Open the backbone's tap cache, and return splits with their keys; the backbone itself is loaded only if a row is missing there."""
+    recipes: Sequence[Recipe], tasks: Sequence[TaskRows], world: World, logger: Logger, context: Sequence[int]
+) -> tuple[CachingBackbone, tuple[TaskRows, ...]]:
+    """Open the backbone's tap cache, and return tasks with their rows' keys; the backbone itself is loaded only if a row is missing."""
     recipe = recipes[0]
 
     def check(live: Backbone) -> None:
         logger.say("some rows are not in the tap cache: the backbone is loaded")
-        _check_quantization(live, splits["train"], recipe, logger)
+        _check_quantization(live, tasks[0].train, recipe, logger)
 
     backbone = load_caching(recipe.backbone, recipe.cache, world, lambda spec: _taps_of(recipes, spec), check, context)
-    splits = {name: with_keys(split, backbone.spec) for name, split in splits.items()}
-    rows = splits["train"].keys
-    assert rows is not None
+    keyed = tuple(replace(task, splits={name: with_keys(split, backbone.spec) for name, split in task.splits.items()}) for task in tasks)
+    rows = joined([task.train.keys for task in keyed if task.train.keys is not None])
     writes = backbone.claim_rows(rows, world)
     missing = ~backbone.known(rows)
     num_missing = int(missing.sum())
@@ -271,7 +303,7 @@ def _remembering(
     others = f"the others can't be written: {why}" if why else "another run writes the others"
     elsewhere = f"; {others}" if num_missing and not writes else ""
     logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - num_missing:,} of {len(rows):,} training rows are there{elsewhere}")
-    return backbone, splits
+    return backbone, keyed
 
 
 def _check_quantization(backbone: Backbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:

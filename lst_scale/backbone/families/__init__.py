@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lst_scale.backbone.spec import BackboneSpec
     from lst_scale.backbone.taps import FrozenHead
-    from lst_scale.recipe.schema import Method
+    from lst_scale.recipe.method import Method
 
 _LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "olmo3", "granite")
 ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama")  # model_type -> folder

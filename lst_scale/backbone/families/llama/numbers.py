@@ -8,7 +8,7 @@ from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.llama.config import problem_of
 from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
 from lst_scale.errors import BackboneError
-from lst_scale.recipe.schema import FullRecipe, LoraRecipe, LstRecipe, Method
+from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method
 
 
 class LlamaNumbers:

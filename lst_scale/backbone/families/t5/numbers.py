@@ -8,7 +8,7 @@ from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.t5.config import problem_of
 from lst_scale.backbone.families.t5.spec import T5Spec, spec_from
 from lst_scale.backbone.spec import refuse_misfit
-from lst_scale.recipe.schema import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
 
 
 class T5Numbers:

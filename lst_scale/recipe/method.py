@@ -1,0 +1,117 @@
+"""What a recipe says of what trains: a side network beside the backbone, or something inside it. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lst_scale.recipe import decode
+from lst_scale.recipe.amounts import Rows, Share, Width
+from lst_scale.recipe.backbone import NotFp16
+from lst_scale.recipe.decode import Section
+from lst_scale.recipe.marks import ONE_FOR_MEMBERS
+
+
+class LstRecipe(Section):
+    beside_backbone: ClassVar[bool] = True  # reads the frozen backbone's states: passes may be shared and remembered
+    name: Literal["lst"]  # ladder side-tuning
+    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
+    reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
+    # backbone blocks, from 0, that have a side block in both stacks
+    side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
+    initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
+    recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
+    tap_storage: Annotated[Literal["exact", "bf16", "int8"], ONE_FOR_MEMBERS] = "exact"  # how taps are held until the backward pass
+    fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
+    merge_last: bool = False  # mix the backbone's final decoder state into the output
+    normalize_taps: bool = False  # RMS-normalise taps before they are downsampled
+    start_as_backbone: bool = False  # with merge_last: the first prediction is the backbone's
+    gate: Literal["learnable", "per_channel", "fixed", "none"] = "learnable"  # how side state and tap are mixed
+    side_heads: Width | None = None  # None: the backbone's
+    downsample_rank: Width | None = None  # two narrower linears for each downsample
+    dropout: Share | None = None  # None: the backbone's
+    scale_image_rows: bool = True  # with images: gates scale image rows like text rows (the release), or leave them as they are
+    # with images: what tells an image's tokens apart: frozen N(0, 1), as those rows of the release are, or the word table's last rows
+    object_order: Literal["random", "backbone"] = "random"
+    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
+
+    @model_validator(mode="after")
+    def _something_to_prune(self) -> LstRecipe:
+        if self.design == "adapter" and self.initialization != "random":
+            raise ValueError("design adapter has no blocks to carve out of the backbone: write initialization: random")
+        if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
+            raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
+        return self
+
+    @field_validator("side_layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
+            raise ValueError(f"{list(layers)!s:.60} must be ascending, each block once, at least one; or write all")
+        return layers
+
+
+class _InsideRecipe(Section):
+    """A method that trains inside the backbone."""
+
+    beside_backbone: ClassVar[bool] = False
+
+    precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the arithmetic; trained weights stay float32
+    gradient_checkpointing: bool = False  # keep blocks' inputs and run them again in the backward pass
+
+
+class FullRecipe(_InsideRecipe):
+    """Every weight (the paper: learning rate 3e-4)."""
+
+    name: Literal["full"]  # full fine-tuning
+
+
+class LoraRecipe(_InsideRecipe):
+    """Low-rank updates by peft (the paper: rank 32, alpha 32, dropout 0.1, q and v of every attention, and BitFit's biases)."""
+
+    name: Literal["lora"]  # LoRA
+    rank: Width = 32  # of the updates
+    alpha: Width = 32  # updates weigh alpha / rank
+    dropout: Share = 0.1  # before the updates
+    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
+    bitfit: bool = False  # the release trains BitFit's biases too
+
+
+class PromptRecipe(_InsideRecipe):
+    """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
+
+    name: Literal["prompt"]  # prompt tuning
+    num_vectors: Width = 100  # before the encoder's input
+    hidden: Width = 800  # with images: the width of the network that makes them
+
+
+class AdaptersRecipe(_InsideRecipe):
+    """Houlsby adapters after self-attention and feed-forward, and all norms (the paper: bottleneck 48, learning rate 3e-4)."""
+
+    name: Literal["adapters"]  # adapters
+    bottleneck: Width = 48  # their inner width
+    cross_attention: bool = False  # one after the attention to the source, too (the release's vision half)
+    train_norms: bool = True  # the backbone's norms train, too (in the release's vision half they don't)
+    start_small: bool = True  # from N(0, 0.01^2), or as torch makes a linear map (the release's vision half)
+
+
+class BitfitRecipe(_InsideRecipe):
+    """Biases, which T5 lacks: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
+
+    name: Literal["bitfit"]  # biases alone
+
+
+METHODS: dict[str, type[Section]] = {
+    "lst": LstRecipe,
+    "full": FullRecipe,
+    "lora": LoraRecipe,
+    "prompt": PromptRecipe,
+    "adapters": AdaptersRecipe,
+    "bitfit": BitfitRecipe,
+}
+
+if TYPE_CHECKING:
+    Method = LstRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
+else:
+    Method = decode.tagged(**METHODS)
