@@ -63,7 +63,7 @@ def test_a_recipe_is_named_by_its_option_or_stands_alone(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no recipe is named: write a YAML file's name, or one of easy-vqa, flan-t5-xl, "),
+        ([], "no recipe is named: write a YAML file's name, or one of clip-t5-adapters, clip-t5-bitfit, "),
         (["seed=3"], "no recipe is named"),
         (["t5-base", "resume"], "'resume' is no override: write key=value"),
         (["t5-small"], "A model is named by backbone.checkpoint=, not here."),
