@@ -1,8 +1,10 @@
 """What a run answered on easy-VQA, by kind of question, and a picture of twelve pictures with questions and answers.
 
     python benchmarks/pictures.py predictions.jsonl answers.png
+    python benchmarks/pictures.py blank data/easy-vqa data/easy-vqa-blank
 
-`predictions.jsonl` is what `lst-scale predict RUN data/easy-vqa/test.jsonl` wrote.
+`predictions.jsonl` is what `lst-scale predict RUN data/easy-vqa/test.jsonl` wrote. `blank` writes the same rows, all with one white
+picture: what a run reaches on those it reaches by the questions alone.
 """
 
 from __future__ import annotations
@@ -64,6 +66,17 @@ def _two_lines(text: str) -> str:
     return text if len(text) < 28 else f"{' '.join(words[:middle])}\n{' '.join(words[middle:])}"
 
 
+def blank(folder: Path, other: Path) -> None:
+    """Write the rows of a folder's files into another one, each with the same white picture."""
+    from PIL import Image
+
+    other.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), "white").save(other / "white.png")
+    for file in folder.glob("*.jsonl"):
+        rows = [json.loads(line) | {"image": "white.png"} for line in file.read_text().splitlines()]
+        (other / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main(predictions: Path, picture: Path) -> None:
     check_picture(picture)
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
@@ -74,4 +87,7 @@ def main(predictions: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "blank":
+        blank(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
