@@ -36,7 +36,7 @@ from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee, SharedPasses
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
-from lst_scale.recipe.task import FileTask
+from lst_scale.recipe.task import FileTask, name_of
 from lst_scale.runs.logs import progress_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
@@ -148,7 +148,7 @@ class InputRows:
 def _made_by(runs: Sequence[Path], asked: ScoredRun, names: Sequence[str]) -> str:
     """Return a digest of all that answers depend on beside the inputs."""
     weights = [read_result(run).get("saved_sha256") or str(run.resolve()) for run in runs]
-    what = {"runs": weights, "recipe": asked.recipe.model_dump(mode="json"), "names": list(names)}
+    what = {"runs": weights, "recipe": asked.recipe.model_dump(mode="json"), "names": list(names), "task": name_of(asked.task)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
