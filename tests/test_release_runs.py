@@ -160,7 +160,7 @@ def test_members_share_the_passes_of_several_tasks(place: Place) -> None:
     train(path)
     alone = place.recipe("lst", "alone", "training.micro_batch_size=3", "optimizer.learning_rate=1e-3")
     train(alone)
-    member = place.run("members-learning_rate-1e-3")
+    member = place.run("members-learning_rate-0.001")
     # taps are remembered in bf16
     assert losses(member) == pytest.approx(losses(place.run("alone")), rel=2e-2)
     assert shape_of(str(place.checkpoint)) is not None
