@@ -90,7 +90,7 @@ class DataRecipe(Section):
     max_eval_rows: Count | None = None  # of validation and of test, the first of them; None: all
     shuffle_seed: Seed | None = None  # None: seed. One value lets runs of several seeds share a backbone pass
     # global batches that are sorted by length together, which saves padding; where length tells the kind of question, each batch is then of
-    # one kind (easy-VQA lost 11 points): write 1
+    # one kind (easy-VQA lost 6 points): write 1
     length_pool: Rows = 50
     shuffle_buffer: Rows = 10_000  # of task.streaming: rows that are shuffled together, of all processes
 
