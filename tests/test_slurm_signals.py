@@ -56,8 +56,9 @@ def test_a_signal_of_every_kind_ends_bit_identical(cluster: Cluster, recipe: Cal
 
 
 def test_a_job_that_gets_nowhere_stops_and_says_so(cluster: Cluster, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Its first step takes longer than Slurm waits before it kills, on the fastest machine."""
     run = tmp_path / "runs" / "circle-kind-seed0"
-    path = recipe("circle")
+    path = recipe("circle", data__max_train_rows=2400, training__global_batch_size=2400)
     options = tmp_path / "cluster.yaml"
     options.write_text("gpus_per_node: 0\ntasks_per_node: 1\ncpus_per_task: 1\nmax_starts_without_progress: 1\n")
     job = cluster.script("submit", "--recipe", str(path), "--cluster", str(options)).split()[-1]
