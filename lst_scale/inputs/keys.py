@@ -84,6 +84,16 @@ class KeyTable:
         lengths: NDArray[np.int32] = self._rows["lengths"][:-1]
         return lengths
 
+    def distinct_tokens(self) -> tuple[int, int]:
+        """Return the tokens of all different sources, and of all different pairs of source and target: equal ones are remembered once."""
+        source, target = (self._distinct_tokens(side) for side in (0, 1))
+        return source, target
+
+    def _distinct_tokens(self, side: int) -> int:
+        rows = self._rows[:-1]
+        heads = np.ascontiguousarray(rows["digests"][:, side, :8]).view(np.uint64)[:, 0]  # half a digest tells them apart well enough
+        return int(rows["lengths"][np.unique(heads, return_index=True)[1], side].sum(dtype=np.int64))
+
     def of(self, rows: Sequence[int]) -> RowKeys:
         """Return those of a batch."""
         assert all(FILLER <= row < len(self) for row in rows), rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import ArgumentError
 from lst_scale.plan.depth import planned
@@ -33,6 +33,9 @@ from lst_scale.recipe.schema import CacheRecipe, Recipe
 from lst_scale.recipe.task import FileTask, Task, images_of
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import resolve
+
+if TYPE_CHECKING:
+    from lst_scale.backbone.cache.key import CacheKey
 
 # Training rows of GLUE (Wang et al. 2019, as on the Hugging Face hub).
 GLUE_ROWS = {"cola": 8551, "mnli": 392702, "mrpc": 3668, "qnli": 104743, "qqp": 363846, "rte": 2490, "sst2": 67349, "stsb": 5749}
@@ -247,11 +250,26 @@ def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
 
 def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, int, bool]:
     """Return training rows, the bytes of their taps on disk at most (every row at full length), and whether the rows are really known."""
+    rows = _train_rows(recipe)
+    counted = rows or 1000
+    return counted, _cache_key(recipe, shape).bytes_of(counted * setting.source, counted * setting.target), rows is not None
+
+
+def where_a_cache_pays(recipe: Recipe, shape: Shape, setting: Setting) -> str:
+    """Return one sentence: what a step reads, what it would compute, and at which speeds reading is the shorter."""
+    from lst_scale.backbone.cache.pay import Tokens, break_even
+
+    step = Tokens(source=setting.rows * setting.source, target=setting.rows * setting.target)
+    return break_even(_cache_key(recipe, shape), shape.spec, step)
+
+
+def _cache_key(recipe: Recipe, shape: Shape) -> CacheKey:
+    """Return what says how many bytes a token takes; it is no cache's own."""
     assert isinstance(recipe.method, LstRecipe)
     from lst_scale.backbone.cache.key import CacheKey
 
     layers = tuple(range(shape.spec.depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
-    key = CacheKey(
+    return CacheKey(
         fingerprint="",
         precision=recipe.backbone.precision,
         layers=layers,
@@ -259,9 +277,6 @@ def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, in
         d_model=shape.spec.d_model,
         dtype=recipe.cache.dtype,
     )
-    rows = _train_rows(recipe)
-    counted = rows or 1000
-    return counted, key.bytes_of(counted * setting.source, counted * setting.target), rows is not None
 
 
 def _train_rows(recipe: Recipe) -> int | None:

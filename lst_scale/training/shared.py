@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lst_scale.backbone.cache import pay
 from lst_scale.backbone.cache.backbone import CachingBackbone
 from lst_scale.backbone.cache.load import load_caching
 from lst_scale.backbone.check import check_quantization
@@ -32,7 +34,7 @@ from lst_scale.data.tasks import TaskData, load_tasks
 from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit, refuse_unknown_text
 from lst_scale.errors import BackboneError
 from lst_scale.images.features import RowReader, image_reader
-from lst_scale.inputs.keys import joined
+from lst_scale.inputs.keys import KeyTable, joined
 from lst_scale.methods import check_method
 from lst_scale.methods.images import vision_config
 from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of, with_keys
@@ -303,7 +305,19 @@ def _remembering(
     others = f"the others can't be written: {why}" if why else "another run writes the others"
     elsewhere = f"; {others}" if num_missing and not writes else ""
     logger.say(f"tap cache {backbone.cache.folder}: {len(rows) - num_missing:,} of {len(rows):,} training rows are there{elsewhere}")
+    if world.rank == 0:
+        _say_whether_it_pays(backbone, rows, recipe.training.global_batch_size / world.size, logger)
     return backbone, keyed
+
+
+def _say_whether_it_pays(backbone: CachingBackbone, rows: KeyTable, rows_a_rank: float, logger: Logger) -> None:
+    """Log what the cache takes and what a step's reading costs; nothing where the folder is read-only, so that no disk can be tried."""
+    cache, kept = backbone.cache, rows.distinct_tokens()
+    mean_S, mean_T = rows.lengths.mean(0)
+    step = pay.Tokens(source=rows_a_rank * mean_S, target=rows_a_rank * mean_T)
+    with suppress(OSError):
+        found = pay.rates(cache.folder, cache.key.d_model, cache.key.precision, backbone.device)
+        logger.say(pay.sentence(cache.key, backbone.spec, pay.Tokens(source=kept[0], target=kept[1]), step, found))
 
 
 def _check_quantization(backbone: Backbone, split: EncodedSplit, recipe: Recipe, logger: Logger) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lst_scale.backbone.cache.backbone import CachingBackbone
 from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import TapCache
+from lst_scale.backbone.cache.wider import wider_caches
 from lst_scale.backbone.placement.load import load_alone
 from lst_scale.backbone.placement.meta import open_together
 from lst_scale.backbone.taps import Backbone, BackboneSpec, Replica, TapRequest
@@ -68,7 +69,7 @@ def load_caching(
         return backbone.after(context) if context else backbone
 
     return CachingBackbone(
-        cache=TapCache(root, key),
+        cache=TapCache(root, key, wider_caches(root, key)),
         spec=checkpoint.spec,
         identity=dataclasses.replace(identity, context=tuple(context)),
         head=checkpoint.family.head(model, checkpoint.spec),

@@ -24,7 +24,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,12 +41,24 @@ MANY = 4096  # records that are mapped and looked up where they are; fewer are r
 STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
-class TapCache:
-    """One key's payloads: what all writers have left, and what this process adds."""
+class Elsewhere(Protocol):
+    """Payloads of another folder that serve this one's readers; nothing is written there."""
 
-    def __init__(self, root: Path, key: CacheKey) -> None:
-        self.key, self.folder = key, root / key.folder
-        self.damaged: list[str] = []  # payloads that were passed over, named for the log
+    @property
+    def damaged(self) -> list[str]: ...
+    def __contains__(self, digest: bytes) -> bool: ...
+    def has_each(self, digests: Digests) -> NDArray[np.bool_]: ...
+    def refresh(self) -> None: ...
+    def read_into(self, digest: bytes, into: Sequence[Tensor]) -> bool: ...
+    def close(self) -> None: ...
+
+
+class TapCache:
+    """One key's payloads: what all writers have left, and what this process adds. What it lacks may be `elsewhere`."""
+
+    def __init__(self, root: Path, key: CacheKey, elsewhere: Sequence[Elsewhere] = ()) -> None:
+        self.key, self.folder, self._elsewhere = key, root / key.folder, elsewhere
+        self._damaged: list[str] = []  # payloads that were passed over, named for the log
         self._where: dict[bytes, tuple[Path, int, int, int]] = {}  # what is new
         self._segments: list[Segment] = []  # what was there, the newest first
         self._dropped: set[bytes] = set()  # damaged there
@@ -75,12 +87,17 @@ class TapCache:
             ) from error
 
     @property
+    def damaged(self) -> list[str]:
+        """The places of payloads that were passed over."""
+        return self._damaged + [place for other in self._elsewhere for place in other.damaged]
+
+    @property
     def floating(self) -> torch.dtype:
         """What taps are when they have been read."""
         return torch.bfloat16 if self.key.dtype == "int8" else STORAGE[self.key.dtype]
 
     def __contains__(self, digest: bytes) -> bool:
-        return self._find(digest) is not None
+        return self._find(digest) is not None or any(digest in other for other in self._elsewhere)
 
     def __len__(self) -> int:
         return len(self._where) + sum(map(len, self._segments))
@@ -96,6 +113,9 @@ class TapCache:
         if self._where:
             missing = np.flatnonzero(~found)
             found[missing] = np.fromiter((digests[row].tobytes() in self._where for row in missing), bool, len(missing))
+        for other in self._elsewhere:
+            missing = np.flatnonzero(~found)
+            found[missing] = other.has_each(digests[missing])
         return found
 
     def _find(self, digest: bytes) -> tuple[Path, int, int, int] | None:
@@ -110,6 +130,8 @@ class TapCache:
                 self._read_index(index)
             except OSError:
                 continue
+        for other in self._elsewhere:
+            other.refresh()
 
     def _read_index(self, index: Path) -> None:
         seen = self._seen.get(index, 0)
@@ -150,7 +172,7 @@ class TapCache:
         """
         found = self._find(digest)
         if found is None:
-            return False
+            return any(digest in other and other.read_into(digest, into) for other in self._elsewhere)
         path, offset, tokens, checksum = found
         states, width = len(into), self.key.d_model
         packed = torch.empty(states * tokens * self.key.bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
@@ -215,6 +237,8 @@ class TapCache:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+        for other in self._elsewhere:
+            other.close()
 
     __del__ = close
 
@@ -252,7 +276,7 @@ class TapCache:
 
     def _drop(self, digest: bytes, path: Path, offset: int) -> None:
         """Forget a payload that can't be used, and remember where it was."""
-        self.damaged.append(f"{path} at byte {offset}")
+        self._damaged.append(f"{path} at byte {offset}")
         self._where.pop(digest, None)
         self._dropped.add(digest)
 
