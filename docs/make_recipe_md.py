@@ -46,9 +46,9 @@ SECTIONS = {  # by the key that they stand under
 }
 INTRODUCTION = """# What a recipe can say
 
-Made by `python docs/make_recipe_md.py` from the classes in [schema.py](../lst_scale/recipe/schema.py),
-[task.py](../lst_scale/recipe/task.py), [release.py](../lst_scale/recipe/release.py), [vision.py](../lst_scale/recipe/vision.py),
-[method.py](../lst_scale/recipe/method.py) and [backbone.py](../lst_scale/recipe/backbone.py): change it there.
+Made by `python docs/make_recipe_md.py` from the classes in `schema.py`,
+`task.py`, `release.py`, `vision.py`,
+`method.py` and `backbone.py`: change it there.
 On the command line a key is written with its section: `training.max_steps=100`, `method.reduction_factor=4`.
 `lst-scale train RECIPE --print-recipe` shows a recipe with every default filled in.
 """

@@ -119,8 +119,9 @@ def test_what_only_some_runs_need_is_imported_where_it_is_used() -> None:
     assert done.stdout == "[]\n", done.stderr + done.stdout
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_every_command_of_the_readme_and_the_documentation_exists() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL)]
     lines = [line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
     assert lines
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -154,17 +155,21 @@ def test_a_wheel_installed_elsewhere_finds_recipes_deepspeed_files_and_the_embed
 
 
 def test_every_promise_of_what_happens_when_names_a_test_that_exists() -> None:
-    _, _, section = (ROOT / "README.md").read_text().partition("## What happens when\n")
-    named = re.findall(r"`(test_\w+)`", section.partition("\n## ")[0])
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "happens.md").read_text())
     there = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) >= 8
     assert [name for name in named if f"def {name}(" not in there] == []
 
 
 def test_the_recipe_at_the_head_of_the_readme_is_whole() -> None:
-    first = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert first is not None
-    assert parse_recipe(first[1], "README.md").run_name == "kinds-person-or-food-seed0"
+    for page in (ROOT / "README.md", ROOT / "docs" / "data.md"):
+        first = re.search(r"```yaml\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        assert first is not None
+        assert parse_recipe(first[1], page.name).run_name == "kinds-person-or-food-seed0"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_the_picture_of_the_readme_is_drawn_from_its_text_file() -> None:

@@ -39,7 +39,7 @@ Metric = Annotated[str, AfterValidator(_known_metric)]
 
 class FileTask(Section):
     """One's own data: for each split a local .csv, .jsonl or .parquet file, several by a pattern such as data/train-*.csv (csv and jsonl
-    may be compressed: .gz, .bz2, .xz, .zst), "embedded:..." or "hub:owner/name[:config][:split]"."""
+    may be compressed: .gz, .bz2, .xz, .zst), "embedded:..." or `hub:owner/name[:config][:split]`."""
 
     name: Name = "custom"  # part of the run's folder
     kind: Literal["classification", "regression", "text"]  # a label, a number, or any text

@@ -1,0 +1,122 @@
+"""Write docs/support.md, what works with what, each cell by the test that proves it: python docs/make_support_md.py
+
+A cell is a test of tests/, as FILE::NAME, or a sentence on why there is none. A test that does not exist ends this in an error, so the page
+can't promise what nothing tries; `tests/test_docs_site.py` keeps it fresh.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+PAGE, TESTS = Path(__file__).parent / "support.md", Path(__file__).parents[1] / "tests"
+T5, LLAMA = "T5, mT5", "Llama and its kin"
+TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
+WHOLE = "not yet: held whole by each process"
+EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
+Cell = str  # FILE::NAME of a test, or a sentence
+TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
+    "How the backbone is held": [
+        (
+            "fp32, bf16",
+            "test_backbone.py::test_loaded_weights_give_transformers_logits",
+            f"{TAPS}::test_taps_are_what_blocks_return_and_a_target_goes_on_from_its_source",
+        ),
+        (
+            "int8, nf4",
+            "test_backbone.py::test_quantization_covers_wo_and_stays_within_its_threshold",
+            f"{RUNS}::test_a_packed_backbone_trains_a_side_network",
+        ),
+        ("`tensor_parallel`, `zero3`, `streamed`", f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone", WHOLE),
+        ("the same, trained", f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process", WHOLE),
+        ("the same in int8 and nf4", f"{PLACED}::test_quantized_blocks_travel_quantized", WHOLE),
+        (
+            "the tap cache",
+            "test_tap_cache.py::test_training_from_disk_is_live_training_bit_for_bit_and_loads_no_backbone",
+            f"{RUNS}::test_a_run_from_the_tap_cache_ends_as_the_live_one",
+        ),
+    ],
+    "What trains": [
+        ("`lst`", EVERY, f"{TAPS}::test_a_step_moves_the_side_network_alone"),
+        ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
+        ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
+        ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),
+        (
+            "designs `cross_attention`, `adapter`",
+            "test_side_network.py::test_every_weight_of_every_design_trains_and_none_is_read_outside_its_module",
+            "not yet",
+        ),
+    ],
+    "What runs share": [
+        (
+            "members on one pass",
+            "test_members.py::test_members_end_as_they_would_alone",
+            f"{RUNS}::test_members_on_one_pass_end_as_each_would_alone",
+        ),
+        (
+            "a context before every row",
+            f"{CONTEXT}::test_beside_an_encoder_the_context_begins_each_source_and_does_not_count",
+            f"{CONTEXT}::test_the_tokens_of_a_context_are_run_once",
+        ),
+    ],
+    "Afterwards": [
+        (
+            "generation with a cache",
+            "test_generation.py::test_cached_greedy_equals_uncached_and_teacher_forced_argmax",
+            f"{TAPS}::test_a_cache_changes_no_answer",
+        ),
+        (
+            "`lst-scale predict`",
+            "test_predict.py::test_predictions_are_the_answers_that_were_scored",
+            f"{RUNS}::test_a_finished_run_answers_a_file_as_it_was_scored",
+        ),
+        ("`lst-scale plan`", "test_plan.py::test_a_real_step_needs_what_was_planned", f"{RUNS}::test_a_real_step_needs_what_was_planned"),
+        (
+            "save and load",
+            "test_side_model.py::test_a_saved_ladder_finds_its_backbone_and_computes_the_same",
+            f"{TAPS}::test_what_is_saved_reads_back_and_fits_its_own_backbone_alone",
+        ),
+    ],
+}
+INTRODUCTION = f"""# What works with what
+
+Made by `python docs/make_support_md.py`: each cell is the test that proves it. "{T5}" are T5, T5 v1.1, Flan-T5, mT5, ByT5 and UL2;
+"{LLAMA}" are Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3 (text), Phi-3, SmolLM3, OLMo 2 and 3 and Granite, of which the
+tests of taps run all twelve.
+Everything runs on the CPU in the tests; on a GPU none of it has been run yet.
+"""
+
+
+@cache
+def _tests_of(file: str) -> set[str]:
+    tree = ast.parse((TESTS / file).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def shown(cell: Cell) -> str:
+    """Return a cell as the page has it.
+
+    Raises:
+        KeyError: it names a test that does not exist.
+    """
+    file, _, name = cell.partition("::")
+    if not name:
+        return cell
+    if name not in _tests_of(file):
+        raise KeyError(f"tests/{cell}")
+    return f"yes: `{name}`"
+
+
+def page() -> str:
+    """Return the whole page."""
+    parts = [INTRODUCTION]
+    for title, rows in TABLES.items():
+        lines = [f"| | {T5} | {LLAMA} |", "| --- | --- | --- |"]
+        lines += [f"| {what} | {shown(first)} | {shown(second)} |" for what, first, second in rows]
+        parts.append(f"## {title}\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
