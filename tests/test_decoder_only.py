@@ -205,3 +205,19 @@ def test_another_kind_of_model_is_one_line_that_lists_those_that_are_known() -> 
 
     with pytest.raises(BackboneError, match=r"^GPT2LMHeadModel can't be a backbone: pass a .*LlamaForCausalLM.* or a GraniteForCausalLM$"):
         as_backbone(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)))
+
+
+def test_a_target_does_not_know_how_long_the_sources_beside_its_own_are(model: Any) -> None:
+    """Sources are padded after their last token, so that padding stands between a shorter one and its target."""
+    made, ids = ladder(model, trained=True), texts()
+    source, target = ids[:, :6], ids[:, 6:]
+    shorter = 3  # tokens of the second source
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, shorter:] = 0
+    with torch.no_grad():
+        (together,) = made.logits_for_targets(source, mask, [target])
+        (alone,) = made.logits_for_targets(source[1:, :shorter], mask[1:, :shorter], [target[1:]])
+        whole = made(input_ids=torch.cat([source[1:, :shorter], target[1:]], 1)).logits[:, shorter:]
+    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-4)
+    if not getattr(model.config, "sliding_window", None):  # in which padding counts, as in transformers
+        torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)

@@ -37,12 +37,12 @@ def whole_mask(mask_BS: Tensor, past: int, length: int) -> Tensor:
 
 
 def positions_of(mask: Tensor, length: int) -> Tensor:
-    """Return the positions (B, length) of the last tokens of a mask: padding before a row's first token does not count.
+    """Return the positions (B, length) of the last tokens of a mask: padding before a row's first token, or between tokens, does not count.
 
-    Padding after its last token counts on, as in transformers, where nobody looks at it.
+    So what a target is told of positions does not depend on the longest source beside its own. Padding after a row's last token counts on,
+    as in transformers, where nobody looks at it.
     """
     past = mask.shape[1] - length
-    before = mask[:, :past].sum(1, keepdim=True)
-    leading = (mask[:, past:].cumsum(1) == 0).sum(1, keepdim=True)
-    steps = torch.arange(length, device=mask.device)[None]
-    return (before + steps - leading).clamp(min=0)
+    before, new = mask[:, :past].sum(1, keepdim=True), mask[:, past:]
+    after_last = (new.flip(1).cumsum(1) == 0).flip(1).long()
+    return (before + new.cumsum(1) + after_last.cumsum(1) - 1).clamp(min=0)
