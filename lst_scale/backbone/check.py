@@ -99,7 +99,7 @@ class _Reference:
         # bf16 rounds away 1 % over a deep stack, nearly as much as int8: the reference computes in float32.
         read = self.family.read(model, source_BSD.float(), source_mask_BS)
         of_source = len(outputs)
-        self.family.extend(model, target_BTD.float(), read, source_mask_BS, None, num_blocks=len(self.refs(self.family.stacks[1])))
+        self.family.extend(model, target_BTD.float(), read, source_mask_BS, None, None, num_blocks=len(self.refs(self.family.stacks[1])))
         return outputs[:of_source], outputs[of_source:]
 
     def _come_and_go(self, block: nn.Module, path: str, outputs: list[Tensor]) -> None:

@@ -124,6 +124,8 @@ class SourceState:
     taps: StackTaps
     final: Any  # what the family's `read` returned and its `extend` takes; nobody else looks into it
     source_mask_BS: Tensor  # 1 = token, 0 = padding
+    # Of the target's tokens so far, those in a cache among them, where rows are of different lengths; None: all are tokens.
+    target_mask_BT: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

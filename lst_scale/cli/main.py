@@ -16,6 +16,7 @@ import typer
 from lst_scale import __version__, train
 from lst_scale.cli.cache import app as cache_app
 from lst_scale.cli.plan import plan_command
+from lst_scale.cli.serve import serve_command
 from lst_scale.cli.slurm import app as slurm_app
 from lst_scale.errors import LstScaleError, print_error
 from lst_scale.system import assets
@@ -143,6 +144,7 @@ def from_gguf_command(
 
 
 app.command("plan")(plan_command)
+app.command("serve")(serve_command)
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(cache_app, name="cache")
 

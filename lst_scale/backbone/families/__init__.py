@@ -203,9 +203,20 @@ class Family(Protocol):
         ...
 
     def extend(
-        self, model: Any, embedding_BTD: Tensor, source: Any, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
+        self,
+        model: Any,
+        embedding_BTD: Tensor,
+        source: Any,
+        attention_mask_BS: Tensor,
+        target_mask_BT: Tensor | None,
+        cache: Any | None,
+        *,
+        num_blocks: int,
     ) -> Tensor:
-        """Run the first `num_blocks` blocks on the target, given the source; with a cache, on its new positions only."""
+        """Run the first `num_blocks` blocks on the target, given the source; with a cache, on its new positions only.
+
+        `target_mask_BT` is of all positions of the target, those in the cache among them; None: all are tokens.
+        """
         ...
 
     def state(self, output: Any) -> Tensor:

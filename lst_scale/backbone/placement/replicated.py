@@ -142,7 +142,8 @@ class LocalBackbone:
         embedding_BTD, blocks = self.embed(target_BT), self.blocks[1]
         needed = len(blocks) if request.target_final else request.layers[-1] + 1
         with _capture(blocks, request, self.family) as hidden:
-            final_BTD = self.family.extend(self._model, embedding_BTD, source.final, source.source_mask_BS, cache, num_blocks=needed)
+            masks = (source.source_mask_BS, source.target_mask_BT)
+            final_BTD = self.family.extend(self._model, embedding_BTD, source.final, *masks, cache, num_blocks=needed)
         taps = StackTaps(layers=request.layers, embedding=embedding_BTD, hidden=tuple(hidden))
         return TargetState(taps=taps, final_BTD=final_BTD if request.target_final else None)
 

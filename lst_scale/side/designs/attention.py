@@ -31,8 +31,11 @@ def side_attention(
 ) -> tuple[Tensor, None]:
     """Return attention's output (B, T, H, d_kv), under transformers' interface for attention functions.
 
-    `attention_mask` is boolean (True: may be seen) or added to the scores.
+    `attention_mask` is boolean (True: may be seen) or added to the scores. `position_bias` is (1 or B, H, T, S), or (1, B * H, T, S) where
+    each row has a table of its own.
     """
+    if position_bias is not None and position_bias.shape[1] != query.shape[1]:
+        position_bias = position_bias.view(len(query), query.shape[1], *position_bias.shape[2:])
     if dropout == 0.0 or attention_mask is None or draws_within_kernel(query.device):
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs

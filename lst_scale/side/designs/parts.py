@@ -128,6 +128,7 @@ class SideEncoderState:
 
     final_BSR: Tensor  # (B, S, R), or (B, S, D) for the adapter design
     attention_mask_BS: Tensor
+    target_mask_BT: Tensor | None = None  # of all positions of the target so far; None: all are tokens
 
 
 def attended(encoder: SideEncoderState | None) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lst_scale.backbone.families import Family, Narrowing, family_of
-from lst_scale.backbone.masks import causal_mask, padding_mask
+from lst_scale.backbone.masks import causal_mask, padding_mask, seen_so_far
 from lst_scale.backbone.taps import BackboneSpec, StackTaps, Tap
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.attention import Dropout, with_cheap_dropout
@@ -55,10 +55,10 @@ class TransformerStack(nn.Module):
     def forward(self, taps: StackTaps, encoder: SideEncoderState | None, mask_BS: Tensor | None, cache: Any | None = None) -> Tensor:
         """Return the final side state (B, S or T, R).
 
-        `mask_BS` is the padding mask of the encoder's own tokens; a decoder masks the future instead.
+        `mask_BS` is the padding mask of the encoder's own tokens; a decoder masks the future instead, and what `encoder` says is padding.
         """
         hidden = maybe_recompute(self.recompute, self._enter, taps.embedding)
-        self_mask = self._self_mask(hidden, mask_BS, cache)
+        self_mask = self._self_mask(hidden, mask_BS if encoder is None else encoder.target_mask_BT, cache)
         along = None
         for key, tap in zip(self.blocks, taps.hidden, strict=True):
             hidden, along = maybe_recompute(self.recompute, self._from_tap, key, hidden, tap, encoder, self_mask, along, cache)
@@ -87,5 +87,7 @@ class TransformerStack(nn.Module):
         if not self.is_decoder:
             assert mask_BS is not None
             return padding_mask(mask_BS)
+        if mask_BS is not None:
+            return seen_so_far(mask_BS, hidden.shape[1])
         past = 0 if cache is None else int(cache.get_seq_length())
         return causal_mask(hidden.shape[1], past, hidden.device)

@@ -174,11 +174,13 @@ class LlamaModel:
         embedding_BTD: Tensor,
         source: Prompt | None,
         attention_mask_BS: Tensor,
+        target_mask_BT: Tensor | None,
         cache: DynamicCache | None,
         *,
         num_blocks: int,
     ) -> Tensor:
-        """The mask is the source's, or one of all tokens up to the last of the target; a context is in neither."""
+        """The mask is the source's, or one of all tokens up to the last of the target, which then needs none of its own; a context is in
+        neither."""
         if source is not None and (cache is None or cache.get_seq_length() == 0):
             cache = _continued(source.cache, cache)
         with _shortened(model.model, num_blocks):

@@ -135,11 +135,20 @@ class T5Model:
         return final_BSD
 
     def extend(
-        self, model: Any, embedding_BTD: Tensor, source_BSD: Tensor, attention_mask_BS: Tensor, cache: Any | None, *, num_blocks: int
+        self,
+        model: Any,
+        embedding_BTD: Tensor,
+        source_BSD: Tensor,
+        attention_mask_BS: Tensor,
+        target_mask_BT: Tensor | None,
+        cache: Any | None,
+        *,
+        num_blocks: int,
     ) -> Tensor:
         with _shortened(model.decoder, num_blocks):
             final_BTD: Tensor = model.decoder(
                 inputs_embeds=embedding_BTD,
+                attention_mask=target_mask_BT,
                 encoder_hidden_states=source_BSD,
                 encoder_attention_mask=attention_mask_BS,
                 **cache_argument(cache),

@@ -1,0 +1,181 @@
+"""Side networks by name: read from the folders of finished runs or of saved side networks, replaced and let go while others answer.
+
+Weights of those that were not asked for longest leave memory at a limit and are read again when they are asked for. A row keeps the
+network that it began with, whatever happens to the name meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lst_scale.backbone.taps import Backbone
+from lst_scale.data.context import Reading, reading_after
+from lst_scale.data.encode import target_text
+from lst_scale.data.prompts import PromptTokenizer
+from lst_scale.data.tasks import file_source
+from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
+from lst_scale.recipe.task import FileTask
+from lst_scale.runs.folder import RECIPE
+from lst_scale.side import files
+from lst_scale.side.network import SideNetwork
+
+SIDE = "side_network"  # the folder of a run that holds what it trained
+BACKBONE = "backbone"  # the name of the backbone's own answers
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Network:
+    """One side network with what it was trained to answer. None as `side`: the backbone itself."""
+
+    name: str
+    side: SideNetwork | None
+    reading: Reading
+    labels: tuple[str, ...] | None = None
+    targets: tuple[tuple[int, ...], ...] = ()  # the token ids of each label
+    run: ScoredRun | None = None
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What the backbone has read before every prompt."""
+        return self.reading.run_once
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training."""
+        most = None if self.run is None else self.run.recipe.data.max_source_length
+        return (*self.reading.before, *self.reading.tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+
+    def text_of(self, record: Mapping[str, Any]) -> str:
+        """Return the prompt of a row of fields, by the template of the run.
+
+        Raises:
+            ArgumentError: the run has none, or a field is missing.
+        """
+        if self.run is None or not isinstance(self.run.task, FileTask):
+            raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
+        missing = [name for name in self.run.columns if not isinstance(record.get(name), str)]
+        if missing:
+            raise ArgumentError(f"{self.name} reads the fields {', '.join(self.run.columns)}: {missing[0]} is missing, or no text")
+        return file_source(self.run.task, record)
+
+    def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of labels as targets are in training."""
+        prefix = "" if self.run is None else self.run.target_prefix
+        return tuple(tuple(self.reading.tokenizer(text_target=target_text(label, prefix)).input_ids) for label in labels)
+
+
+class Networks:
+    """All that can be asked, by name. Safe to use from several threads.
+
+    Args:
+        most_bytes: of weights that are kept in memory, beside those that answer at the moment; None: no limit.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: Any, most_bytes: int | None = None) -> None:
+        self._backbone, self._tokenizer, self._most_bytes = backbone, tokenizer, most_bytes
+        self._folders: dict[str, Path] = {}
+        self._there: OrderedDict[str, Network] = OrderedDict()  # the one that was asked for last comes last
+        self._lock = threading.RLock()
+        self.bare = Network(name=BACKBONE, side=None, reading=reading_after(None, tokenizer, beside_backbone=True))
+
+    @property
+    def names(self) -> list[str]:
+        with self._lock:
+            return [BACKBONE, *self._folders]
+
+    @property
+    def sides(self) -> list[SideNetwork]:
+        """What is in memory."""
+        with self._lock:
+            return [network.side for network in self._there.values() if network.side is not None]
+
+    def add(self, name: str, folder: Path) -> Network:
+        """Read a side network and answer by it from now on, in place of one of that name.
+
+        Raises:
+            LstScaleError: the name is taken by the backbone, or the folder holds no whole side network of this backbone.
+        """
+        if name == BACKBONE or not name:
+            raise ArgumentError(f"{name!r} is no name for a side network: write another")
+        network = self._read(name, folder)
+        with self._lock:
+            self._folders[name] = folder
+            self._keep(network)
+        return network
+
+    def remove(self, name: str) -> None:
+        """Forget a name.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+        with self._lock:
+            if name not in self._folders:
+                raise ArgumentError(f"there is no side network {name!r}")
+            del self._folders[name]
+            self._there.pop(name, None)
+
+    def get(self, name: str) -> Network:
+        """Return what answers under a name, read again where its weights had left memory.
+
+        Raises:
+            ArgumentError: there is none.
+            LstScaleError: its folder has been damaged since.
+        """
+        if name == BACKBONE:
+            return self.bare
+        with self._lock:
+            if name not in self._folders:
+                raise ArgumentError(f"there is no model {name!r}: /v1/models lists those that there are")
+            if name not in self._there:
+                self._keep(self._read(name, self._folders[name]))
+            self._there.move_to_end(name)
+            return self._there[name]
+
+    def _keep(self, network: Network) -> None:
+        self._there[network.name] = network
+        self._there.move_to_end(network.name)
+        while self._most_bytes is not None and len(self._there) > 1 and sum(map(_bytes_of, self._there.values())) > self._most_bytes:
+            self._there.popitem(last=False)
+
+    def _read(self, name: str, folder: Path) -> Network:
+        run = read_scored_run(folder) if (folder / RECIPE).is_file() else None
+        if run is not None:
+            if run.recipe.method.name != "lst":
+                raise ArgumentError(f"{folder} trained by method {run.recipe.method.name}: what is served beside a backbone is method lst")
+            refuse_changed_weights(folder, SIDE)
+        saved = files.read(folder / SIDE if run is not None else folder)
+        self._refuse_misfit(saved)
+        side = SideNetwork(self._backbone.spec, replace(saved.config, recompute=False))
+        files.load_weights(side, saved)
+        side = side.to(self._backbone.device).eval().requires_grad_(False)
+        reading = self._reading(run, saved)
+        network = Network(name=name, side=side, reading=reading, labels=None if run is None else run.labels, run=run)
+        return replace(network, targets=network.label_ids(network.labels or ()))
+
+    def _reading(self, run: ScoredRun | None, saved: files.Saved) -> Reading:
+        if run is not None:
+            return reading_after(run.context, self._tokenizer, beside_backbone=True)
+        if saved.identity.context and isinstance(self._tokenizer, PromptTokenizer):
+            return Reading(tokenizer=self._tokenizer.going_on(), run_once=saved.identity.context)
+        return Reading(tokenizer=self._tokenizer)
+
+    def _refuse_misfit(self, saved: files.Saved) -> None:
+        mine, theirs = self._backbone.identity, saved.identity
+        if mine.fingerprint != theirs.fingerprint:
+            raise LadderError(
+                f"{saved.folder} was trained on {theirs.checkpoint} with fingerprint {theirs.fingerprint[:12]}; the backbone that is "
+                f"served, {mine.checkpoint}, has {mine.fingerprint[:12]}: serve it beside its own"
+            )
+        if saved.config.vision is not None or saved.config.design != "transformer":
+            what = "pictures" if saved.config.vision is not None else f"design {saved.config.design}"
+            raise LadderError(f"{saved.folder} has {what}, which is not served: use lst-scale predict")
+
+
+def _bytes_of(network: Network) -> int:
+    return 0 if network.side is None else sum(weight.numel() * weight.element_size() for weight in network.side.parameters())

@@ -1,0 +1,92 @@
+"""Load a backbone, read the side networks, and listen until a signal says stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from lst_scale.backbone.placement.load import load_alone
+from lst_scale.backbone.taps import Backbone
+from lst_scale.errors import ArgumentError, fence
+from lst_scale.recipe.backbone import BackboneRecipe
+from lst_scale.serving.engine import Engine
+from lst_scale.serving.guard import App, Guard
+from lst_scale.serving.http import Limits, Server, make_app
+from lst_scale.serving.networks import Networks
+from lst_scale.serving.watch import Watcher
+from lst_scale.system.distributed import World
+from lst_scale.training.shared import load_tokenizer_of
+
+MOST_BYTES = 8 << 20  # of a request's body
+LOOK_EVERY = 2.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is served, and how much at once."""
+
+    checkpoint: str
+    sides: dict[str, Path]
+    folder: Path | None = None
+    precision: str = "bf16"
+    placement: str = "replicated"
+    most_rows: int = 64
+    most_waiting: int = 256
+    seconds: float = 120.0
+    prompt_tokens: int = 4096
+    side_bytes: int | None = None
+    keys: Sequence[str] = ()
+
+
+def serve(options: Options, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Listen until SIGTERM or SIGINT; requests that were taken by then are answered first.
+
+    Raises:
+        LstScaleError: the backbone or a side network can't be used.
+    """
+    app, watcher = build(options, say)
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(options.seconds) + 1,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    say(f"listening on http://{host}:{port}")
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        if watcher is not None:
+            watcher.stop()
+
+
+def build(options: Options, say: Callable[[str], None]) -> tuple[App, Watcher | None]:
+    """Return the application behind its guard, and who watches the folder of side networks, if there is one."""
+    with fence(ArgumentError, "the backbone can't be served so"):
+        recipe = BackboneRecipe.model_validate(
+            {"checkpoint": options.checkpoint, "precision": options.precision, "placement": {"name": options.placement}}
+        )
+    if not recipe.placement.each_rank_alone:
+        raise ArgumentError(f"--placement {options.placement} needs several processes, which serve has not: write replicated or streamed")
+    tokenizer: Any = load_tokenizer_of(recipe.checkpoint, recipe.revision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone: Backbone = load_alone(recipe, World(rank=0, size=1, local_rank=0, device=device))
+    networks = Networks(backbone, tokenizer, options.side_bytes)
+    for name, folder in options.sides.items():
+        networks.add(name, folder)
+    watcher = None
+    if options.folder is not None:
+        watcher = Watcher(options.folder, networks, say)
+        watcher.look()
+        watcher.start(LOOK_EVERY)
+    say(f"{len(networks.names) - 1} side networks beside {options.checkpoint}")
+    engine = Engine(backbone, networks, most_rows=options.most_rows, most_waiting=options.most_waiting)
+    limits = Limits(seconds=options.seconds, prompt_tokens=options.prompt_tokens)
+    app = make_app(Server(engine, networks, tokenizer, limits, options.folder))
+    return Guard(app, most_bytes=MOST_BYTES, keys=options.keys), watcher  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""Rows of many side networks that join and leave one running batch: each gets what it would get alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5ForConditionalGeneration
+
+from helpers.llama_runs import ENDS, make_tokenizer
+from helpers.llamas import make_llama
+from helpers.models import make_t5
+from helpers.served import Asked, alone, engine_of, save_sides, scores_of
+from lst_scale import LadderModel
+from lst_scale.backbone import as_backbone
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.serving.engine import Ended, TooManyWait
+
+LADDER = {"start_as_backbone": True, "merge_last": True}
+
+
+@pytest.fixture(params=["t5", "llama", "gemma2", "mistral"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[str, Path], Any]:
+    """A model, side networks beside it, and a tokenizer."""
+    if request.param == "t5":
+        folder = make_t5(tmp_path / "t5", num_layers=4, num_decoder_layers=4, dropout_rate=0.0)
+        model = as_backbone(T5ForConditionalGeneration.from_pretrained(folder))
+        return model, save_sides(model, tmp_path, 5), load_tokenizer(str(folder))
+    tokenizer = make_tokenizer(**ENDS)
+    model = as_backbone(make_llama(request.param, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None))
+    return model, save_sides(model, tmp_path, 5, **LADDER), tokenizer
+
+
+def prompts_of(count: int, vocabulary: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(5, vocabulary) for _ in range(draw.randint(2, 14))] for _ in range(count)]
+
+
+def test_rows_that_join_and_leave_at_any_token_get_what_they_would_alone(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer, most_rows=6)
+    draw, asked = random.Random(1), []
+    for prompt in prompts_of(24, min(model.spec.vocab_size, 300)):
+        name = draw.choice(list(sides))
+        asked.append((name, Asked(engine, networks.get(name), prompt, draw.randint(1, 12))))
+        time.sleep(draw.choice([0, 0, 0.02]))
+    found = [one.tokens() for _, one in asked]
+    engine.stop()
+    by_name = {name: alone(folder, model) for name, folder in sides.items()}
+    for (name, one), tokens in zip(asked, found, strict=True):
+        assert tokens == by_name[name](one.prompt, one.job.max_tokens)
+    assert engine.counts.rows_in_rounds > engine.counts.rounds, "no two rows ever ran together"
+
+
+def test_the_backbone_answers_too(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+    tokens = Asked(engine, networks.get("backbone"), prompt, 6).tokens()
+    engine.stop()
+    ids = torch.tensor([prompt])
+    whole = model.give_model().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0].tolist()
+    new = whole[len(prompt) :] if model.spec.one_stack else whole[1:]
+    assert tokens == [token for token in new if token != model.spec.eos_token_id]
+
+
+def test_labels_get_the_likelihoods_that_each_gives_alone_and_equal_prompts_run_once(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    first, second = prompts_of(2, 300)
+    targets = [[7, 8, 1], [9, 1], [10, 11, 12, 1]]
+    asked = [(networks.get(name), prompt, targets) for name in sides for prompt in (first, second)]
+    found = scores_of(engine, asked)
+    assert engine.passes.prompts_run <= 2
+    engine.stop()
+    for (network, prompt, _), scores in zip(asked, found, strict=True):
+        ladder = LadderModel.from_pretrained(sides[network.name], model)
+        expected = [_likelihood(ladder, prompt, target) for target in targets]
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def _likelihood(ladder: LadderModel, prompt: list[int], target: list[int]) -> float:
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        if ladder.spec.one_stack:
+            logits = ladder(input_ids=torch.tensor([[*prompt, *target]])).logits[:, len(prompt) - 1 : -1]
+        else:
+            logits = ladder(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([target])).logits
+    return float(logits.log_softmax(-1)[0, torch.arange(len(target)), target].sum())
+
+
+def test_a_row_whose_client_has_gone_leaves_and_others_go_on(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    first, second = prompts_of(2, 300)
+    left = Asked(engine, networks.get("side0"), first, 100_000)
+    stays = Asked(engine, networks.get("side1"), second, 30)
+    left.events.get(timeout=60)
+    left.job.cancelled = True
+    tokens, deadline = stays.tokens(), time.monotonic() + 30
+    while engine.num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    engine.stop()
+    assert tokens == alone(sides["side1"], model)(second, 30)
+
+
+def test_a_full_queue_refuses_and_a_stop_finishes_what_was_taken(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer, most_rows=1, most_waiting=2)
+    prompts = prompts_of(4, 300)
+    taken = [Asked(engine, networks.get("side0"), prompts[0], 25)]
+    while engine.num_waiting:
+        time.sleep(0.001)
+    taken += [Asked(engine, networks.get("side0"), prompt, 5) for prompt in prompts[1:3]]
+    with pytest.raises(TooManyWait):
+        Asked(engine, networks.get("side0"), prompts[3], 5)
+    engine.stop(60)
+    expected = alone(sides["side0"], model)
+    assert [one.tokens(1) for one in taken] == [expected(one.prompt, one.job.max_tokens) for one in taken]
+    with pytest.raises(TooManyWait):
+        Asked(engine, networks.get("side0"), prompts[3], 5)
+
+
+def test_a_seed_draws_the_same_and_top_p_leaves_out_what_is_unlikely(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+
+    def drawn(**sampling: Any) -> list[int]:
+        return Asked(engine, networks.get("side1"), prompt, 8, **sampling).tokens()
+
+    assert drawn(temperature=1.0, seed=3) == drawn(temperature=1.0, seed=3)
+    assert len({tuple(drawn(temperature=5.0, seed=seed)) for seed in range(8)}) > 1
+    assert drawn(temperature=1.0, top_p=1e-9, seed=1) == drawn()
+    engine.stop()
+
+
+def test_a_network_that_is_replaced_or_removed_finishes_its_rows_first(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+    before = Asked(engine, networks.get("side0"), prompt, 20)
+    networks.add("side0", sides["side1"])
+    after = Asked(engine, networks.get("side0"), prompt, 20)
+    networks.remove("side0")
+    found = before.tokens(), after.tokens()
+    engine.stop()  # a model is used by one thread at a time
+    assert found == (alone(sides["side0"], model)(prompt, 20), alone(sides["side1"], model)(prompt, 20))
+    with pytest.raises(ArgumentError, match="there is no model 'side0'"):
+        networks.get("side0")
+
+
+def test_weights_that_were_not_asked_for_leave_at_a_limit_and_come_back(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, {}, tokenizer)
+    networks._most_bytes = 1
+    for name, folder in sides.items():
+        networks.add(name, folder)
+    assert len(networks.sides) == 1 and len(networks.names) == len(sides) + 1
+    prompt = prompts_of(1, 300)[0]
+    found = {name: Asked(engine, networks.get(name), prompt, 5).tokens() for name in sides}
+    engine.stop()
+    assert found == {name: alone(sides[name], model)(prompt, 5) for name in sides}
+
+
+def test_a_pass_that_fails_ends_its_rows_and_the_next_ones_are_answered(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.passes, "extend", fail)
+        asked = Asked(engine, networks.get("side0"), prompt, 5)
+        events = [asked.events.get(timeout=60)]
+        while not isinstance(events[-1], Ended):
+            events.append(asked.events.get(timeout=60))
+        assert events[-1].reason in ("error", "stop")
+    tokens = Asked(engine, networks.get("side0"), prompt, 5).tokens()
+    engine.stop()
+    assert tokens == alone(sides["side0"], model)(prompt, 5)
+
+
+def test_a_side_network_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(**ENDS)
+    shape = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    sides = save_sides(make_llama("qwen3", **shape), tmp_path, 1, **LADDER)
+    engine, networks = engine_of(make_llama("llama", **shape), {}, tokenizer)
+    with pytest.raises(LadderError, match="serve it beside its own"):
+        networks.add("other", sides["side0"])
+    engine.stop()

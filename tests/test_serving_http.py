@@ -1,0 +1,291 @@
+"""The server by its own protocol: OpenAI's client, labels, what comes and goes while it answers, and everything that clients do wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.llama_runs import ENDS, make_tokenizer
+from helpers.llamas import make_llama
+from helpers.served import alone, save_sides
+from lst_scale.serving.start import Options, build
+
+LADDER = {"start_as_backbone": True, "merge_last": True}
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+@dataclass
+class Served:
+    url: str
+    checkpoint: Path
+    sides: dict[str, Path]
+    folder: Path
+    said: list[str]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+
+    def expected(self, name: str, text: str, most: int) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(self.checkpoint)
+        prompt = tokenizer(text).input_ids
+        return str(tokenizer.decode(alone(self.sides[name], model)(prompt, most), skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    folder, tokenizer = tmp_path_factory.mktemp("served"), make_tokenizer(**ENDS)
+    tokenizer.chat_template = TEMPLATE
+    checkpoint = folder / "checkpoint"
+    make_llama("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    return checkpoint, save_sides(str(checkpoint), folder, 3, **LADDER)
+
+
+@contextlib.contextmanager
+def serving(made: tuple[Path, dict[str, Path]], folder: Path, **options: Any) -> Iterator[Served]:
+    checkpoint, sides = made
+    said: list[str] = []
+    app, watcher = build(Options(checkpoint=str(checkpoint), sides=sides, folder=folder, precision="fp32", **options), said.append)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", checkpoint, sides, folder, said)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            if watcher is not None:
+                watcher.stop()
+
+
+@pytest.fixture(scope="module")
+def served(made: tuple[Path, dict[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(made, tmp_path_factory.mktemp("more")) as found:
+        yield found
+
+
+def test_openai_s_client_lists_models_and_gets_what_generation_gives(served: Served) -> None:
+    client = served.client
+    assert [model.id for model in client.models.list()] == ["backbone", "side0", "side1", "side2"]
+    for name in served.sides:
+        answer = client.completions.create(model=name, prompt="a kind of bird", max_tokens=12, temperature=0)
+        assert answer.choices[0].text == served.expected(name, "a kind of bird", 12)
+        assert answer.usage is not None and answer.usage.completion_tokens <= 12
+    several = client.completions.create(model="side1", prompt=["a bird", "a very small bird"], max_tokens=5, temperature=0)
+    assert [choice.text for choice in several.choices] == [served.expected("side1", text, 5) for text in ("a bird", "a very small bird")]
+
+
+def test_a_streamed_answer_is_the_whole_one_in_pieces(served: Served) -> None:
+    asked: dict[str, Any] = {"model": "side1", "prompt": "a kind of bird", "max_tokens": 20, "temperature": 0}
+    pieces = list(served.client.completions.create(**asked, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == served.expected("side1", "a kind of bird", 20)
+    assert len(pieces) > 2 and pieces[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_chat_goes_through_the_template(served: Served) -> None:
+    asked: dict[str, Any] = {"model": "side2", "max_tokens": 8, "temperature": 0}
+    answer = served.client.chat.completions.create(messages=[{"role": "user", "content": "a bird?"}], **asked)
+    expected = served.expected("side2", "user: a bird?\nassistant:", 8)
+    assert answer.choices[0].message.content == expected
+    pieces = served.client.chat.completions.create(messages=[{"role": "user", "content": "a bird?"}], stream=True, **asked)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
+
+
+def test_a_stop_text_ends_before_itself(served: Served) -> None:
+    whole = served.expected("side0", "a plant", 20)
+    stop = whole[6:8]
+    answer = served.client.completions.create(model="side0", prompt="a plant", max_tokens=20, temperature=0, stop=[stop])
+    assert answer.choices[0].text == whole[: whole.index(stop)] and answer.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_come_with_the_likeliest(served: Served) -> None:
+    answer = served.client.completions.create(model="side0", prompt="a plant", max_tokens=4, temperature=0, logprobs=3)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.token_logprobs and found.top_logprobs
+    for chosen, best in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert chosen is not None and best is not None and chosen <= 0 and chosen == max(best.values())
+
+
+def test_a_seed_gives_the_same_draw(served: Served) -> None:
+    asked: dict[str, Any] = {"model": "side1", "prompt": "a plant", "max_tokens": 12, "temperature": 2.0}
+    one, same = (served.client.completions.create(**asked, seed=5).choices[0].text for _ in range(2))
+    others = {served.client.completions.create(**asked, seed=seed).choices[0].text for seed in range(6)}
+    assert one == same and len(others) > 1
+
+
+def test_several_models_label_one_text_on_one_pass(served: Served) -> None:
+    before = _measure(served, "lst_prompts_run_total")
+    body = {"models": list(served.sides), "input": "a text that nobody else asks for", "labels": ["person", "food", "plant"]}
+    results = served.post("/v1/classify", body).json()["results"]
+    assert [each["model"] for each in results] == list(served.sides)
+    for each in results:
+        shares = each["rows"][0]["probabilities"]
+        assert sum(shares.values()) == pytest.approx(1) and each["rows"][0]["label"] == max(shares, key=shares.__getitem__)
+    assert _measure(served, "lst_prompts_run_total") == before + 1
+
+
+def _measure(served: Served, name: str) -> float:
+    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+
+WRONG: dict[str, tuple[str, Any, int, str]] = {
+    "unknown model": ("/v1/completions", {"model": "nobody", "prompt": "x"}, 404, "there is no model 'nobody'"),
+    "no model": ("/v1/completions", {"prompt": "x"}, 400, "model: Field required"),
+    "no prompt": ("/v1/completions", {"model": "side0", "prompt": []}, 400, "prompt"),
+    "two answers": ("/v1/completions", {"model": "side0", "prompt": "x", "n": 2}, 400, "n must be 1"),
+    "too hot": ("/v1/completions", {"model": "side0", "prompt": "x", "temperature": 99}, 400, "temperature"),
+    "too long": ("/v1/completions", {"model": "side0", "prompt": "word " * 5000}, 400, "the prompt has"),
+    "a path as a name": ("/v1/side-networks", {"name": "../../etc"}, 400, "name"),
+    "an unknown folder": ("/v1/side-networks", {"name": "nothing"}, 404, "there is no 'nothing'"),
+    "no labels": ("/v1/classify", {"model": "side0", "input": "x"}, 400, "was not trained on labels"),
+    "two ways to name models": ("/v1/classify", {"model": "side0", "models": ["side1"], "input": "x"}, 400, "write model, or models"),
+    "fields without a template": ("/v1/classify", {"model": "side0", "input": {"a": "b"}, "labels": ["a", "b"]}, 400, "give a text"),
+    "a list as the body": ("/v1/completions", [1, 2], 400, "body"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_can_not_be_answered_is_one_line(wrong: str, served: Served) -> None:
+    path, body, status, message = WRONG[wrong]
+    answer = served.post(path, body)
+    assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), answer.text
+    assert "Traceback" not in answer.text and str(served.folder) not in answer.text
+
+
+def test_broken_json_and_a_body_that_is_too_large_are_refused(served: Served) -> None:
+    url, kind = f"{served.url}/v1/completions", {"content-type": "application/json"}
+    assert httpx.post(url, content=b'{"model": ', headers=kind).status_code == 400
+    large = json.dumps({"model": "side0", "prompt": "x" * (9 << 20)}).encode()
+    assert httpx.post(url, content=large, headers=kind).status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        yield from (large[first : first + 65536] for first in range(0, len(large), 65536))
+
+    with contextlib.suppress(httpx.WriteError):  # it may be refused before all is sent
+        assert httpx.post(url, content=pieces(), headers=kind).status_code == 413
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_leaves_makes_room(served: Served) -> None:
+    body = {"model": "side0", "prompt": "a bird", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=body | {"stream": False}, timeout=0.5)
+    deadline = time.monotonic() + 30
+    while _measure(served, "lst_rows_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_side_networks_come_and_go_in_the_folder_and_a_broken_one_disturbs_nobody(made: Any, tmp_path: Path) -> None:
+    _, sides = made
+    with serving((made[0], {"side0": sides["side0"]}), tmp_path) as served:
+        shutil.copytree(sides["side1"], tmp_path / ".new")
+        (tmp_path / ".new").rename(tmp_path / "new")
+        broken = tmp_path / "broken"
+        shutil.copytree(sides["side2"], broken)
+        (broken / "side_network.safetensors").write_bytes(b"nothing")
+        _until(served, lambda names: "new" in names and any("broken is not served" in line for line in served.said))
+        answer = served.client.completions.create(model="new", prompt="a bird", max_tokens=6, temperature=0)
+        served.sides = sides | {"new": sides["side1"]}
+        assert answer.choices[0].text == served.expected("new", "a bird", 6)
+        assert served.post("/v1/side-networks", {"name": "broken"}).status_code == 400
+        shutil.rmtree(tmp_path / "new")
+        _until(served, lambda names: "new" not in names)
+        assert httpx.delete(f"{served.url}/v1/side-networks/side0").json()["deleted"]
+        assert httpx.delete(f"{served.url}/v1/side-networks/side0").status_code == 404
+
+
+def _until(served: Served, condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition([model.id for model in served.client.models.list()]):
+        assert time.monotonic() < deadline, served.said
+        time.sleep(0.1)
+
+
+def test_keys_are_asked_for_by_all_but_health_and_the_page(made: Any, tmp_path: Path) -> None:
+    with serving(made, tmp_path, keys=["first", "second"]) as served:
+        assert httpx.get(f"{served.url}/health").status_code == 200 and httpx.get(f"{served.url}/").status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            assert httpx.get(f"{served.url}{path}").status_code == 401
+            assert httpx.get(f"{served.url}{path}", headers={"authorization": "Bearer third"}).status_code == 401
+            assert httpx.get(f"{served.url}{path}", headers={"authorization": "Bearer second"}).status_code == 200
+
+
+def test_a_full_queue_and_a_late_answer_are_told(made: Any, tmp_path: Path) -> None:
+    with serving(made, tmp_path, most_rows=1, most_waiting=1, seconds=2) as served:
+        body = {"model": "side0", "prompt": "a bird", "max_tokens": 4000, "ignore_eos": True}
+        found: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: found.append(served.post("/v1/completions", body))) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = [answer.status_code for answer in found]
+        assert 429 in statuses and 504 in statuses and not set(statuses) - {200, 429, 504}
+        assert all("retry-after" in answer.headers for answer in found if answer.status_code == 429)
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: Path) -> None:
+    checkpoint, sides = made
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lst_scale.cli", "serve", "--backbone", str(checkpoint), "--precision", "fp32", "--port", str(port)]
+    command += [word for name, folder in sides.items() for word in ("--side", f"{name}={folder}")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            while True:
+                assert time.monotonic() < deadline
+                assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+                with contextlib.suppress(httpx.ConnectError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                time.sleep(0.2)
+            found: list[httpx.Response] = []
+            body = {"model": "side1", "prompt": "a bird", "max_tokens": 200, "temperature": 0}
+            threads = [
+                threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))) for _ in range(8)
+            ]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            for thread in threads:
+                thread.join()
+            assert len(found) == 8 and {answer.status_code for answer in found} == {200}
+            assert len({answer.json()["choices"][0]["text"] for answer in found}) == 1
+            process.wait(60)
+            assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+        finally:
+            process.kill()
