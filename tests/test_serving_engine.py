@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -110,16 +111,23 @@ def test_a_row_whose_client_has_gone_leaves_and_others_go_on(served: Any) -> Non
     assert tokens == alone(sides["side1"], model)(second, 30)
 
 
-def test_a_full_queue_refuses_and_a_stop_finishes_what_was_taken(served: Any) -> None:
+def test_a_full_queue_refuses_and_a_stop_finishes_what_was_taken(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sides, tokenizer = served
     engine, networks = engine_of(model, sides, tokenizer, most_rows=1, most_waiting=2)
-    prompts = prompts_of(4, 300)
+    prompts, go_on, extend = prompts_of(4, 300), threading.Event(), engine.passes.extend
+
+    def held_up(*arguments: Any) -> Any:
+        assert go_on.wait(60)
+        return extend(*arguments)
+
+    monkeypatch.setattr(engine.passes, "extend", held_up)
     taken = [Asked(engine, networks.get("side0"), prompts[0], 25)]
-    while engine.num_waiting:
+    while engine.num_waiting or not engine.num_running:
         time.sleep(0.001)
     taken += [Asked(engine, networks.get("side0"), prompt, 5) for prompt in prompts[1:3]]
     with pytest.raises(TooManyWait):
         Asked(engine, networks.get("side0"), prompts[3], 5)
+    go_on.set()
     engine.stop(60)
     expected = alone(sides["side0"], model)
     assert [one.tokens(1) for one in taken] == [expected(one.prompt, one.job.max_tokens) for one in taken]

@@ -140,18 +140,18 @@ def test_a_seed_gives_the_same_draw(served: Served) -> None:
 
 
 def test_several_models_label_one_text_on_one_pass(served: Served) -> None:
-    before = _measure(served, "lst_prompts_run_total")
+    before = _measure(served.url, "lst_prompts_run_total")
     body = {"models": list(served.sides), "input": "a text that nobody else asks for", "labels": ["person", "food", "plant"]}
     results = served.post("/v1/classify", body).json()["results"]
     assert [each["model"] for each in results] == list(served.sides)
     for each in results:
         shares = each["rows"][0]["probabilities"]
         assert sum(shares.values()) == pytest.approx(1) and each["rows"][0]["label"] == max(shares, key=shares.__getitem__)
-    assert _measure(served, "lst_prompts_run_total") == before + 1
+    assert _measure(served.url, "lst_prompts_run_total") == before + 1
 
 
-def _measure(served: Served, name: str) -> float:
-    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+def _measure(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
 
@@ -200,7 +200,7 @@ def test_a_client_that_leaves_makes_room(served: Served) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/completions", json=body | {"stream": False}, timeout=0.5)
     deadline = time.monotonic() + 30
-    while _measure(served, "lst_rows_running"):
+    while _measure(served.url, "lst_rows_running"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -264,7 +264,7 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
     command += [word for name, folder in sides.items() for word in ("--side", f"{name}={folder}")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
             while True:
                 assert time.monotonic() < deadline
                 assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
@@ -273,13 +273,15 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
                         break
                 time.sleep(0.2)
             found: list[httpx.Response] = []
-            body = {"model": "side1", "prompt": "a bird", "max_tokens": 200, "temperature": 0}
+            body = {"model": "side1", "prompt": "a bird", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
             threads = [
-                threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))) for _ in range(8)
+                threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=240))) for _ in range(8)
             ]
             for thread in threads:
                 thread.start()
-            time.sleep(0.3)
+            while _measure(url, "lst_rows_running") < 8:  # all have been taken
+                assert time.monotonic() < deadline and not found, "one was answered before the last was taken: let them take longer"
+                time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
             for thread in threads:
                 thread.join()
