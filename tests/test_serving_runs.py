@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 from helpers.llama_runs import checkpoint, tokenizer, trained, write
 from helpers.paths import EMBEDDED
 from lst_scale.data import files
+from lst_scale.errors import ArgumentError
 from lst_scale.inference.json_lines import as_json
 from lst_scale.inference.predict import predict_file
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.serving.batch import answer_file
 from lst_scale.serving.start import Options, build
 
 __all__ = ["checkpoint", "tokenizer", "write"]
@@ -40,11 +44,40 @@ def test_rows_are_labelled_as_predict_labels_them(context: Any, write: Callable[
     run = trained(write("served", backbone__context=context))
     rows = predicted(run, tmp_path)
     recipe = str(next((tmp_path).glob("*.yaml")))
-    from lst_scale.recipe.schema import load_recipe
-
     options = Options(checkpoint=load_recipe(recipe).backbone.checkpoint, sides={"kinds": run}, precision="fp32")
     fields = [{name: row[name] for name in ("word", "definition")} for row in rows]
     found = asyncio.run(ask(options, {"model": "kinds", "input": fields}))["results"][0]["rows"]
     for row, answer in zip(rows, found, strict=True):
         assert answer["label"] == row["prediction"]
         assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", ["generation", "likelihood"])
+def test_several_runs_answer_a_file_as_each_does_alone(answers: str, write: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [trained(write(name, evaluation__method=answers, method__reduction_factor=r)) for name, r in (("one", 8), ("two", 4))]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join((EMBEDDED / "wordnet/test.jsonl").read_text().splitlines(keepends=True)[:70]))
+    assert answer_file(runs, source, tmp_path / "all.jsonl", probabilities=True) == 70
+    found = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    for run in runs:
+        predict_file([run], source, tmp_path / "alone.jsonl", probabilities=True)
+        for line, mine in zip((tmp_path / "alone.jsonl").read_text().splitlines(), found, strict=True):
+            alone = json.loads(line)
+            assert mine[f"prediction_{run.name}"] == alone["prediction"]
+            assert mine[f"probabilities_{run.name}"] == pytest.approx(alone["probabilities"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_runs_that_can_not_answer_beside_each_other_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained(write("one", evaluation__method="generation", evaluation__num_beams=2))
+    source = EMBEDDED / "wordnet/test.jsonl"
+    with pytest.raises(ArgumentError, match="answers by beam search"):
+        answer_file([run], source, tmp_path / "all.jsonl")
+    other = trained(write("other", model_type="qwen3"))
+    plain = trained(write("plain"))
+    with pytest.raises(ArgumentError, match="was trained on"):
+        answer_file([plain, other], source, tmp_path / "all.jsonl")
+    with pytest.raises(ArgumentError, match="two runs are called"):
+        answer_file([plain, plain], source, tmp_path / "all.jsonl")
+    assert not (tmp_path / "all.jsonl").exists()

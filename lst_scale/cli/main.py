@@ -18,7 +18,7 @@ from lst_scale.cli.cache import app as cache_app
 from lst_scale.cli.plan import plan_command
 from lst_scale.cli.serve import serve_command
 from lst_scale.cli.slurm import app as slurm_app
-from lst_scale.errors import LstScaleError, print_error
+from lst_scale.errors import ArgumentError, LstScaleError, print_error
 from lst_scale.system import assets
 
 app = typer.Typer(
@@ -73,6 +73,9 @@ def predict_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="changes to the run's recipe")] = None,
     output: Annotated[Path, typer.Option(help="where to write JSON lines")] = Path("predictions.jsonl"),
     others: Annotated[list[Path] | None, typer.Option("--with", help="a further run on the same backbone; they answer as one")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="a further run on the same backbone; each answers for itself, as prediction_FOLDER")
+    ] = None,
     column: Annotated[str, typer.Option(help="what the answer is called in the output")] = "prediction",
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="also write how likely each label is, as a field of that name")
@@ -86,6 +89,14 @@ def predict_command(
     A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
     """
     preemption.listen("start it again with --resume")
+    if beside:
+        if others or overrides or resume or column != "prediction" or batch_size is not None or num_beams is not None:
+            raise ArgumentError("--beside goes with --output and --probabilities alone: leave the others out, or ask each run by itself")
+        from lst_scale.serving.batch import answer_file
+
+        count = answer_file([run, *beside], inputs, output, probabilities=probabilities)
+        typer.echo(f"{count} rows, each answered by {len(beside) + 1} runs, in {output}")
+        return
     from lst_scale.inference.predict import predict_file
 
     options = {"evaluation.batch_size": batch_size, "evaluation.num_beams": num_beams}

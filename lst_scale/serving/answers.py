@@ -96,7 +96,7 @@ async def label(engine: Engine, network: Network, prompt: tuple[int, ...], targe
     job = Scoring(network=network, prompt=prompt, targets=targets, tell=_to_loop(put))
     engine.submit(job)
     try:
-        return _shares(await answer)
+        return shares(await answer)
     finally:
         job.cancelled = True
 
@@ -111,7 +111,8 @@ def _to_loop(put: Callable[[Any], None]) -> Callable[[Any], None]:
     return tell
 
 
-def _shares(scores: Sequence[float]) -> list[float]:
+def shares(scores: Sequence[float]) -> list[float]:
+    """Return the probabilities of labels beside each other, given their log-likelihoods in nats."""
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     return [weight / sum(weights) for weight in weights]
