@@ -106,9 +106,9 @@ class LocalBackbone:
         return self.family.stack_of(self._model, target=False), self.family.stack_of(self._model, target=True)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the input embeddings of token ids."""
+        """Return the input embeddings of token ids, detached: transformers' `enable_input_require_grads` hooks a live model's embedding."""
         embeddings: Tensor = self._model.get_input_embeddings()(ids)
-        return embeddings
+        return embeddings.detach()
 
     def weight_bytes(self) -> int:
         """Bytes on this rank's device that hold weights, shared ones once; blocks that come and go count as their slots."""

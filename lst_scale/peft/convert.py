@@ -1,0 +1,74 @@
+"""A run's side_network folder as a PEFT adapter's, and back: the same weights and the same record under other names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import TaskType
+from peft.config import PeftConfig
+from safetensors.torch import load_file, save_file
+
+from lst_scale.backbone.families import numbers_of
+from lst_scale.backbone.taps import BackboneIdentity
+from lst_scale.errors import LadderError, fence
+from lst_scale.peft.config import LadderPeftConfig
+from lst_scale.peft.layer import LadderLayer
+from lst_scale.peft.model import CHILD
+from lst_scale.side import files
+from lst_scale.side.config import LadderConfig
+from lst_scale.system.durable import write_directory
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BEFORE = f"base_model.model.{CHILD}.{LadderLayer.adapter_layer_names[0]}."
+
+
+def adapter_from_side_network(side_network: str | Path, adapter: str | Path) -> Path:
+    """Write a saved side network as a folder that `PeftModel.from_pretrained` reads, and return it.
+
+    Raises:
+        LadderError: the folder is not whole, or its design reads images.
+    """
+    saved = files.read(Path(side_network))
+    config = LadderPeftConfig.of(
+        saved.config,
+        task_type=TaskType.CAUSAL_LM if saved.spec.one_stack else TaskType.SEQ_2_SEQ_LM,
+        base_model_name_or_path=saved.identity.checkpoint,
+        revision=saved.identity.revision,
+        inference_mode=True,
+    )
+    weights = {BEFORE + files.PREFIX + name: tensor.contiguous() for name, tensor in saved.weights.items()}
+    weights[BEFORE + files.RECORD] = files.as_bytes(files.record_of(saved.config, saved.identity, saved.spec))
+
+    def fill(partial: Path) -> None:
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(partial)
+
+    write_directory(Path(adapter), fill, lambda whole: None)
+    return Path(adapter)
+
+
+def side_network_from_adapter(adapter: str | Path, side_network: str | Path) -> Path:
+    """Write a saved PEFT adapter as a folder that `LadderModel.from_pretrained` reads, and return it.
+
+    Raises:
+        LadderError: the folder holds no ladder, or is damaged.
+    """
+    folder = Path(adapter)
+    if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
+        raise LadderError(f"{folder} holds no PEFT adapter: it lacks {CONFIG} or {WEIGHTS}; give what save_pretrained wrote")
+    with fence(LadderError, f"{folder} is damaged"):
+        if not isinstance(PeftConfig.from_pretrained(folder), LadderPeftConfig):
+            raise LadderError(f"{folder / CONFIG} is of another PEFT method: give the adapter of a ladder")
+        found: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+        record = files.from_bytes(found.pop(BEFORE + files.RECORD))
+        weights = {name.removeprefix(BEFORE + files.PREFIX): tensor for name, tensor in found.items()}
+        numbers = record["backbone_spec"]
+        files.write(
+            Path(side_network),
+            weights,
+            LadderConfig(**record["config"]),
+            BackboneIdentity.from_json(record["backbone"]),
+            numbers_of(numbers["model_type"], folder).spec_type(**numbers),
+        )
+    return Path(side_network)
