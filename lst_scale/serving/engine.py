@@ -319,8 +319,7 @@ class Engine:
         with self._wake:
             jobs = [job for job in self._scorings if not job.cancelled]
             self._scorings.clear()
-        for first in range(0, len(jobs), self._most_rows):
-            some = jobs[first : first + self._most_rows]
+        for some in _portions(jobs, 4 * self._most_rows):
             try:
                 for job, scores in zip(some, self._scores(some), strict=True):
                     job.tell(scores)
@@ -389,6 +388,18 @@ class _Kept:
 
 def _key(job: Generation | Scoring) -> _PromptKey:
     return job.network.context, job.prompt
+
+
+def _portions(jobs: Sequence[Scoring], most: int) -> Iterable[list[Scoring]]:
+    """Yield jobs as many at a time as have so many targets together, or one that has more."""
+    some: list[Scoring] = []
+    for job in jobs:
+        if some and sum(len(each.targets) for each in some) + len(job.targets) > most:
+            yield some
+            some = []
+        some.append(job)
+    if some:
+        yield some
 
 
 def _same(one: Scoring, other: Scoring) -> bool:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,8 @@ async def _answered(
     logprobs: int | None,
     most: int | None,
 ) -> Response:
+    if asked.stream and logprobs is not None:
+        raise HTTPException(400, "log-probabilities are not streamed: leave stream or logprobs out")
     replies: list[Reply] = []
     try:
         for prompt in prompts:
@@ -288,12 +290,11 @@ class _Form:
     model: str
     chat: bool
     logprobs: bool
-
-    def __post_init__(self) -> None:
-        assert self.kind
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"{self.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.model}
+        return {"id": f"{self.prefix}-{self.number}", "object": kind, "created": self.created, "model": self.model}
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else self.kind
@@ -336,11 +337,11 @@ def _add_labels(app: FastAPI, server: Server) -> None:
         try:
             async with asyncio.timeout(server.limits.seconds):
                 tasks = [
-                    answers.label(server.engine, network, server.prompt(network, _text(network, given)), targets)
+                    asyncio.create_task(answers.label(server.engine, network, server.prompt(network, _text(network, given)), targets))
                     for network, (_, targets) in zip(networks, each, strict=True)
                     for given in asked.inputs
                 ]
-                shares = iter(await asyncio.gather(*tasks))
+                shares = iter(await _all_or_none(tasks))
         except TimeoutError:
             raise HTTPException(504, f"not answered within {server.limits.seconds:g} s") from None
         results = []
@@ -350,6 +351,15 @@ def _add_labels(app: FastAPI, server: Server) -> None:
                 rows.append(_labelled(labels, next(shares)))
             results.append({"model": network.name, "rows": rows})
         return {"object": "classification", "results": results}
+
+
+async def _all_or_none(tasks: Sequence[asyncio.Task[list[float]]]) -> list[list[float]]:
+    """Return what all give; when one fails, or nobody waits any more, the others leave the queue."""
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _labelled(labels: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:

@@ -132,10 +132,15 @@ class Networks:
         with self._lock:
             if name not in self._folders:
                 raise ArgumentError(f"there is no model {name!r}: /v1/models lists those that there are")
-            if name not in self._there:
-                self._keep(self._read(name, self._folders[name]))
-            self._there.move_to_end(name)
-            return self._there[name]
+            if name in self._there:
+                self._there.move_to_end(name)
+                return self._there[name]
+            folder = self._folders[name]
+        network = self._read(name, folder)  # without the lock, which every round of the engine takes
+        with self._lock:
+            if self._folders.get(name) == folder:
+                self._keep(network)
+        return network
 
     def _keep(self, network: Network) -> None:
         self._there[network.name] = network

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_TOKENS, MOST_TEXTS, MOST_LABELS, MOST_STOPS = 4096, 64, 1000, 8
+MOST_TOKENS, MOST_TEXTS, MOST_LABELS, MOST_STOPS, MOST_ANSWERS = 4096, 64, 1000, 8, 256
 
 
 class _Request(BaseModel):
@@ -72,6 +72,8 @@ class Classification(_Request):
     def _some_model(self) -> Classification:
         if (self.model is None) == (self.models is None):
             raise ValueError("write model, or models for several at once")
+        if len(self.names) * len(self.inputs) > MOST_ANSWERS:
+            raise ValueError(f"{len(self.names)} models on {len(self.inputs)} texts are more than {MOST_ANSWERS} answers: ask in parts")
         return self
 
     @property

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.runs.folder import RECIPE
 from lst_scale.serving.networks import SIDE, Networks
 from lst_scale.side import files
@@ -36,7 +37,8 @@ class Watcher:
             del self._known[name]
             if name in self._ours:
                 self._ours.discard(name)
-                self._networks.remove(name)
+                with suppress(ArgumentError):  # it may have been removed by a request before
+                    self._networks.remove(name)
                 self._say(f"{name} is gone, and no longer served")
 
     def _add(self, name: str) -> None:
