@@ -25,6 +25,7 @@ from helpers.models import make_t5
 from lst_scale.errors import LadderError
 from lst_scale.peft import LadderPeftConfig, adapter_from_side_network, side_network_from_adapter
 from lst_scale.side import files
+from lst_scale.side.config import LadderConfig
 from lst_scale.side.model import LadderModel
 
 KINDS = ("t5", "llama", "gemma")
@@ -229,3 +230,7 @@ def test_trainer_resumes_bit_identical(kind: str, base: Path, tmp_path: Path) ->
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
     fresh = dict(get_peft_model(plain(kind, base), config(kind)).named_parameters())
     assert any(not torch.equal(p, fresh[name]) for name, p in whole.named_parameters())
+
+
+def test_all_layers_by_name() -> None:
+    assert LadderPeftConfig(side_layers="all").ladder == LadderConfig(side_layers="all")

@@ -20,7 +20,7 @@ from lst_scale import LadderModel
 from lst_scale.backbone import as_backbone
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import ArgumentError, LadderError
-from lst_scale.serving.engine import Ended, TooManyWait
+from lst_scale.serving.jobs import Ended, TooManyWait
 
 LADDER = {"start_as_backbone": True, "merge_last": True}
 

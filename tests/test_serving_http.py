@@ -21,11 +21,14 @@ import openai
 import pytest
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from helpers.llama_runs import ENDS, make_tokenizer
 from helpers.llamas import make_llama
 from helpers.served import alone, save_sides
-from lst_scale.serving.start import Options, build
+from lst_scale.cli.main import app
+from lst_scale.errors import ArgumentError
+from lst_scale.serving.start import OPEN_TO_ALL, Options, build, serve
 
 LADDER = {"start_as_backbone": True, "merge_last": True}
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
@@ -301,3 +304,44 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
             assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
         finally:
             process.kill()
+
+
+MISTAKEN: dict[str, tuple[list[str], str]] = {
+    "precision": (["--precision", "fp8"], "--precision 'fp8' is not one that serve has: write fp32, bf16, int8 or nf4"),
+    "placement": (["--placement", "zero3"], "--placement 'zero3' is not one that serve has: write replicated or streamed"),
+    "side": (["--side", "runs/reviews"], "--side 'runs/reviews' must be a name and a folder"),
+    "twice": (["--side", "a=b", "--side", "a=c"], "--side names a twice"),
+    "folder": (["--side-folder", "/nowhere"], "--side-folder /nowhere is no folder"),
+    "keys": (["--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
+    "host": (["--host", "192.0.2.1"], "192.0.2.1 port 8000 can't be listened on"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKEN)
+def test_a_mistaken_option_is_one_line_before_anything_is_loaded(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr("lst_scale.serving.start.build", loaded)
+    options, message = MISTAKEN[mistake]
+    found = CliRunner().invoke(app, ["serve", "--backbone", "anything", *options])
+    assert isinstance(found.exception, ArgumentError)
+    assert message in str(found.exception) and "\n" not in str(found.exception)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ArgumentError, match=f"127.0.0.1 port {port} can't be listened on"):
+            serve(Options(checkpoint="nothing", sides={}), "127.0.0.1", port, say=print)
+
+
+@pytest.mark.parametrize(("host", "keys", "warned"), [("0.0.0.0", [], True), ("0.0.0.0", ["key"], False), ("127.0.0.1", [], False)])
+def test_an_address_that_others_reach_without_a_key_is_told(
+    host: str, keys: list[str], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lst_scale.serving.start.build", lambda *_: (None, None))
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    serve(Options(checkpoint="nothing", sides={}, keys=keys), host, 0, say=said.append)
+    assert (OPEN_TO_ALL in said) == warned

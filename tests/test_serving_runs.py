@@ -14,7 +14,7 @@ import pytest
 from helpers.llama_runs import checkpoint, tokenizer, trained, write
 from helpers.paths import EMBEDDED
 from lst_scale.data import files
-from lst_scale.errors import ArgumentError
+from lst_scale.errors import ArgumentError, DataError
 from lst_scale.inference.json_lines import as_json
 from lst_scale.inference.predict import predict_file
 from lst_scale.recipe.schema import load_recipe
@@ -47,6 +47,8 @@ def test_rows_are_labelled_as_predict_labels_them(context: Any, write: Callable[
     options = Options(checkpoint=load_recipe(recipe).backbone.checkpoint, sides={"kinds": run}, precision="fp32")
     fields = [{name: row[name] for name in ("word", "definition")} for row in rows]
     found = asyncio.run(ask(options, {"model": "kinds", "input": fields}))["results"][0]["rows"]
+    refused = asyncio.run(ask(options, {"model": "kinds", "input": {"word": "finch"}}))
+    assert "a row for kinds" in refused["error"]["message"] and "definition" in refused["error"]["message"]
     for row, answer in zip(rows, found, strict=True):
         assert answer["label"] == row["prediction"]
         assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
@@ -80,4 +82,12 @@ def test_runs_that_can_not_answer_beside_each_other_are_named(write: Callable[..
         answer_file([plain, other], source, tmp_path / "all.jsonl")
     with pytest.raises(ArgumentError, match="two runs are called"):
         answer_file([plain, plain], source, tmp_path / "all.jsonl")
+    assert not (tmp_path / "all.jsonl").exists()
+    rows = tmp_path / "rows.jsonl"
+    taken = f"prediction_{plain.name}"
+    rows.write_text(json.dumps({"word": "finch", "definition": "a bird", taken: "something"}) + "\n")
+    with pytest.raises(ArgumentError, match="is the file of inputs"):
+        answer_file([plain], rows, rows)
+    with pytest.raises(DataError, match=f"row 1 has a field '{taken}' already, .*: rename {taken}"):
+        answer_file([plain], rows, tmp_path / "all.jsonl")
     assert not (tmp_path / "all.jsonl").exists()

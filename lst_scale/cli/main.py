@@ -88,7 +88,7 @@ def predict_command(
 
     A backbone too large for one device: backbone.placement=streamed, or several processes by torchrun -m lst_scale.cli predict ...
     """
-    preemption.listen("start it again with --resume")
+    preemption.listen("start it again" if beside else "start it again with --resume")
     if beside:
         if others or overrides or resume or column != "prediction" or batch_size is not None or num_beams is not None:
             raise ArgumentError("--beside goes with --output and --probabilities alone: leave the others out, or ask each run by itself")

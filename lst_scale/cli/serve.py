@@ -10,6 +10,8 @@ import typer
 from lst_scale.errors import ArgumentError, fence
 from lst_scale.system.extras import require
 
+PRECISIONS, PLACEMENTS = ("fp32", "bf16", "int8", "nf4"), ("replicated", "streamed")
+
 
 def serve_command(
     backbone: Annotated[str, typer.Option(help="the checkpoint: a folder, a name of the hub, or embedded:tiny-t5")],
@@ -35,6 +37,8 @@ def serve_command(
     """Answer for any number of side networks beside one copy of the backbone; a batch for different ones runs the backbone once."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve", asked_by="lst-scale serve")
+    _refuse_unless("--precision", precision, PRECISIONS)
+    _refuse_unless("--placement", placement, PLACEMENTS)
     named = _named(side or [])
     if side_folder is not None and not side_folder.is_dir():
         raise ArgumentError(f"--side-folder {side_folder} is no folder: make it, or leave the option out")
@@ -55,6 +59,11 @@ def serve_command(
         keys=keys,
     )
     serve(options, host, port, say=lambda line: typer.echo(line, err=True))
+
+
+def _refuse_unless(option: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ArgumentError(f"{option} {given!r} is not one that serve has: write {', '.join(known[:-1])} or {known[-1]}")
 
 
 def _named(sides: list[str]) -> dict[str, Path]:

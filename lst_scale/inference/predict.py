@@ -84,7 +84,7 @@ def predict_file(
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
     rows = InputRows(asked, source, names)
     count = sum(1 for _ in rows)
-    _refuse_inputs_as_output(source, output)
+    refuse_inputs_as_output(source, output)
     world = distributed.connect()
     with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
         reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
@@ -126,11 +126,11 @@ class InputRows:
         task = self.asked.task
         named = NamedImages(task, endings_of(self.asked.recipe.vision)) if isinstance(task, ReleaseTask) else None
         for found in files.read_records(str(self.source), "test", where="inputs"):
-            text = _text(self.asked, found.record, found.path, found.number)
+            text = text_of_row(self.asked, found.record, found.path, found.number)
             images = () if named is None else named.of(found.record, found.path, found.number)
             if isinstance(task, FileTask):
                 images = file_images(task, found.record, found.path, found.number)
-            yield text, images, _with_room(found.record, self.names, found.path, found.number)
+            yield text, images, with_room(found.record, self.names, found.path, found.number)
 
     def count_answered(self, earlier: Iterator[dict[str, Any]]) -> int:
         """Return how many records with answers there are, which must be of these rows.
@@ -189,7 +189,7 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
         refuse_changed_weights(run, WholeModelTrainee.FOLDER)
 
 
-def _text(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
+def text_of_row(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
     """Return a row's source text, written as in training."""
     refuse_bad_cells(record, asked.columns, path, number)
     task = asked.task
@@ -198,16 +198,26 @@ def _text(asked: ScoredRun, record: files.Record, path: str, number: int) -> str
     return source_text(task, GLUE[task].fields, record) if isinstance(task, str) else file_source(task, record)
 
 
-def _with_room(record: files.Record, names: Sequence[str], path: str, number: int) -> dict[str, Any]:
-    """Return a row as JSON has it, which must have room for the answer."""
+def with_room(record: files.Record, names: Sequence[str], path: str, number: int, *, others_can_be_written: bool = True) -> dict[str, Any]:
+    """Return a row as JSON has it, which must have room for the answer.
+
+    Args:
+        others_can_be_written: whether --column may give the first of `names` another.
+    """
     for name in names:
         if name in record:
-            mend = f"write --column NAME for another, or rename {name}" if name == names[0] else f"rename {name}"
+            other = others_can_be_written and name == names[0]
+            mend = f"write --column NAME for another, or rename {name}" if other else f"rename {name}"
             raise DataError(f"{path}: row {number} has a field {name!r} already, where the answer would stand: {mend}")
     return as_json(record, f"{path}: row {number}")
 
 
-def _refuse_inputs_as_output(source: Path, output: Path) -> None:
+def refuse_inputs_as_output(source: Path, output: Path) -> None:
+    """Refuse an output that is the file of inputs.
+
+    Raises:
+        ArgumentError: it is, or can't be looked at.
+    """
     with fence(ArgumentError, f"{output} can't be written"):
         inputs = Path(resolve(str(source)))
         if output.exists() and inputs.exists() and output.samefile(inputs):

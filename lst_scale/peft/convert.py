@@ -44,7 +44,12 @@ def adapter_from_side_network(side_network: str | Path, adapter: str | Path) -> 
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(partial)
 
-    write_directory(Path(adapter), fill, lambda whole: None)
+    def check(whole: Path) -> None:
+        with fence(LadderError, f"{whole} could not be read back"):
+            if load_file(whole / WEIGHTS).keys() != weights.keys() or not isinstance(PeftConfig.from_pretrained(whole), LadderPeftConfig):
+                raise LadderError("it is not what was written")
+
+    write_directory(Path(adapter), fill, check)
     return Path(adapter)
 
 

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lst_scale.serving.engine import Ended, Engine, Generation, Scoring
+from lst_scale.serving.engine import Engine
+from lst_scale.serving.jobs import Ended, Generation, Scoring
 from lst_scale.serving.networks import Network
 from lst_scale.serving.sampling import Chosen, Sampling
 from lst_scale.serving.text import GrowingText

@@ -14,14 +14,16 @@ from lst_scale.data import files
 from lst_scale.data.columns import by_chunks
 from lst_scale.data.encode import answer_in
 from lst_scale.data.measures import number_in
-from lst_scale.errors import ArgumentError, DataError, TrainingError
-from lst_scale.inference.json_lines import as_json, lines_file
+from lst_scale.errors import ArgumentError, TrainingError
+from lst_scale.inference.json_lines import lines_file
+from lst_scale.inference.predict import refuse_inputs_as_output, text_of_row, with_room
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run
 from lst_scale.serving.answers import shares
-from lst_scale.serving.engine import Ended, Engine, Generation, Scoring
+from lst_scale.serving.engine import Engine
+from lst_scale.serving.jobs import Ended, Generation, Scoring
 from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.sampling import Chosen, Sampling
-from lst_scale.system.distributed import World
+from lst_scale.system.distributed import World, poll_interruption
 from lst_scale.training.shared import load_tokenizer_of
 
 ROWS = 64  # that are read, answered by all runs, and written at a time
@@ -39,17 +41,17 @@ def answer_file(runs: Sequence[Path], source: Path, output: Path, *, probabiliti
             output can't be used.
     """
     asked = _asked(runs)
+    refuse_inputs_as_output(source, output)
     names = [f"{what}_{name}" for name in asked for what in ([PREDICTION, PROBABILITIES] if probabilities else [PREDICTION])]
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows = 0
     with lines_file(output) as lines:
-        engine, networks, tokenizer = _started(asked, runs)
+        engine, networks, tokenizer = _started(asked, runs, world)
         try:
             for found in by_chunks(files.read_records(str(source), "test", where="inputs"), ROWS):
-                records = [_with_room(each, names) for each in found]
-                answers = {
-                    name: _answers(engine, networks.get(name), run, [each.record for each in found], tokenizer, probabilities)
-                    for name, run in asked.items()
-                }
+                poll_interruption(world)
+                records = [with_room(each.record, names, each.path, each.number, others_can_be_written=False) for each in found]
+                answers = {name: _answers(engine, networks.get(name), run, found, tokenizer, probabilities) for name, run in asked.items()}
                 lines.write([record | _columns(answers, number) for number, record in enumerate(records)])
                 rows += len(found)
         finally:
@@ -75,11 +77,10 @@ def _asked(runs: Sequence[Path]) -> dict[str, ScoredRun]:
     return found
 
 
-def _started(asked: Mapping[str, ScoredRun], runs: Sequence[Path]) -> tuple[Engine, Networks, Any]:
+def _started(asked: Mapping[str, ScoredRun], runs: Sequence[Path], world: World) -> tuple[Engine, Networks, Any]:
     recipe = next(iter(asked.values())).recipe.backbone
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer_of(recipe.checkpoint, recipe.revision)
-    backbone = load_alone(recipe, World(rank=0, size=1, local_rank=0, device=device))
+    backbone = load_alone(recipe, world)
     networks = Networks(backbone, tokenizer)
     for name, path in zip(asked, runs, strict=True):
         networks.add(name, path)
@@ -90,10 +91,10 @@ def _started(asked: Mapping[str, ScoredRun], runs: Sequence[Path]) -> tuple[Engi
 
 
 def _answers(
-    engine: Engine, network: Network, run: ScoredRun, records: Sequence[Mapping[str, Any]], tokenizer: Any, probabilities: bool
+    engine: Engine, network: Network, run: ScoredRun, rows: Sequence[files.Found], tokenizer: Any, probabilities: bool
 ) -> Callable[[int], dict[str, Any]]:
     """Ask one run about some rows; return what gives the columns of each, and waits for them."""
-    prompts = [network.prompt(network.text_of(record)) for record in records]
+    prompts = [network.prompt(text_of_row(run, row.record, row.path, row.number)) for row in rows]
     likely = run.evaluation.method == "likelihood"
     scored = [_score(engine, network, prompt) for prompt in prompts] if likely or (probabilities and network.labels) else None
     most = run.evaluation.max_new_tokens or run.longest or 1
@@ -145,11 +146,3 @@ def _tokens(events: queue.Queue[Chosen | Ended]) -> list[int]:
     if event.reason == "error":
         raise TrainingError(f"a pass failed with {event.message}; what happened is told above")
     return tokens
-
-
-def _with_room(found: files.Found, names: Sequence[str]) -> dict[str, Any]:
-    """Return a row as JSON has it, which must have room for the answers."""
-    for name in names:
-        if name in found.record:
-            raise DataError(f"{found.path}: row {found.number} has a field {name!r} already, where an answer would stand: rename it")
-    return as_json(found.record, f"{found.path}: row {found.number}")

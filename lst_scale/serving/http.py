@@ -8,24 +8,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from lst_scale.errors import LstScaleError
 from lst_scale.serving import answers
 from lst_scale.serving.answers import Failed, Piece, Reply
-from lst_scale.serving.engine import Engine, TooManyWait
+from lst_scale.serving.engine import Engine
+from lst_scale.serving.forms import Form, error_form
 from lst_scale.serving.guard import Counted
+from lst_scale.serving.jobs import TooManyWait
+from lst_scale.serving.measures import Measures
 from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.sampling import Sampling
 from lst_scale.serving.schemas import Chat, Classification, Completion, NewNetwork
@@ -40,35 +41,6 @@ class Limits:
 
     seconds: float = 120.0  # until it is answered
     prompt_tokens: int = 4096
-    retry_after: int = 1  # seconds that a client is told to wait when the queue is full
-
-
-class Measures:
-    """What /metrics tells, in Prometheus' form."""
-
-    def __init__(self, engine: Engine, networks: Networks) -> None:
-        self._engine, self._networks = engine, networks
-        self.registry = CollectorRegistry()
-        self.requests = Counter("lst_requests", "Requests by path and status", ["path", "status"], registry=self.registry)
-        buckets = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-        self.first = Histogram("lst_first_token_seconds", "From arrival to the first token", buckets=buckets, registry=self.registry)
-
-    def text(self) -> bytes:
-        counts, passes = self._engine.counts, self._engine.passes
-        lines = {
-            "lst_rows_running": self._engine.num_running,
-            "lst_requests_waiting": self._engine.num_waiting,
-            "lst_side_networks": len(self._networks.names) - 1,
-            "lst_tokens_total": counts.tokens,
-            "lst_backbone_rounds_total": counts.rounds,
-            "lst_backbone_rows_total": counts.rows_in_rounds,
-            "lst_backbone_tokens_total": passes.tokens_run,
-            "lst_prompts_run_total": passes.prompts_run,
-            "lst_prompts_reused_total": counts.prompts_reused,
-        }
-        kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in lines}
-        own = "".join(f"# TYPE {name} {kinds[name]}\n{name} {value}\n" for name, value in lines.items())
-        return bytes(generate_latest(self.registry)) + own.encode()
 
 
 class Server:
@@ -198,7 +170,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     async def completions(asked: Completion, request: Request) -> Response:
         network = await server.network(asked.model)
         prompts = [server.prompt(network, text) for text in asked.prompts]
-        form = _Form("cmpl", "text_completion", asked.model, chat=False, logprobs=asked.logprobs is not None)
+        form = Form("cmpl", "text_completion", asked.model, chat=False, logprobs=asked.logprobs is not None)
         return await _answered(server, request, asked, form, network, prompts, asked.logprobs, asked.max_tokens)
 
     @app.post("/v1/chat/completions")
@@ -208,7 +180,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
             raise HTTPException(400, "this backbone's tokenizer has no chat template: use /v1/completions")
         conversation = [message.model_dump() for message in asked.messages]
         text = server.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        form = _Form("chatcmpl", "chat.completion", asked.model, chat=True, logprobs=asked.logprobs)
+        form = Form("chatcmpl", "chat.completion", asked.model, chat=True, logprobs=asked.logprobs)
         most = asked.max_completion_tokens or asked.max_tokens
         logprobs = asked.top_logprobs if asked.logprobs else None
         return await _answered(server, request, asked, form, network, [server.prompt(network, text)], logprobs, most)
@@ -218,7 +190,7 @@ async def _answered(
     server: Server,
     request: Request,
     asked: Completion | Chat,
-    form: _Form,
+    form: Form,
     network: Network,
     prompts: Sequence[tuple[int, ...]],
     logprobs: int | None,
@@ -240,7 +212,7 @@ async def _answered(
     return JSONResponse(form.whole(server.tokenizer, prompts, replies, ended))
 
 
-async def _stream(server: Server, form: _Form, replies: Sequence[Reply]) -> AsyncIterator[str]:
+async def _stream(server: Server, form: Form, replies: Sequence[Reply]) -> AsyncIterator[str]:
     try:
         async with asyncio.timeout(server.limits.seconds):
             async for index, piece in _mixed(replies):
@@ -249,7 +221,7 @@ async def _stream(server: Server, form: _Form, replies: Sequence[Reply]) -> Asyn
         yield "data: [DONE]\n\n"
     except (Failed, TimeoutError) as error:
         what = "the answer could not be made" if isinstance(error, Failed) else f"not answered within {server.limits.seconds:g} s"
-        yield f"data: {json.dumps(_error(500, what))}\n\n"
+        yield f"data: {json.dumps(error_form(500, what))}\n\n"
     finally:
         for reply in replies:
             reply.close()
@@ -279,54 +251,6 @@ async def _mixed(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Piece]]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How an answer is written down."""
-
-    prefix: str
-    kind: str
-    model: str
-    chat: bool
-    logprobs: bool
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"{self.prefix}-{self.number}", "object": kind, "created": self.created, "model": self.model}
-
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else self.kind
-        content = {"delta": {"role": "assistant", "content": piece.text}} if self.chat else {"text": piece.text, "logprobs": None}
-        return self._head(kind) | {"choices": [{"index": index, **content, "finish_reason": piece.finish_reason}]}
-
-    def whole(
-        self, tokenizer: Any, prompts: Sequence[Sequence[int]], replies: Sequence[Reply], ended: Sequence[tuple[str, str]]
-    ) -> dict[str, Any]:
-        choices = []
-        for index, (reply, (text, reason)) in enumerate(zip(replies, ended, strict=True)):
-            content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": index, **content, "logprobs": self._logprobs(tokenizer, reply), "finish_reason": reason})
-        read, made = sum(map(len, prompts)), sum(len(reply.tokens) for reply in replies)
-        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-        return self._head(self.kind) | {"choices": choices, "usage": usage}
-
-    def _logprobs(self, tokenizer: Any, reply: Reply) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        texts = [tokenizer.decode([chosen.token]) for chosen in reply.tokens]
-        if self.chat:
-            content = []
-            for text, chosen in zip(texts, reply.tokens, strict=True):
-                best = [{"token": tokenizer.decode([token]), "logprob": each, "bytes": None} for token, each in chosen.likeliest]
-                content.append({"token": text, "logprob": chosen.logprob, "bytes": None, "top_logprobs": best})
-            return {"content": content, "refusal": None}
-        # Tokens may have one text, such as the halves of a character: the likeliest of them stays.
-        best_of = [{tokenizer.decode([token]): each for token, each in reversed(chosen.likeliest)} for chosen in reply.tokens]
-        offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
-        logprobs = [chosen.logprob for chosen in reply.tokens]
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best_of, "text_offset": offsets}
 
 
 def _add_labels(app: FastAPI, server: Server) -> None:
@@ -400,32 +324,27 @@ async def _gone(request: Request) -> None:
         await asyncio.sleep(0.2)
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
-
-
 def _add_errors(app: FastAPI) -> None:
     """Let every error be one of OpenAI's form, and none tell more than its line."""
 
     @app.exception_handler(AnyHTTPException)
     async def known(request: Request, error: AnyHTTPException) -> JSONResponse:
-        return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code)
+        return JSONResponse(error_form(error.status_code, str(error.detail)), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(_error(400, f"{where or 'body'}: {first['msg']}"), 400)
+        return JSONResponse(error_form(400, f"{where or 'body'}: {first['msg']}"), 400)
 
     @app.exception_handler(LstScaleError)
     async def ours(request: Request, error: LstScaleError) -> JSONResponse:
-        return JSONResponse(_error(400, str(error)), 400)
+        return JSONResponse(error_form(400, str(error)), 400)
 
     @app.exception_handler(TooManyWait)
     async def full(request: Request, error: TooManyWait) -> JSONResponse:
-        return JSONResponse(_error(429, "too many requests wait: try again later"), 429, {"retry-after": "1"})
+        return JSONResponse(error_form(429, "too many requests wait: try again later"), 429, {"retry-after": "1"})
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(_error(500, "the answer could not be made"), 500)
+        return JSONResponse(error_form(500, "the answer could not be made"), 500)

@@ -17,8 +17,8 @@ from lst_scale.backbone.taps import Backbone
 from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.encode import target_text
 from lst_scale.data.prompts import PromptTokenizer
-from lst_scale.data.tasks import file_source
 from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import RECIPE
@@ -54,14 +54,11 @@ class Network:
         """Return the prompt of a row of fields, by the template of the run.
 
         Raises:
-            ArgumentError: the run has none, or a field is missing.
+            LstScaleError: the run has none, or a field is missing, empty, or no text.
         """
         if self.run is None or not isinstance(self.run.task, FileTask):
             raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
-        missing = [name for name in self.run.columns if not isinstance(record.get(name), str)]
-        if missing:
-            raise ArgumentError(f"{self.name} reads the fields {', '.join(self.run.columns)}: {missing[0]} is missing, or no text")
-        return file_source(self.run.task, record)
+        return text_of_row(self.run, record, f"a row for {self.name}", 1)
 
     def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of labels as targets are in training."""

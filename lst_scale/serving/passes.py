@@ -203,6 +203,13 @@ class _TwoStacks:
         return SideEncoderState(final_BSR=final_BSR, attention_mask_BS=rows.given_mask_BS, target_mask_BT=target_mask_BT)
 
 
+def states_of(state: TargetState, rows: list[int]) -> TargetState:
+    """Return the states of some rows."""
+    taps = state.taps
+    picked = StackTaps(layers=taps.layers, embedding=taps.embedding[rows], hidden=tuple(tap[rows] for tap in taps.hidden))
+    return TargetState(taps=picked, final_BTD=None if state.final_BTD is None else state.final_BTD[rows])
+
+
 def _nothing(num_rows: int, backbone: Backbone) -> Rows:
     return Rows(grown=(), mask_BL=torch.ones(num_rows, 0, dtype=torch.long, device=backbone.device))
 

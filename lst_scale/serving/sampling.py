@@ -39,16 +39,16 @@ class Chooser:
         else:
             self._generator.seed()
 
-    def choose(self, logits_V: Tensor) -> Chosen:
-        """Return the next token."""
+    def choose(self, logits_V: Tensor, likeliest: int) -> Chosen:
+        """Return the next token; `likeliest` is that of the highest logit."""
         asked = self._sampling
-        token = int(logits_V.argmax()) if asked.temperature == 0 else self._drawn(logits_V.float().cpu())
+        token = likeliest if asked.temperature == 0 else self._drawn(logits_V.float().cpu())
         if asked.logprobs is None:
             return Chosen(token=token)
         logprobs_V = logits_V.float().log_softmax(-1)
         best = logprobs_V.topk(min(asked.logprobs, len(logprobs_V)))
-        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Chosen(token=token, logprob=float(logprobs_V[token]), likeliest=likeliest)
+        told = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Chosen(token=token, logprob=float(logprobs_V[token]), likeliest=told)
 
     def _drawn(self, logits_V: Tensor) -> int:
         shares_V = (logits_V / self._sampling.temperature).softmax(-1)

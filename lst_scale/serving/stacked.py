@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone.families import family_of
+from lst_scale.serving.networks import Network
 from lst_scale.side.designs.parts import Gate
 from lst_scale.side.network import SideNetwork
 
@@ -184,6 +185,11 @@ class Stack:
             for path, layer in self._layers.items():
                 layer.put(slot, modules[path])
             self._slots[slot] = gone
+
+
+def sides_of(networks: Sequence[Network]) -> list[SideNetwork]:
+    """Return the side networks of those that have one."""
+    return [network.side for network in networks if network.side is not None]
 
 
 def shape_of(side: SideNetwork) -> Hashable:

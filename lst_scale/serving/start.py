@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from lst_scale.training.shared import load_tokenizer_of
 
 MOST_BYTES = 8 << 20  # of a request's body
 LOOK_EVERY = 2.0  # seconds
+OPEN_TO_ALL = "whoever reaches this address may ask: give keys by --api-key-file, or listen on 127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +50,39 @@ def serve(options: Options, host: str, port: int, say: Callable[[str], None]) ->
     """Listen until SIGTERM or SIGINT; requests that were taken by then are answered first.
 
     Raises:
-        LstScaleError: the backbone or a side network can't be used.
+        LstScaleError: the address is taken or not this machine's; the backbone or a side network can't be used.
     """
-    app, watcher = build(options, say)
+    with _bound(host, port) as listening:  # before the backbone is loaded, which takes minutes
+        if not options.keys and not _is_this_machine(listening):
+            say(OPEN_TO_ALL)
+        app, watcher = build(options, say)
+        try:
+            _run(app, options, listening, say)
+        finally:
+            if watcher is not None:
+                watcher.stop()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    with fence(ArgumentError, f"{host} port {port} can't be listened on"):
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+
+
+def _is_this_machine(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def _run(app: App, options: Options, listening: socket.socket, say: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        host=host,
-        port=port,
         log_level="warning",
         timeout_graceful_shutdown=int(options.seconds) + 1,
         h11_max_incomplete_event_size=1 << 16,
     )
-    say(f"listening on http://{host}:{port}")
-    try:
-        uvicorn.Server(config).run()
-    finally:
-        if watcher is not None:
-            watcher.stop()
+    host, port = listening.getsockname()[:2]
+    say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def build(options: Options, say: Callable[[str], None]) -> tuple[App, Watcher | None]:

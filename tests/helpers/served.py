@@ -12,7 +12,8 @@ import torch
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import as_backbone
 from lst_scale.data.prompts import PromptTokenizer
-from lst_scale.serving.engine import Ended, Engine, Generation, Scoring
+from lst_scale.serving.engine import Engine
+from lst_scale.serving.jobs import Ended, Generation, Scoring
 from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.sampling import Chosen, Sampling
 

@@ -87,7 +87,7 @@ def operations(spec: BackboneSpec, tokens: Tokens) -> float:
 def _read_rate(folder: Path) -> float:
     """Write a file, let the system forget its contents, and read it: bytes a second of the fastest try."""
     data = memoryview(os.urandom(1 << 20) * (SAMPLE >> 20))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".speed-") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing stays even where this process is killed
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
