@@ -121,6 +121,19 @@ def test_the_loss_is_transformers_own(model: Any) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_packed_matrix_keeps_its_bias(model_type: str, precision: str, tmp_path: Path) -> None:
+    model = make_llama(model_type)
+    model.save_pretrained(tmp_path)
+    packed = load_backbone(str(tmp_path), revision=None, precision=precision).give_model()
+    biased = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module.bias is not None]
+    assert len(biased) == 4 * {"llama": 4, "qwen2": 3}[model_type]  # with the output's, or without
+    for name in biased:
+        linear, nothing = model.get_submodule(name), torch.zeros(1, model.get_submodule(name).in_features, dtype=torch.bfloat16)
+        torch.testing.assert_close(packed.get_submodule(name)(nothing)[0], linear.bias.bfloat16(), rtol=0, atol=0)
+
+
 def test_what_is_saved_reads_back_and_fits_its_own_backbone_alone(model: Any, tmp_path: Path) -> None:
     made, ids = ladder(model, trained=True), texts()
     made.save_pretrained(tmp_path / "side")

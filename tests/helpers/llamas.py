@@ -48,4 +48,6 @@ def make_llama(model_type: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3 if "embed" in name else 0.12)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
     return model

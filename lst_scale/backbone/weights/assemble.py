@@ -92,8 +92,10 @@ def fill_block(block: nn.Module, path: str, checkpoint: Checkpoint, precision: s
     dtype = compute_dtype(precision)
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Linear) and precision in precisions.QUANTIZED:
-            weight = read_checked(checkpoint, f"{path}.{name}.weight", module.weight, torch.bfloat16, device)
-            precisions.replace(block, name, precisions.quantized_linear(weight, precision))
+            linear = f"{path}.{name}"
+            weight = read_checked(checkpoint, f"{linear}.weight", module.weight, torch.bfloat16, device)
+            bias = None if module.bias is None else read_checked(checkpoint, f"{linear}.bias", module.bias, torch.bfloat16, device)
+            precisions.replace(block, name, precisions.quantized_linear(weight, precision, bias))
             continue
         for parameter_name, parameter in list(module.named_parameters(recurse=False)):
             full = ".".join(part for part in (path, name, parameter_name) if part)

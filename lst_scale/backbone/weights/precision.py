@@ -32,17 +32,20 @@ def check(precision: str) -> None:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear map without bias whose weight is held in 8 or 4 bits and unpacked to the input's dtype for each product.
+    """A frozen linear map whose weight is held in 8 or 4 bits and unpacked to the input's dtype for each product; a bias stays as it is.
 
     All that it holds are buffers, so that it can be moved, stored and streamed like any other module.
     """
 
-    def __init__(self, out_features: int, in_features: int, tensors: dict[str, Tensor]) -> None:
+    bias: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int, tensors: dict[str, Tensor], bias_O: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.weight = None  # T5's feed-forward casts its input to wo.weight.dtype, unless that is no tensor
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias_O)
 
     @staticmethod
     def pack(weight_OI: Tensor) -> dict[str, Tensor]:
@@ -57,6 +60,13 @@ class QuantizedLinear(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features) in `dtype`."""
         raise NotImplementedError
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Return what the weight makes of (..., in_features), without the bias."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return added(self.product(hidden), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -92,7 +102,7 @@ class Int8Linear(QuantizedLinear):
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         return (self.packed.to(torch.float32) * self.scale[:, None]).to(dtype)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def product(self, hidden: Tensor) -> Tensor:
         # -127..127 is exact in bf16, so the scale may wait until after the product: one rounding less, and a narrower temporary.
         return nn.functional.linear(hidden, self.packed.to(hidden.dtype)) * self.scale.to(hidden.dtype)
 
@@ -144,30 +154,38 @@ class Nf4Linear(QuantizedLinear):
         weight: Tensor = dequantize_4bit(self.packed, state)
         return weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def product(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.unpacked(hidden.dtype))
 
 
 _LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 
 
-def quantized_linear(weight_OI: Tensor, precision: str) -> QuantizedLinear:
-    """Quantize one matrix (out_features, in_features)."""
+def added(product: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return a product with a layer's bias, where it has one."""
+    return product if bias_O is None else product + bias_O.to(product.dtype)
+
+
+def quantized_linear(weight_OI: Tensor, precision: str, bias_O: Tensor | None = None) -> QuantizedLinear:
+    """Quantize one matrix (out_features, in_features); the bias (out_features) stays as it is."""
     kind = _LAYERS[precision]
     out_features, in_features = weight_OI.shape
-    return kind(out_features, in_features, kind.pack(weight_OI))
+    return kind(out_features, in_features, kind.pack(weight_OI), bias_O)
 
 
 def empty_quantized_linear(like: nn.Linear, precision: str) -> QuantizedLinear:
     """Return a layer of the right kind and size that holds nothing yet."""
     kind = _LAYERS[precision]
-    return kind(like.out_features, like.in_features, dict.fromkeys(kind.pack(torch.ones(64, 64)), torch.empty(0)))
+    nothing = torch.empty(0)
+    bias = None if like.bias is None else nothing
+    return kind(like.out_features, like.in_features, dict.fromkeys(kind.pack(torch.ones(64, 64)), nothing), bias)
 
 
 def sized_quantized_linear(like: nn.Linear, precision: str) -> QuantizedLinear:
     """Return a layer of the right kind whose tensors have their sizes and no contents."""
     kind = _LAYERS[precision]
-    return kind(like.out_features, like.in_features, kind.sized(like.out_features, like.in_features))
+    bias = None if like.bias is None else torch.empty(like.out_features, dtype=torch.bfloat16)
+    return kind(like.out_features, like.in_features, kind.sized(like.out_features, like.in_features), bias)
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
