@@ -110,6 +110,7 @@ def test_each_rank_of_a_group_holds_its_share() -> None:
     ends = 32128 * 768 * 4
     assert halved.parts[WEIGHTS] - ends == pytest.approx((whole.parts[WEIGHTS] - ends) / 2, rel=0.01)
     assert third.parts[WEIGHTS] < 0.6 * whole.parts[WEIGHTS]
+    assert halved.trainable == third.trainable == whole.trainable, "the side network is the same beside every placement"
 
 
 def test_taps_from_disk_need_no_backbone() -> None:

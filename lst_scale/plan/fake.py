@@ -37,7 +37,7 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
     precision = recipe.backbone.precision
     with _created_as(compute_dtype(precision)):
         model = family.unfilled(shape.spec, shards=shards)
-    spec = family.spec(model.config)
+    spec = shape.spec  # the whole model's: what stands beside it knows nothing of shards
     family.tie(model, own_head=shape.own_head)
     model.name_or_path = recipe.backbone.checkpoint  # peft asks
     for ref in family.blocks(spec):
@@ -49,7 +49,8 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
 
     def weight(name: str) -> Tensor:
         """Position tables, which a ladder starts from; nothing else is asked of random initialisation."""
-        found: Tensor = model.get_parameter(name).float()
+        whole = model if shards == 1 else family.unfilled(shape.spec, shards=1)
+        found: Tensor = whole.get_parameter(name).float()
         return found
 
     return LocalBackbone(model, spec, identity, weight, num_parameters=0)
