@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,11 @@ def test_a_packed_backbone_trains_a_side_network(precision: str, write: Callable
             {"method": METHOD | {"initialization": "pruning"}},
             "side blocks are not carved out of a llama: write method.init",
         ),
-        ({"backbone__placement": "streamed"}, "a llama is held whole by each process so far: write backbone.placement=replicated"),
+        (
+            {"backbone__placement": {"name": "tensor_parallel", "size": 4}},
+            "4 heads, 2 heads of keys and values and 96 feed-forward channels can't be divided over 4 ranks: "
+            "backbone.placement.size can be 1, 2",
+        ),
         ({"method": {"name": "bitfit"}}, "method.name: bitfit trains inside encoder-decoders alone so far: write lst, lora or full"),
         ({"method": {"name": "lora", "targets": ["wo"]}}, r"blocks of this backbone have no matrix 'wo'"),
     ],
@@ -108,6 +113,27 @@ def test_a_packed_backbone_trains_a_side_network(precision: str, write: Callable
 def test_what_is_not_there_yet_is_said_before_anything_starts(changes: dict[str, Any], message: str, write: Callable[..., Path]) -> None:
     with pytest.raises(NotReady, match=message):
         check_before_start([load_recipe(str(write("no", **changes)))], resume=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("phi3", "qkv_proj and gate_up_proj are several matrices in one"),
+        ("olmo2", "it norms queries and keys over all heads at once"),
+        ("olmo3", "it norms queries and keys over all heads at once"),
+    ],
+)
+def test_blocks_that_can_not_be_divided_are_refused_before_anything_is_loaded(
+    model_type: str, reason: str, write: Callable[..., Path]
+) -> None:
+    path = write("no", model_type, backbone__placement="tensor_parallel")
+    message = f"a {model_type} can't be divided over ranks ({reason}): write backbone.placement=zero3 or backbone.placement=streamed"
+    with pytest.raises(NotReady, match=re.escape(message)):
+        check_before_start([load_recipe(str(path))], resume=False)
+    for placement in ("zero3", "streamed"):
+        check_before_start([load_recipe(str(path), [f"backbone.placement={placement}"])], resume=False)
+    planned = ranks.run(programs.command, "plan", "--cpu", "--gpus", "2", "--recipe", path)
+    assert planned.returncode != 0 and message in planned.stderr and "Traceback" not in planned.stderr
 
 
 @pytest.mark.slow

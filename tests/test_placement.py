@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from helpers import placements, programs, ranks
 from helpers.inputs import inputs_of
 from helpers.launchers import free_port, fresh
+from helpers.llama_runs import ENDS, METHOD, TEMPLATE, make_tokenizer, save_with_tokenizer
+from helpers.llamas import make_llama
 from helpers.models import make_t5
 from helpers.paths import ROOT
 from helpers.ranks import Rank
@@ -36,6 +38,15 @@ DISK = {"name": "streamed", "source": "disk"}
 PAIR = {"name": "tensor_parallel", "size": 2}
 # Widths that 64 divides after halving, so that NF4's blocks are those of the undivided matrix.
 WIDE = {"dropout_rate": 0.0, "d_model": 64, "d_ff": 256, "d_kv": 64}
+ONE_STACK: dict[str, Any] = {"method": METHOD, "task__template": TEMPLATE}
+# What differs between the kinds of model that are trained on. Gemma 2 sees a window of tokens, in which what fills up the rows of a group
+# counts where it stands between a context and a row: without a context it stands before the row, and nothing does.
+CHANGES: dict[str, dict[str, Any]] = {
+    "t5": {},
+    "llama": ONE_STACK | {"backbone__context": {"text": "Kinds of words."}},
+    "gemma2": ONE_STACK,
+}
+WIDE_STACK = {"vocab_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 256}
 # Streamed and gathered blocks are the same bytes, run by the same code on the same rows. Divided matrices sum in another order: in
 # float32 1e-6, in bf16 (also for int8 and NF4, whose activations are bf16) its 8 bits over three blocks, and NF4's nested scales.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.03, "nf4": 0.04}
@@ -46,24 +57,37 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.03, "nf4": 0.04}
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
-    """Errors of taps and bytes held, for both kinds of T5, on two and on four processes."""
+    """Errors of taps and bytes held, for both kinds of T5 and for models of one stack, on two and on four processes."""
     folder = tmp_path_factory.mktemp("placements")
-    v1 = make_t5(folder / "v1", **WIDE)
-    gated = make_t5(folder / "gated", **WIDE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    items = [f"{p}:{q}" for p in ("streamed", json.dumps(DISK), "zero3", json.dumps(PAIR)) for q in ("fp32", "bf16", "int8", "nf4")]
+    precisions = ("fp32", "bf16", "int8", "nf4")
+    whole = [f"{p}:{q}" for p in ("streamed", json.dumps(DISK), "zero3") for q in precisions]
+    divided = [f"{json.dumps(PAIR)}:{q}" for q in precisions]
+    on_two = {
+        "gated": whole + divided,
+        "llama": whole + divided,  # biases, also where outputs are sums over ranks
+        "gemma2": [*whole[::4], divided[0], divided[2]],  # a window shorter than the rows, soft caps, a scaled embedding
+        **{name: divided[:1] for name in ("qwen2", "mistral", "gemma", "gemma3_text", "smollm3", "granite")},
+    }
+    on_four = {name: [*whole[::4], divided[0], "tensor_parallel:fp32", "tensor_parallel:int8"] for name in ("v1", "qwen3")}
     found = {}
-    for name, checkpoint, processes, wanted in (
-        ("gated", gated, 2, items),
-        ("v1", v1, 4, [*items[::4], "tensor_parallel:fp32", "tensor_parallel:int8"]),
-    ):
-        done = ranks.run(placements.compare, checkpoint, folder / "blocks", *wanted, processes=processes)
+    for processes, wanted in ((2, on_two), (4, on_four)):
+        arguments = [text for name, items in wanted.items() for text in (f"@{_checkpoint(folder / name)}", *items)]
+        done = ranks.run(placements.compare, folder / "blocks", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-        for line in done.stdout.splitlines():
-            if line.startswith("{"):
-                record = json.loads(line)
-                found[name, processes, record["item"]] = record["ranks"]
-        assert len([key for key in found if key[0] == name]) == len(wanted)
+        records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        found |= {(record["model"], processes, record["item"]): record["ranks"] for record in records}
+        assert len(records) == sum(map(len, wanted.values()))
     return found
+
+
+def _checkpoint(folder: Path) -> Path:
+    """Save the model that a folder is named after."""
+    if folder.name == "gated":
+        return make_t5(folder, **WIDE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    if folder.name == "v1":
+        return make_t5(folder, **WIDE)
+    make_llama(folder.name, **WIDE_STACK).save_pretrained(folder)
+    return folder
 
 
 def test_every_placement_gives_the_taps_of_the_replicated_backbone(compared: dict[tuple[str, int, str], Any]) -> None:
@@ -75,10 +99,24 @@ def test_every_placement_gives_the_taps_of_the_replicated_backbone(compared: dic
         assert max(errors) <= allowed, f"{name} on {processes}, {item}: {errors}"
 
 
+def test_answers_of_one_stack_are_those_beside_a_whole_backbone_however_early_a_rank_is_done(tmp_path: Path) -> None:
+    """Blocks that are gathered from all ranks are gathered until the last of them is done."""
+    wanted = ["streamed", "zero3", "tensor_parallel"]
+    done = ranks.run(placements.generate, _checkpoint(tmp_path / "llama"), *wanted, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {record["placement"]: record["ranks"] for record in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == wanted
+    for placement, answers in found.items():
+        assert all(same for same, _ in answers), f"{placement}: {found}"
+    (_, first), (_, second) = found["zero3"]
+    assert first != second, "the ranks end together: the test says nothing"
+
+
 def test_two_ranks_hold_little_more_than_half_each(compared: dict[tuple[str, int, str], Any]) -> None:
     embeddings = 2 * 4096 * 64 * 4  # and the head, whole on each rank
-    for _, held, whole in compared["gated", 2, f"{json.dumps(PAIR)}:fp32"]:
-        assert (held - embeddings) / (whole - embeddings) < 0.52
+    for name in ("gated", "llama"):
+        for _, held, whole in compared[name, 2, f"{json.dumps(PAIR)}:fp32"]:
+            assert (held - embeddings) / (whole - embeddings) < 0.52
 
 
 def test_int8_shards_are_those_of_the_undivided_matrix() -> None:
@@ -93,11 +131,18 @@ def test_int8_shards_are_those_of_the_undivided_matrix() -> None:
 # Training
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def _trainable(folder: Path, kind: str) -> Path:
+    """Save a model with a tokenizer, whose heads four ranks can divide."""
+    if kind == "t5":
+        return make_t5(folder / "t5", dropout_rate=0.0)
+    return save_with_tokenizer(kind, make_tokenizer(**ENDS), folder / kind, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module", params=list(CHANGES))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four steps, the last of them short, then an evaluation by generation: one process, and every placement on two and four."""
     folder = tmp_path_factory.mktemp("placed")
-    make = recipe_writer(folder, make_t5(folder / "t5", dropout_rate=0.0))
+    make = recipe_writer(folder, _trainable(folder, request.param))
     disk = DISK | {"folder": str(folder / "blocks")}
     wanted: dict[int, dict[str, Any]] = {
         1: {"replicated": "replicated", "tensor": "tensor_parallel"},
@@ -110,6 +155,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name, placement in chosen.items():
             key = f"{name}-{processes}"
             changes = {"backbone__placement": placement, "training__max_steps": 4, "training__micro_batch_size": 1}
+            changes |= CHANGES[request.param]
             recipes.append(str(make(key, **changes, evaluation__max_new_tokens=5)))
             runs[key] = folder / "runs" / f"{key}-kind-seed0"
         train(*recipes, processes=processes)
@@ -320,7 +366,11 @@ def test_a_rank_with_another_checkpoint_ends_all_with_one_line(placement: str, d
 @pytest.mark.parametrize(
     ("placement", "count", "message"),
     [
-        ("tensor_parallel", 3, "4 heads and d_ff 64 can't be divided over 3 ranks: backbone.placement.size can be 1, 2, 4"),
+        (
+            "tensor_parallel",
+            3,
+            "4 heads and 64 feed-forward channels can't be divided over 3 ranks: backbone.placement.size can be 1, 2, 4",
+        ),
         ({"name": "tensor_parallel", "size": 2}, 3, "backbone.placement.size 2 must divide the number of ranks, 3"),
         ({"name": "tensor_parallel", "size": 2}, 2, "ranks 0 to 1 would share one backbone but run on different machines"),
     ],

@@ -8,6 +8,7 @@ from math import gcd
 from typing import Any, ClassVar
 
 from lst_scale.errors import BackboneError, LadderError
+from lst_scale.recipe.backbone import Placement, TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +51,44 @@ class BackboneSpec:
         return self.d_model // reduction_factor
 
     @property
+    def divided(self) -> Mapping[str, int]:
+        """What tensor parallelism deals out, by what messages call it: a size of groups must divide each."""
+        return {"heads": self.num_heads, "feed-forward channels": self.d_ff}
+
+    @property
+    def indivisible(self) -> str | None:
+        """Why tensor parallelism can't divide a block's matrices; None: it can."""
+        return None
+
+    @property
     def architecture(self) -> Mapping[str, Any]:
         """What a side network can't do without: it fits a backbone whose values are the same."""
         raise NotImplementedError
 
 
-def refuse_placement(spec: BackboneSpec, placement: str) -> None:
-    """Refuse a placement that was never tried with a kind of model.
+def refuse_placement(spec: BackboneSpec, placement: Placement, ranks: int | None = None) -> None:
+    """Refuse a placement that this kind of model can't have: tensor parallelism where its matrices can't be divided.
+
+    Args:
+        ranks: how many there are; None: not known yet, and a size that the placement leaves open is not looked at.
 
     Raises:
-        BackboneError: it was not.
+        BackboneError: it can't; the message says what can.
     """
-    if spec.one_stack and placement != "replicated":
+    if not isinstance(placement, TensorParallel):
+        return
+    if spec.indivisible is not None and placement.size != 1:
         raise BackboneError(
-            f"a {spec.model_type} is held whole by each process so far: write backbone.placement=replicated, not {placement}"
+            f"a {spec.model_type} can't be divided over ranks ({spec.indivisible}): "
+            "write backbone.placement=zero3 or backbone.placement=streamed, not tensor_parallel"
+        )
+    size = placement.size or ranks
+    possible = [t for t in range(1, gcd(*spec.divided.values()) + 1) if all(count % t == 0 for count in spec.divided.values())]
+    if size is not None and size not in possible:
+        *others, last = (f"{count} {name}" for name, count in spec.divided.items())
+        raise BackboneError(
+            f"{', '.join(others)} and {last} can't be divided over {size} ranks: "
+            f"backbone.placement.size can be {', '.join(map(str, possible))}"
         )
 
 

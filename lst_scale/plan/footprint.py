@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lst_scale.backbone.placement.replicated import LocalBackbone
+from lst_scale.backbone.spec import refuse_placement
 from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, cast_tap
 from lst_scale.backbone.weights.precision import held_tensors
 from lst_scale.data.batches import Batch
@@ -64,7 +65,12 @@ class Footprint:
 
 
 def footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
-    """Return what one step of one run needs on each rank."""
+    """Return what one step of one run needs on each rank.
+
+    Raises:
+        BackboneError: matrices of this shape can't be divided as the recipe's placement asks.
+    """
+    refuse_placement(shape.spec, recipe.backbone.placement, setting.world_size)
     live = LiveBytes()
     with FakeTensorMode(), live, fake.all_labelled(), fake.gpu_kernels() if setting.on_gpu else contextlib.nullcontext():
         placement = recipe.backbone.placement

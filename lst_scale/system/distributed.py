@@ -194,12 +194,13 @@ class Group:
         all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
         return all_gather(output, part, group=self.handle, async_op=True)
 
-    def gather_rows(self, rows: Tensor, fill: int) -> tuple[Tensor, slice]:
-        """Return the rows (B, L) of all ranks, short ones filled up on the right with `fill`, and where this rank's own are."""
+    def gather_rows(self, rows: Tensor, fill: int, *, on_left: bool = False) -> tuple[Tensor, slice]:
+        """Return the rows (B, L) of all ranks, short ones filled up with `fill` on the right or left, and where this rank's own are."""
         shapes = self._all_gather(torch.tensor(rows.shape, device=rows.device))
         counts, lengths = [int(shape[0]) for shape in shapes], [int(shape[1]) for shape in shapes]
         padded = rows.new_full((max(counts), max(lengths)), fill)
-        padded[: rows.shape[0], : rows.shape[1]] = rows
+        first = max(lengths) - rows.shape[1] if on_left else 0
+        padded[: rows.shape[0], first : first + rows.shape[1]] = rows
         everyone = torch.cat([part[:count] for part, count in zip(self._all_gather(padded), counts, strict=True)])
         start = sum(counts[: self.rank])
         return everyone, slice(start, start + rows.shape[0])

@@ -104,7 +104,7 @@ def _check_checkpoints(recipes: Sequence[Recipe], problems: list[str]) -> None:
         shape = shapes.get(recipe.backbone.checkpoint)
         if shape is not None:
             with _gathering(problems):
-                refuse_placement(shape.spec, recipe.backbone.placement.name)
+                refuse_placement(shape.spec, recipe.backbone.placement)
             with _gathering(problems):
                 trainable_of(recipe, shape)
 

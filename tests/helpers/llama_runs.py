@@ -24,6 +24,7 @@ METHOD = {
     "start_as_backbone": True,
     "merge_last": True,
 }
+TEMPLATE = "{word}: {definition} It is a kind of"
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -43,14 +44,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(**ENDS)
 
 
+def save_with_tokenizer(model_type: str, tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any) -> Path:
+    """Save a small model that knows the tokenizer's vocabulary."""
+    options: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None} | changes
+    make_llama(model_type, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
     def make(model_type: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"checkpoint-{model_type}"
-        if not folder.exists():
-            make_llama(model_type, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        return folder
+        return folder if folder.exists() else save_with_tokenizer(model_type, tokenizer, folder)
 
     return make
 
@@ -58,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 @pytest.fixture
 def write(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     def write(name: str, model_type: str = "llama", **changes: Any) -> Path:
-        common = {"method": METHOD, "task__template": "{word}: {definition} It is a kind of", "data__max_source_length": 40}
+        common = {"method": METHOD, "task__template": TEMPLATE, "data__max_source_length": 40}
         common |= {"evaluation__method": "likelihood", "training__evaluate_every": 8, "optimizer__learning_rate": 3e-3}
         return recipe_writer(tmp_path, checkpoint(model_type))(name, **(common | changes))
 

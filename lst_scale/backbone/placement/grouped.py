@@ -31,13 +31,14 @@ class GroupedBackbone(LocalBackbone):
     def __call__(self, inputs: Inputs, request: TapRequest) -> Taps:
         S, T = inputs.source_BS.shape[1], inputs.target_BT.shape[1]
         pad = self.spec.pad_token_id
-        source, own = self.group.gather_rows(inputs.source_BS, pad)
-        mask, _ = self.group.gather_rows(inputs.source_mask_BS, 0)
+        # On the left: where a target sees a window of tokens alone, nothing comes between it and its source.
+        source, own = self.group.gather_rows(inputs.source_BS, pad, on_left=True)
+        mask, _ = self.group.gather_rows(inputs.source_mask_BS, 0, on_left=True)
         target, _ = self.group.gather_rows(inputs.target_BT, pad)
         taps = super().__call__(Inputs(source_BS=source, source_mask_BS=mask, target_BT=target), request)
         return Taps(
-            source=_rows(taps.source, own, S),
-            target=_rows(taps.target, own, T),
+            source=_part(taps.source, (own, slice(source.shape[1] - S, None))),
+            target=_part(taps.target, (own, slice(T))),
             source_mask_BS=inputs.source_mask_BS,
             final_BTD=None if taps.final_BTD is None else taps.final_BTD[own, :T].clone(),
         )
@@ -90,7 +91,7 @@ def group_size(placement: TensorParallel, world: World) -> int:
     return size
 
 
-def _rows(taps: StackTaps, own: slice, length: int) -> StackTaps:
+def _part(taps: StackTaps, own: tuple[slice, slice]) -> StackTaps:
     # Copies: a view would keep the other ranks' rows alive until backward.
-    hidden = tuple(tap[own, :length].clone() for tap in taps.hidden)
-    return StackTaps(layers=taps.layers, embedding=taps.embedding[own, :length].clone(), hidden=hidden)
+    hidden = tuple(tap[own].clone() for tap in taps.hidden)
+    return StackTaps(layers=taps.layers, embedding=taps.embedding[own].clone(), hidden=hidden)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lst_scale.backbone.families import BlockRef
-from lst_scale.backbone.placement import grouped, streamed, tensor_parallel
+from lst_scale.backbone.placement import grouped, streamed
 from lst_scale.backbone.placement.meta import MetaBackbone, finish, open_alone, open_together
 from lst_scale.backbone.placement.prefetch import Prefetcher, empty
 from lst_scale.backbone.placement.replicated import LocalBackbone
@@ -42,7 +42,6 @@ def load_placed(recipe: BackboneRecipe, world: World) -> LocalBackbone:
     size = grouped.group_size(placement, world) if isinstance(placement, TensorParallel) else world.size
     opened = open_together(recipe, world)
     if isinstance(placement, TensorParallel):
-        distributed.agree(world, lambda: tensor_parallel.check_divisible(opened.checkpoint.spec, size))
         return grouped.load_grouped(opened, placement, size, world)
     if isinstance(placement, Zero3):
         return _zero3(opened, world)

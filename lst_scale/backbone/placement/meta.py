@@ -30,15 +30,15 @@ class MetaBackbone:
     model: Any
 
 
-def open_alone(recipe: BackboneRecipe) -> MetaBackbone:
-    """Look at every file and shape, without a word to other ranks.
+def open_alone(recipe: BackboneRecipe, ranks: int | None = None) -> MetaBackbone:
+    """Look at every file and shape, and whether its matrices can be divided over so many ranks, without a word to other ranks.
 
     Raises:
         BackboneError: the checkpoint can't be used.
     """
     precisions.check(recipe.precision)
     checkpoint = open_checkpoint(recipe.checkpoint, recipe.revision)
-    refuse_placement(checkpoint.spec, recipe.placement.name)
+    refuse_placement(checkpoint.spec, recipe.placement, ranks)
     model = assemble.empty_model(checkpoint)
     assemble.check_shapes(model, checkpoint)
     identity = BackboneIdentity(
@@ -53,7 +53,7 @@ def open_together(recipe: BackboneRecipe, world: World) -> MetaBackbone:
     Raises:
         BackboneError: the checkpoint can't be used, on any rank, or is another one somewhere.
     """
-    opened = distributed.agree(world, lambda: open_alone(recipe))
+    opened = distributed.agree(world, lambda: open_alone(recipe, world.size))
     found = distributed.gather(opened.identity.fingerprint)
     different = [str(rank) for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
     if different:

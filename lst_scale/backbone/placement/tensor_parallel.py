@@ -15,24 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.backbone.weights import precision as precisions
-from lst_scale.errors import BackboneError
 from lst_scale.system.distributed import Group
-
-
-def check_divisible(spec: BackboneSpec, size: int) -> None:
-    """Refuse a group size that does not divide heads and feed-forward, naming those that do.
-
-    Raises:
-        BackboneError: it doesn't.
-    """
-    possible = [t for t in range(1, spec.num_heads + 1) if spec.num_heads % t == 0 and spec.d_ff % t == 0]
-    if size not in possible:
-        raise BackboneError(
-            f"{spec.num_heads} heads and d_ff {spec.d_ff} can't be divided over {size} ranks: "
-            f"backbone.placement.size can be {', '.join(map(str, possible))}"
-        )
 
 
 def shard_block(block: Any, config: Any, group: Group, options: dict[str, Any], dtype: torch.dtype, summed: tuple[str, ...]) -> nn.Module:
@@ -68,9 +52,14 @@ def quantize_shards(block: nn.Module, group: Group, precision: str) -> None:
 
     for name, module in list(block.named_modules()):
         if isinstance(module, LinearAllreduce):
-            precisions.replace(block, name, SummedLinear(_quantized_part(module.weight, group, precision), group))
+            part = _quantized_part(module.weight, group, precision)
+            precisions.replace(block, name, SummedLinear(part, group, _frozen(module.bias)))
         elif isinstance(module, LinearLayer):
-            precisions.replace(block, name, precisions.quantized_linear(module.weight, precision))
+            precisions.replace(block, name, precisions.quantized_linear(module.weight, precision, _frozen(module.bias)))
+
+
+def _frozen(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
 
 
 def _quantized_part(weight_OI: Tensor, group: Group, precision: str) -> precisions.QuantizedLinear:
@@ -82,15 +71,19 @@ def _quantized_part(weight_OI: Tensor, group: Group, precision: str) -> precisio
 
 
 class SummedLinear(nn.Module):
-    """A quantized linear map over a part of the inputs, summed over the ranks that hold the other parts."""
+    """A quantized linear map over a part of the inputs, summed over the ranks that hold the other parts; the bias, whole on each rank,
+    is added once."""
 
-    def __init__(self, part: precisions.QuantizedLinear, group: Group) -> None:
+    bias: Tensor | None
+
+    def __init__(self, part: precisions.QuantizedLinear, group: Group, bias_O: Tensor | None = None) -> None:
         super().__init__()
         self.part, self._group = part, group
         self.weight = None  # as in QuantizedLinear
+        self.register_buffer("bias", bias_O)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._group.sum(self.part(hidden))
+        return precisions.added(self._group.sum(self.part(hidden)), self.bias)
 
 
 class _Holder(nn.Module):

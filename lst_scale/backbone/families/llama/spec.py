@@ -41,6 +41,13 @@ SETTINGS = (
     "use_bidirectional_attention",
     "use_sliding_window",
 )
+# Why blocks of some can't be cut by rows and columns into equal parts: a part would compute something else.
+_OVER_ALL_HEADS = "it norms queries and keys over all heads at once"
+INDIVISIBLE = {
+    "phi3": "qkv_proj and gate_up_proj are several matrices in one",
+    "olmo2": _OVER_ALL_HEADS,
+    "olmo3": _OVER_ALL_HEADS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,14 @@ class LlamaSpec(BackboneSpec):
 
     def side_width(self, reduction_factor: int) -> int:
         return max(8, 8 * round(self.d_model / reduction_factor / 8))
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"heads": self.num_heads, "heads of keys and values": self.num_kv_heads, "feed-forward channels": self.d_ff}
+
+    @property
+    def indivisible(self) -> str | None:
+        return INDIVISIBLE.get(self.model_type)
 
     @property
     def architecture(self) -> Mapping[str, Any]:
