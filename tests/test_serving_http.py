@@ -12,79 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
-import uvicorn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from helpers.llama_runs import ENDS, make_tokenizer
-from helpers.llamas import make_llama
-from helpers.served import alone, save_sides
+from helpers.serving import Served, made, measure, serving
 from lst_scale.cli.main import app
 from lst_scale.errors import ArgumentError
-from lst_scale.serving.start import OPEN_TO_ALL, Options, build, serve
+from lst_scale.serving.start import OPEN_TO_ALL, Options, serve
 
-LADDER = {"start_as_backbone": True, "merge_last": True}
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
-
-
-@dataclass
-class Served:
-    url: str
-    checkpoint: Path
-    sides: dict[str, Path]
-    folder: Path
-    said: list[str]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
-
-    def expected(self, name: str, text: str, most: int) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(self.checkpoint)
-        prompt = tokenizer(text).input_ids
-        return str(tokenizer.decode(alone(self.sides[name], model)(prompt, most), skip_special_tokens=True))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    folder, tokenizer = tmp_path_factory.mktemp("served"), make_tokenizer(**ENDS)
-    tokenizer.chat_template = TEMPLATE
-    checkpoint = folder / "checkpoint"
-    make_llama("llama", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None).save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
-    return checkpoint, save_sides(str(checkpoint), folder, 3, **LADDER)
-
-
-@contextlib.contextmanager
-def serving(made: tuple[Path, dict[str, Path]], folder: Path, **options: Any) -> Iterator[Served]:
-    checkpoint, sides = made
-    said: list[str] = []
-    app, watcher = build(Options(checkpoint=str(checkpoint), sides=sides, folder=folder, precision="fp32", **options), said.append)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", checkpoint, sides, folder, said)
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            if watcher is not None:
-                watcher.stop()
+__all__ = ["made"]
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +84,14 @@ def test_a_seed_gives_the_same_draw(served: Served) -> None:
 
 
 def test_several_models_label_one_text_on_one_pass(served: Served) -> None:
-    before = _measure(served.url, "lst_prompts_run_total")
+    before = measure(served.url, "lst_prompts_run_total")
     body = {"models": list(served.sides), "input": "a text that nobody else asks for", "labels": ["person", "food", "plant"]}
     results = served.post("/v1/classify", body).json()["results"]
     assert [each["model"] for each in results] == list(served.sides)
     for each in results:
         shares = each["rows"][0]["probabilities"]
         assert sum(shares.values()) == pytest.approx(1) and each["rows"][0]["label"] == max(shares, key=shares.__getitem__)
-    assert _measure(served.url, "lst_prompts_run_total") == before + 1
-
-
-def _measure(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+    assert measure(served.url, "lst_prompts_run_total") == before + 1
 
 
 WRONG: dict[str, tuple[str, Any, int, str]] = {
@@ -206,9 +141,28 @@ def test_a_client_that_leaves_makes_room(served: Served) -> None:
     with pytest.raises(httpx.TimeoutException):
         httpx.post(f"{served.url}/v1/completions", json=body | {"stream": False}, timeout=0.5)
     deadline = time.monotonic() + 30
-    while _measure(served.url, "lst_rows_running"):
+    while measure(served.url, "lst_rows_running"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_client_that_sends_or_reads_too_slowly_holds_nobody_up(made: Any, tmp_path: Path) -> None:
+    with serving(made, tmp_path, seconds=3, most_rows=2) as served:
+        address = ("127.0.0.1", int(served.url.rpartition(":")[2]))
+        body = json.dumps({"model": "side0", "prompt": "a bird", "max_tokens": 4000, "ignore_eos": True, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(address) as sender, socket.create_connection(address) as reader:
+            sender.sendall(head + body[:10])  # and no more
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.sendall(head + body)  # and reads nothing
+            answer = served.client.completions.create(model="side1", prompt="a bird", max_tokens=6, temperature=0)
+            assert answer.choices[0].text == served.expected("side1", "a bird", 6)
+            sender.settimeout(30)
+            assert sender.recv(4096).startswith(b"HTTP/1.1 408")
+            deadline = time.monotonic() + 30
+            while measure(served.url, "lst_rows_running"):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
 
 def test_side_networks_come_and_go_in_the_folder_and_a_broken_one_disturbs_nobody(made: Any, tmp_path: Path) -> None:
@@ -274,6 +228,7 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lst_scale.cli", "serve", "--backbone", str(checkpoint), "--precision", "fp32", "--port", str(port)]
+    command += ["--seconds", "600"]  # a busy machine needs minutes for the answers below
     command += [word for name, folder in sides.items() for word in ("--side", f"{name}={folder}")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -288,11 +243,11 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
             found: list[httpx.Response] = []
             body = {"model": "side1", "prompt": "a bird", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
             threads = [
-                threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=240))) for _ in range(8)
+                threading.Thread(target=lambda: found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=600))) for _ in range(8)
             ]
             for thread in threads:
                 thread.start()
-            while _measure(url, "lst_rows_running") < 8:  # all have been taken
+            while measure(url, "lst_rows_running") < 8:  # all have been taken
                 assert time.monotonic() < deadline and not found, "one was answered before the last was taken: let them take longer"
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)

@@ -1,10 +1,12 @@
-"""What stands before every request: its size, and its key. Plain ASGI, so that nothing is read that need not be."""
+"""What stands before every request: its size, its key, and the time it takes to come. Plain ASGI: nothing is read that need not be."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -24,11 +26,18 @@ class TooLarge(HTTPException):
         super().__init__(413, f"the body may have {most_bytes:,} bytes at most")
 
 
-class Guard:
-    """Refuses bodies over `most_bytes` (413) and, where there are keys, requests without one of them (401)."""
+class TooSlow(HTTPException):
+    """A request's body has not come in time."""
 
-    def __init__(self, app: App, *, most_bytes: int, keys: Sequence[str] = ()) -> None:
-        self._app, self._most_bytes, self._keys = app, most_bytes, [key.encode() for key in keys]
+    def __init__(self, seconds: float) -> None:
+        super().__init__(408, f"the body has not come within {seconds:g} s")
+
+
+class Guard:
+    """Refuses bodies over `most_bytes` (413) or over `seconds` on their way (408) and, where there are keys, requests without (401)."""
+
+    def __init__(self, app: App, *, most_bytes: int, keys: Sequence[str] = (), seconds: float = 30.0) -> None:
+        self._app, self._most_bytes, self._keys, self._seconds = app, most_bytes, [key.encode() for key in keys], seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,13 +55,19 @@ class Guard:
         await self._counted(scope, receive, send)
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and end it when more comes than may: its length need not be told."""
-        received = 0
+        """Pass a request on, and end it when more comes than may, for its length need not be told, or when it comes too slowly."""
+        received, is_whole, deadline = 0, False, asyncio.get_running_loop().time() + self._seconds
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, is_whole
+            if is_whole:  # what comes next is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise TooSlow(self._seconds) from None
+            received, is_whole = received + len(message.get("body", b"")), not message.get("more_body", False)
             if received > self._most_bytes:
                 raise TooLarge(self._most_bytes)
             return message
@@ -62,9 +77,11 @@ class Guard:
     async def _pass_over(self, receive: Receive) -> None:
         """Let a client send what it has begun, within reason: one that is cut off does not read the answer."""
         passed, more = 0, True
-        while more and passed < 8 * self._most_bytes:
-            message = await receive()
-            passed, more = passed + len(message.get("body", b"")), message.get("more_body", False)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                while more and passed < 8 * self._most_bytes:
+                    message = await receive()
+                    passed, more = passed + len(message.get("body", b"")), message.get("more_body", False)
 
     def _knows(self, given: bytes) -> bool:
         """Compare with every key, each in a time that tells nothing of it."""

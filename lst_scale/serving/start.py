@@ -25,6 +25,7 @@ from lst_scale.system.distributed import World
 from lst_scale.training.shared import load_tokenizer_of
 
 MOST_BYTES = 8 << 20  # of a request's body
+UPLOAD_SECONDS = 30.0  # until a request's body has come
 LOOK_EVERY = 2.0  # seconds
 OPEN_TO_ALL = "whoever reaches this address may ask: give keys by --api-key-file, or listen on 127.0.0.1"
 
@@ -108,4 +109,4 @@ def build(options: Options, say: Callable[[str], None]) -> tuple[App, Watcher | 
     engine = Engine(backbone, networks, most_rows=options.most_rows, most_waiting=options.most_waiting)
     limits = Limits(seconds=options.seconds, prompt_tokens=options.prompt_tokens)
     app = make_app(Server(engine, networks, tokenizer, limits, options.folder))
-    return Guard(app, most_bytes=MOST_BYTES, keys=options.keys), watcher  # type: ignore[arg-type]
+    return Guard(app, most_bytes=MOST_BYTES, keys=options.keys, seconds=min(UPLOAD_SECONDS, options.seconds)), watcher  # type: ignore[arg-type]
