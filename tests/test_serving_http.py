@@ -255,7 +255,7 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
                 thread.join()
             assert len(found) == 8 and {answer.status_code for answer in found} == {200}
             assert len({answer.json()["choices"][0]["text"] for answer in found}) == 1
-            process.wait(60)
+            assert process.wait(60) == 0
             assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
         finally:
             process.kill()
@@ -263,7 +263,11 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
 
 MISTAKEN: dict[str, tuple[list[str], str]] = {
     "precision": (["--precision", "fp8"], "--precision 'fp8' is not one that serve has: write fp32, bf16, int8 or nf4"),
-    "placement": (["--placement", "zero3"], "--placement 'zero3' is not one that serve has: write replicated or streamed"),
+    "placement": (
+        ["--placement", "cloud"],
+        "write replicated, streamed, tensor_parallel or zero3",
+    ),
+    "alone": (["--placement", "zero3"], "start them by torchrun"),
     "side": (["--side", "runs/reviews"], "--side 'runs/reviews' must be a name and a folder"),
     "twice": (["--side", "a=b", "--side", "a=c"], "--side names a twice"),
     "folder": (["--side-folder", "/nowhere"], "--side-folder /nowhere is no folder"),

@@ -10,7 +10,7 @@ import typer
 from lst_scale.errors import ArgumentError, fence
 from lst_scale.system.extras import require
 
-PRECISIONS, PLACEMENTS = ("fp32", "bf16", "int8", "nf4"), ("replicated", "streamed")
+PRECISIONS, PLACEMENTS = ("fp32", "bf16", "int8", "nf4"), ("replicated", "streamed", "tensor_parallel", "zero3")
 
 
 def serve_command(
@@ -22,7 +22,7 @@ def serve_command(
         Path | None, typer.Option(help="a folder of them, watched: what comes is served under its folder's name, what goes is not")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or nf4")] = "bf16",
-    placement: Annotated[str, typer.Option(help="replicated or streamed")] = "replicated",
+    placement: Annotated[str, typer.Option(help="replicated, streamed; tensor_parallel or zero3 under torchrun")] = "replicated",
     host: Annotated[str, typer.Option(help="on which address it listens; the default is this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     rows: Annotated[int, typer.Option(min=1, help="requests that run together")] = 64,

@@ -7,6 +7,7 @@
     scoring.py     how likely labels are                                            | what a round does
     answering.py   side networks of one shape together (stacked.py)                /
     passes.py      what one pass computes, for the backbone and each side network  knows the boundary alone
+    ranks.py       a backbone divided over ranks: rank 0 tells the others of each pass
     rows.py        keys and values of rows of different lengths
     networks.py    side networks by name: read, kept, replaced, let go
 

@@ -22,6 +22,7 @@ from lst_scale.serving.answers import shares
 from lst_scale.serving.engine import Engine
 from lst_scale.serving.jobs import Ended, Generation, Scoring
 from lst_scale.serving.networks import Network, Networks
+from lst_scale.serving.passes import Passes
 from lst_scale.serving.sampling import Chosen, Sampling
 from lst_scale.system.distributed import World, poll_interruption
 from lst_scale.training.shared import load_tokenizer_of
@@ -85,7 +86,7 @@ def _started(asked: Mapping[str, ScoredRun], runs: Sequence[Path], world: World)
     for name, path in zip(asked, runs, strict=True):
         networks.add(name, path)
     rows = ROWS * len(runs)
-    engine = Engine(backbone, networks, most_rows=rows, most_waiting=2 * rows)  # each may be asked for a text and for labels
+    engine = Engine(Passes(backbone), networks, most_rows=rows, most_waiting=2 * rows)  # each may be asked for a text and for labels
     engine.start()
     return engine, networks, tokenizer
 

@@ -26,6 +26,8 @@ from lst_scale.serving.rows import Rows, joined
 from lst_scale.serving.sampling import Chooser
 from lst_scale.serving.scoring import Scorer, portions
 
+IDLE_SECONDS = 60.0  # after which ranks that wait for a pass hear that there is none, before their patience ends
+
 
 @dataclass(eq=False)
 class _Row:
@@ -66,14 +68,14 @@ class Engine:
     """
 
     def __init__(
-        self, backbone: Backbone, networks: Networks, *, most_rows: int = 64, most_waiting: int = 256, prompt_bytes: int = 256 << 20
+        self, passes: Passes, networks: Networks, *, most_rows: int = 64, most_waiting: int = 256, prompt_bytes: int = 256 << 20
     ) -> None:
-        self.passes = Passes(backbone)
+        self.passes = passes
         self.reader = Reader(self.passes, networks, prompt_bytes)
         self._answering = Answering(self.passes)
         self._scorer = Scorer(self.passes, self.reader, self._answering)
         self._most_rows, self._most_waiting = most_rows, most_waiting
-        self._ends = _ends_of(backbone)
+        self._ends = _ends_of(passes.backbone)
         self._waiting: deque[Generation] = deque()
         self._scorings: deque[Scoring] = deque()
         self._wake = threading.Condition()
@@ -133,7 +135,8 @@ class Engine:
         """Sleep until there is something to do; false at the end."""
         with self._wake:
             while not (self._rows or self._waiting or self._scorings or self._stopping):
-                self._wake.wait()
+                if not self._wake.wait(IDLE_SECONDS):
+                    self.passes.nothing_to_do()
             return bool(self._rows or self._waiting or self._scorings)
 
     def _guarded(self, work: Callable[[], None], rows: Sequence[_Row]) -> None:

@@ -74,6 +74,9 @@ class Passes:
         state = self.backbone.extend(ids_BT, self._kind.source_of(rows, ids_BT.shape[1]), request, cache)
         return state, rows.after(cache, ids_BT.shape[1])
 
+    def nothing_to_do(self) -> None:
+        """Hear from time to time that nobody asks for anything."""
+
     @torch.no_grad()
     def begin(self, side: SideNetwork, prompts: Sequence[Prompt]) -> tuple[Tensor, Rows]:
         """Run a side network on prompts; return the logits (B, V) of the first new token, and its own rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from lst_scale.backbone.masks import whole_mask
+
+
+class Twin(Protocol):
+    """What other ranks hold of the same rows, which follows what becomes of these."""
+
+    def of(self, rows: Sequence[int]) -> Twin: ...
+    def joined(self, parts: Sequence[Any]) -> Twin: ...
+
 
 Layer = tuple[Tensor, Tensor] | None  # keys and values (B, H, L, d); None where nothing is kept
 
@@ -28,6 +36,7 @@ class Rows:
     mask_BL: Tensor  # of the positions in `grown`
     given: tuple[Layer, ...] = ()  # of a source
     given_mask_BS: Tensor | None = None
+    twin: Twin | None = None  # the same rows on other ranks
 
     def __len__(self) -> int:
         return len(self.mask_BL)
@@ -51,8 +60,9 @@ class Rows:
         index = torch.tensor(list(rows), dtype=torch.long, device=self.mask_BL.device)
         mask = self.mask_BL[index]
         first = _leading_padding(mask)
+        twin = None if self.twin is None else self.twin.of(rows)
         if self.given_mask_BS is None:
-            return Rows(grown=_picked(self.grown, index, slice(first, None)), mask_BL=mask[:, first:])
+            return Rows(grown=_picked(self.grown, index, slice(first, None)), mask_BL=mask[:, first:], twin=twin)
         given = self.given_mask_BS[index]
         end = given.shape[1] - _leading_padding(given.flip(1))
         return Rows(
@@ -60,6 +70,7 @@ class Rows:
             mask_BL=mask[:, first:],
             given=_picked(self.given, index, slice(None, end)),
             given_mask_BS=given[:, :end],
+            twin=twin,
         )
 
 
@@ -78,10 +89,12 @@ def joined(parts: Sequence[Rows]) -> Rows:
     grown = [_joined([part.grown[layer] for part in parts], before=True) for layer in range(len(parts[0].grown))]
     mask = _stacked([part.mask_BL for part in parts], before=True)
     masks = [part.given_mask_BS for part in parts if part.given_mask_BS is not None]
+    twins = [part.twin for part in parts if part.twin is not None]
+    twin = twins[0].joined(twins) if twins else None
     if not masks:
-        return Rows(grown=tuple(grown), mask_BL=mask)
+        return Rows(grown=tuple(grown), mask_BL=mask, twin=twin)
     given = [_joined([part.given[layer] for part in parts], before=False) for layer in range(len(parts[0].given))]
-    return Rows(grown=tuple(grown), mask_BL=mask, given=tuple(given), given_mask_BS=_stacked(masks, before=False))
+    return Rows(grown=tuple(grown), mask_BL=mask, given=tuple(given), given_mask_BS=_stacked(masks, before=False), twin=twin)
 
 
 def padded(tensors: Sequence[Tensor]) -> Tensor:

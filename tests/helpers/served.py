@@ -15,6 +15,7 @@ from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.serving.engine import Engine
 from lst_scale.serving.jobs import Ended, Generation, Scoring
 from lst_scale.serving.networks import Network, Networks
+from lst_scale.serving.passes import Passes
 from lst_scale.serving.sampling import Chosen, Sampling
 
 
@@ -38,7 +39,7 @@ def engine_of(model: Any, sides: dict[str, Path], tokenizer: Any, **options: Any
     networks = Networks(backbone, PromptTokenizer(tokenizer) if backbone.spec.one_stack else tokenizer)
     for name, folder in sides.items():
         networks.add(name, folder)
-    engine = Engine(backbone, networks, **options)
+    engine = Engine(Passes(backbone), networks, **options)
     engine.start()
     return engine, networks
 
