@@ -189,11 +189,10 @@ class _TwoStacks:
         return SourceState(taps=nothing, final=final_BSD, source_mask_BS=rows.given_mask_BS, target_mask_BT=target_mask_BT)
 
     def begin(self, side: SideNetwork, prompts: Sequence[Prompt]) -> tuple[Tensor, Rows]:
-        longest = max(prompt.mask_1S.shape[1] for prompt in prompts)
-        mask_BS = torch.cat([_after(prompt.mask_1S, longest) for prompt in prompts])
+        mask_BS = padded([prompt.mask_1S for prompt in prompts], after=True)
         sources = [selected_stack(prompt.source, side.request) for prompt in prompts if prompt.source is not None]
-        hidden = tuple(torch.cat([_after(taps.tensors[i], longest) for taps in sources]) for i in range(len(side.request.layers)))
-        embedding_BSD = torch.cat([_after(taps.embedding, longest) for taps in sources])
+        hidden = tuple(padded([taps.tensors[i] for taps in sources], after=True) for i in range(len(side.request.layers)))
+        embedding_BSD = padded([taps.embedding for taps in sources], after=True)
         taps = StackTaps(layers=side.request.layers, embedding=embedding_BSD, hidden=hidden)
         cache = new_cache()
         hidden_B1D = side.decode(_together([prompt.target for prompt in prompts], side.request), side.encode(taps, mask_BS), cache)
@@ -262,8 +261,3 @@ def _together(states: Sequence[TargetState], request: TapRequest) -> TargetState
     finals = [state.final_BTD for state in states if state.final_BTD is not None]
     taps = StackTaps(layers=request.layers, embedding=padded([taps.embedding for taps in own]), hidden=hidden)
     return TargetState(taps=taps, final_BTD=padded(finals))
-
-
-def _after(tensor: Tensor, length: int) -> Tensor:
-    """Return states (1, S, ...) with zeros after them."""
-    return torch.cat([tensor, tensor.new_zeros(1, length - tensor.shape[1], *tensor.shape[2:])], 1)

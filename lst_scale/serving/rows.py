@@ -97,10 +97,15 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(grown=tuple(grown), mask_BL=mask, given=tuple(given), given_mask_BS=_stacked(masks, before=False), twin=twin)
 
 
-def padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Return states (1, L, ...) of several rows as one tensor (B, L, ...), with zeros before those that are shorter."""
+def padded(tensors: Sequence[Tensor], *, after: bool = False) -> Tensor:
+    """Return states (1, L, ...) of several rows as one tensor (B, L, ...), with zeros before those that are shorter, or `after` them.
+
+    Where all are one tensor, as when many side networks are asked about one prompt, nothing is copied.
+    """
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0].expand(len(tensors), *tensors[0].shape[1:])
     longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([_pad(tensor, longest - tensor.shape[1], dim=1, before=True) for tensor in tensors])
+    return torch.cat([_pad(tensor, longest - tensor.shape[1], dim=1, before=not after) for tensor in tensors])
 
 
 def _cache_of(layers: Sequence[Layer]) -> DynamicCache:

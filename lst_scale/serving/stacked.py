@@ -30,6 +30,7 @@ class Routing:
         self.slot_N = torch.zeros(0, dtype=torch.long)
         self.place_N = torch.zeros(0, dtype=torch.long)  # of each row among the padded rows
         self.networks, self.widest = 1, 1
+        self.in_order = False  # as many rows of each network, those of the first one first: padding and order are as they are
 
     def set(self, slots: Sequence[int], device: torch.device) -> None:
         """Give each row the slot of its network. Rows of one network are padded to those of the network that has the most."""
@@ -40,7 +41,9 @@ class Routing:
             seen[slot] = within[-1] + 1
         self.networks, self.widest = max(seen) + 1, max(seen.values())
         self.slot_N = torch.tensor(slots, device=device)
-        self.place_N = self.slot_N * self.widest + torch.tensor(within, device=device)
+        places = [slot * self.widest + place for slot, place in zip(slots, within, strict=True)]
+        self.place_N = torch.tensor(places, device=device)
+        self.in_order = places == list(range(self.networks * self.widest))
 
 
 class _Stacked(nn.Module):
@@ -74,12 +77,16 @@ class StackedLinear(_Stacked):
             return nn.functional.linear(states, weight[0], None if bias is None else bias[0])
         flat = states.reshape(len(states), -1, states.shape[-1])  # (N, T, in)
         length = flat.shape[1]
-        padded = flat.new_zeros(route.networks * route.widest, length, flat.shape[-1])
-        padded[route.place_N] = flat
-        grouped = padded.view(route.networks, route.widest * length, -1)
+        if route.in_order:
+            padded = flat
+        else:
+            padded = flat.new_zeros(route.networks * route.widest, length, flat.shape[-1])
+            padded[route.place_N] = flat
+        grouped = padded.reshape(route.networks, route.widest * length, -1)
         weights = weight[: route.networks].transpose(1, 2)
         product = torch.bmm(grouped, weights) if bias is None else torch.baddbmm(bias[: route.networks, None], grouped, weights)
-        return product.view(route.networks * route.widest, length, -1)[route.place_N].view(*states.shape[:-1], -1)
+        rows = product.view(route.networks * route.widest, length, -1)
+        return (rows if route.in_order else rows[route.place_N]).view(*states.shape[:-1], -1)
 
 
 class StackedNorm(_Stacked):
