@@ -106,6 +106,7 @@ def test_the_card_of_a_run_tells_its_facts_and_answers(
     [
         ("google-t5/t5-3b", "apache-2.0"),
         ("google/flan-t5-xl", "apache-2.0"),
+        ("Qwen/Qwen3-8B", "apache-2.0"),
         ("embedded:tiny-t5", "see the backbone's README.md"),
         ("somebody/t5", None),
     ],

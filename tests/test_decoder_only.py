@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.llamas import FAMILIES, make_llama
+from helpers.llamas import FAMILIES, make_beside_images, make_llama
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import as_backbone, load_backbone
-from lst_scale.backbone.families import family_of, numbers_of
+from lst_scale.backbone.families import family_of, numbers_of, text_part
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.inputs.batch import Inputs
 from lst_scale.recipe.method import LstRecipe
+from lst_scale.side.count import backbone_parameters, shape_of
 from lst_scale.side.loss import cross_entropy_sum, mean_cross_entropy
 
 CONFIG = {"reduction_factor": 8, "side_layers": [1, 3], "start_as_backbone": True}
@@ -234,3 +235,28 @@ def test_a_target_does_not_know_how_long_the_sources_beside_its_own_are(model: A
     torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-4)
     if not getattr(model.config, "sliding_window", None):  # in which padding counts, as in transformers
         torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_text_part_of_a_model_of_images_is_a_backbone(tmp_path: Path) -> None:
+    whole = make_beside_images(tmp_path)
+    ids = texts()
+    backbone = load_backbone(str(tmp_path), revision=None, precision="fp32")
+    with torch.no_grad():
+        assert torch.equal(ladder(backbone)(input_ids=ids).logits, whole(input_ids=ids).logits)
+    shape = shape_of(str(tmp_path))
+    assert shape is not None and shape.spec == backbone.spec and not shape.own_head
+    assert backbone_parameters(shape) == sum(p.numel() for p in whole.model.language_model.parameters())
+    assert backbone.num_parameters == backbone_parameters(shape)
+
+
+def test_what_a_text_config_leaves_out_is_what_transformers_takes() -> None:
+    from transformers import Gemma3Config
+
+    said: dict[str, Any] = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {"num_hidden_layers": 7, "sliding_window": 9}}
+    read, found = Gemma3Config(**said).text_config, numbers_of("gemma3_text", "it").spec_from(text_part(said))
+    wanted = family_of("gemma3_text", "it").spec(read)
+    assert (found.architecture, found.pad_token_id, found.decoder_start_token_id) == (
+        wanted.architecture,
+        wanted.pad_token_id,
+        wanted.decoder_start_token_id,
+    )

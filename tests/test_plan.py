@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from helpers import programs, ranks
+from helpers.paths import ROOT
 from helpers.ranks import Finished
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.weights.precision import quantized_linear, sized_quantized_linear
@@ -175,6 +176,18 @@ def test_the_command_answers_with_a_table_a_picture_and_the_cache(tmp_path: Path
     for name in ("lst", "LoRA, fp32", "LoRA, fp32, checkpointed", "LoRA, int8", "QLoRA, nf4, checkpointed", "full"):
         assert re.search(rf"│ {name} +│ [\d,]+ .*│ yes +│ \d+ +│", done.stdout), (name, done.stdout)
     assert "4,800 training rows" in done.stdout and (tmp_path / "plan.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-8b-nf4", "llama-3.1-8b", "gemma-3-12b", "qwen3-32b-streamed"])
+def test_recipes_of_language_models_say_what_was_planned(name: str) -> None:
+    quantized_linear(torch.ones(64, 64), "nf4")  # here, not in the step: what it warns of at first keeps frames
+    header = re.sub(r"\s*\n# ", " ", (ROOT / "recipes" / f"{name}.yaml").read_text())
+    said = re.search(r"([\d.]+) GB of tensors at the peak, ([\d.]+) of them", header)
+    recipe = load_recipe(name)
+    found = stepped(recipe, report.setting_of(recipe, world_size=1, on_gpu=True, target=None))
+    assert said is not None
+    assert (found.peak / 1e9, found.parts[WEIGHTS] / 1e9) == pytest.approx((float(said[1]), float(said[2])), abs=0.06)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from helpers.tiny import tiny_t5
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.weights.checkpoint import spec_of
 from lst_scale.errors import BackboneError, LadderError
 from lst_scale.methods.lst import ladder_config
@@ -22,7 +23,8 @@ from lst_scale.side.config import LadderConfig
 from lst_scale.side.count import SHAPES, Shape, backbone_parameters, shape_of, trainable_parameters
 from lst_scale.side.network import SideNetwork
 
-TABLE = sorted(json.loads(SHAPES.read_text()))
+ENTRIES: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
+TABLE = sorted(name for name, entry in ENTRIES.items() if entry["model_type"] in ("t5", "mt5"))
 LAYERS: list[dict[str, Any]] = [
     {},
     {"side_layers": (1, 3)},
@@ -131,8 +133,26 @@ def test_the_backbone_formula_equals_the_built_backbone(checkpoint: str) -> None
     assert backbone_parameters(known) == tied + (known.spec.vocab_size * known.spec.d_model if known.own_head else 0)
 
 
+@pytest.mark.parametrize("checkpoint", sorted(ENTRIES.keys() - set(TABLE)))
+def test_the_formulas_equal_other_kinds_of_models_as_they_are_built(checkpoint: str) -> None:
+    known = shape(checkpoint)
+    family = family_of(known.spec.model_type, checkpoint)
+    with torch.device("meta"):
+        model = family.unfilled(known.spec, shards=1)
+        method = LstRecipe(name="lst", initialization="random", merge_last=True, start_as_backbone=True, normalize_taps=True)
+        side = SideNetwork(known.spec, ladder_config(method, known.spec))
+    family.tie(model, own_head=known.own_head)
+    assert backbone_parameters(known) == sum(parameter.numel() for parameter in model.parameters())
+    assert trainable_parameters(known, method) == sum(parameter.numel() for parameter in side.parameters())
+
+
 def test_published_sizes_agree() -> None:
     sizes = {
+        "Qwen/Qwen3-8B": 8.19e9,
+        "Qwen/Qwen3-32B": 32.76e9,
+        "meta-llama/Llama-3.1-8B-Instruct": 8.03e9,
+        "meta-llama/Llama-3.3-70B-Instruct": 70.55e9,
+        "google/gemma-3-12b-it": 11.77e9,  # without what reads images
         "google-t5/t5-small": 60.5e6,
         "google-t5/t5-11b": 11.3e9,
         "google/byt5-xxl": 12.9e9,

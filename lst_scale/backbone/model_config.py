@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lst_scale.backbone.families import ROOMS, numbers_of
+from lst_scale.backbone.families import ROOMS, numbers_of, text_part
 from lst_scale.errors import BackboneError, fence, printable
 from lst_scale.system.assets import resolve
 
@@ -54,7 +54,7 @@ def _refuse_gguf(path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what a config.json says; of a model of a known family, checked.
+    """Return what a config.json says of the model, of its text part where it reads images, too; of a known family, checked.
 
     Raises:
         BackboneError: it can't be read, or a value can't be meant.
@@ -63,6 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
             raise BackboneError(f"{path} can't be read as a model configuration: it holds {_spoken(config)}: copy the checkpoint again")
+        config = dict(text_part(config))
         if config.get("model_type") in ROOMS:
             problem = numbers_of(config["model_type"], path).problem_of(config)
             if problem:

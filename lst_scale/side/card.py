@@ -14,7 +14,7 @@ from lst_scale.system.assets import EMBEDDED, resolve
 
 LIVE = "live model"  # what a backbone is called that was given as an object without a name
 # Of the models in these families that their makers publish.
-_APACHE = re.compile(r"(google-t5/)?t5-\w+|google/(flan-t5|t5-v1_1|t5-efficient|mt5|byt5|ul2|flan-ul2|switch)[\w.-]*")
+_APACHE = re.compile(r"(google-t5/)?t5-\w+|google/(flan-t5|t5-v1_1|t5-efficient|mt5|byt5|ul2|flan-ul2|switch)[\w.-]*|Qwen/Qwen3-[\w.-]+")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lst_scale.backbone.families import Numbers, numbers_of
+from lst_scale.backbone.families import Numbers, numbers_of, text_part
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.spec import BackboneSpec
 from lst_scale.errors import BackboneError, did_you_mean, fence
@@ -81,7 +81,8 @@ def shape_of(checkpoint: str) -> Shape | None:
     table: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
     if checkpoint in table:
         entry = table[checkpoint]
-        return Shape(spec=numbers_of(entry["model_type"], checkpoint).spec_from(entry), own_head=entry["own_head"])
+        config = text_part(entry)
+        return Shape(spec=numbers_of(config["model_type"], checkpoint).spec_from(config), own_head=entry["own_head"])
     path = find_config(checkpoint)
     if path is None:
         return None

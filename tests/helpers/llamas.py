@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SHAPE: dict[str, Any] = {
@@ -50,4 +51,22 @@ def make_llama(model_type: str, **changes: Any) -> Any:
                 parameter.normal_(0, 0.3 if "embed" in name else 0.12)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
+    return model
+
+
+def make_beside_images(folder: Path) -> Any:
+    """Return a Gemma 3 of images and text, and write it into a folder."""
+    torch.manual_seed(0)
+    text = SHAPE | FAMILIES["gemma3_text"] | {"hidden_size": 64, "model_type": "gemma3_text"}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision | {"model_type": "siglip_vision_model"}, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
     return model

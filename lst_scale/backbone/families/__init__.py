@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "olmo3", "granite")
 ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama")  # model_type -> folder
+TEXT_PARTS = {"gemma3": "gemma3_text"}  # a model of images and text -> the model of text in it, which stands behind the boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +366,15 @@ def family_of_live(model: Any) -> Family:
             return family
     known = dict.fromkeys(name for known in ROOMS for name in family_of(known, known).live_classes)
     raise BackboneError(f"{type(model).__name__} can't be a backbone: pass a {' or a '.join(known)}")
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config.json says of the model's text part; of a model of text alone, all that it says."""
+    part = TEXT_PARTS.get(config.get("model_type", ""))
+    if part is None:
+        return config
+    text: Mapping[str, Any] = importlib.import_module(f"{__name__}.{ROOMS[part]}.config").text_of(config)
+    return text
 
 
 def _room(model_type: str | None, where: object) -> str:

@@ -57,7 +57,7 @@ def check_shapes(model: Any, checkpoint: Checkpoint) -> None:
 def _refuse_surplus_blocks(checkpoint: Checkpoint) -> None:
     """Refuse weights of more blocks than the configuration has: a shallower model of theirs would train, and be another one."""
     counts = Counter(ref.path.rpartition(".")[0] for ref in block_refs(checkpoint))
-    for name in checkpoint.names():
+    for name in checkpoint.family.canonical(checkpoint.names()):
         for stack, count in counts.items():
             number = name.removeprefix(f"{stack}.").partition(".")[0] if name.startswith(f"{stack}.") else ""
             if number.isdecimal() and int(number) >= count:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from lst_scale.backbone.families import Family, family_of
+from lst_scale.backbone.families import TEXT_PARTS, Family, family_of
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.backbone.weights.remembered import remembered
 from lst_scale.errors import BackboneError, fence
@@ -125,13 +125,22 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     path = resolve(name)
     folder = Path(path) if Path(path).exists() else _download(path, revision)
     with fence(BackboneError, f"{folder}/config.json can't be read as a model configuration"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _of_text(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     family_of(config.model_type, name)
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         found = sorted(file.name for file in folder.glob("pytorch_model*"))
         hint = f" ({found[0]} is a pickle, which can run code and is never loaded)" if found else ""
         raise BackboneError(f"{name} has no {SINGLE}{hint}: choose a revision with safetensors, or convert it with save_pretrained")
     return Checkpoint(name, revision, folder, config)
+
+
+def _of_text(config: Any) -> Any:
+    """Return the configuration of the model's text part; of a model of text alone, as it is."""
+    if config.model_type not in TEXT_PARTS:
+        return config
+    text = config.get_text_config()
+    text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id  # said outside of it, if anywhere
+    return text
 
 
 def spec_of(config: Any) -> BackboneSpec:

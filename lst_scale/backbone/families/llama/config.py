@@ -16,7 +16,29 @@ COUNTS = {  # the largest that makes sense: far above any model, far below what 
     "num_hidden_layers": 1000,
     "max_position_embeddings": 10**9,
 }
+# What Gemma 3's text_config may leave out, and what transformers then takes.
+GEMMA3 = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
 MUST = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a Gemma 3's text_config as that of a model of its own; which token ends an answer is said outside of it."""
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    outside = {name: config[name] for name in ("eos_token_id",) if config.get(name) is not None}
+    return GEMMA3 | text | outside | {"model_type": "gemma3_text"}
 
 
 def problem_of(config: Mapping[str, Any]) -> str | None:

@@ -85,10 +85,12 @@ class LlamaModel:
     )
 
     def stored_names(self, name: str) -> tuple[str, ...]:
-        return (name, EMBEDDING) if name == HEAD else (name,)  # a head that is stored nowhere is the embedding
+        names = (name, EMBEDDING) if name == HEAD else (name,)  # a head that is stored nowhere is the embedding
+        return tuple(stored for name in names for stored in (name, *_names_beside_images(name)))
 
     def canonical(self, names: Iterable[str]) -> set[str]:
-        return {name for name in names if not name.endswith("rotary_emb.inv_freq")}  # old checkpoints store that, too
+        of_text = (_name_of_text(name) for name in names if not name.endswith("rotary_emb.inv_freq"))  # old checkpoints store that, too
+        return {name for name in of_text if name is not None}
 
     def spec(self, config: Any) -> LlamaSpec:
         return spec_from(config.to_dict())
@@ -188,6 +190,26 @@ class LlamaModel:
 
     def state(self, output: Any) -> Tensor:
         return _state(output)
+
+
+# Where checkpoints of text and images hold their text: Google's, and those that transformers 5 makes of them.
+_BESIDE_IMAGES = ("language_model.model.", "model.language_model.")
+# What reads images, and a copy of the embedding as the head.
+_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.", "language_model.lm_head.")
+
+
+def _names_beside_images(name: str) -> tuple[str, ...]:
+    return tuple(prefix + name.removeprefix("model.") for prefix in _BESIDE_IMAGES) if name.startswith("model.") else ()
+
+
+def _name_of_text(stored: str) -> str | None:
+    """Return the one name of a stored tensor; None: it is none of the text's."""
+    if stored.startswith(_NOT_TEXT):
+        return None
+    for prefix in _BESIDE_IMAGES:
+        if stored.startswith(prefix):
+            return "model." + stored.removeprefix(prefix)
+    return stored
 
 
 def _state(output: Any) -> Tensor:
