@@ -179,10 +179,11 @@ def test_a_ladder_that_stands_alone_trains_too() -> None:
     assert all(parameter.grad is not None for parameter in made.parameters())
 
 
-def test_what_is_recomputed_and_what_is_dropped_leave_the_gradient_right() -> None:
+@pytest.mark.parametrize("reduction_factor", [8, 1], ids=["one head", "several heads on the same keys"])
+def test_what_is_recomputed_and_what_is_dropped_leave_the_gradient_right(reduction_factor: int) -> None:
     model, ids, found = make_llama("llama"), texts(), []
     for recompute in (False, True):
-        made = ladder(model, trained=True, recompute=recompute, dropout=0.1).train()
+        made = ladder(model, trained=True, recompute=recompute, dropout=0.1, reduction_factor=reduction_factor).train()
         torch.manual_seed(3)
         made(input_ids=ids, labels=ids).loss.backward()
         found.append({name: p.grad for name, p in made.named_parameters()})

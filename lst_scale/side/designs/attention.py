@@ -41,6 +41,8 @@ def side_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs
         )
         return result
+    if key.shape[1] != query.shape[1]:  # several heads of queries read the same keys
+        key, value = (held.repeat_interleave(query.shape[1] // held.shape[1], 1) for held in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
