@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 PAGE, TESTS = Path(__file__).parent / "support.md", Path(__file__).parents[1] / "tests"
-T5, LLAMA = "T5, mT5", "Llama and its kin"
+T5, LLAMA, T5GEMMA = "T5, mT5", "Llama and its kin", "T5Gemma 2"
+GEMMA_TAPS, GEMMA_RUNS = "test_t5gemma.py", "test_t5gemma_runs.py"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
 WHOLE = "not yet: held whole by each process"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
@@ -79,6 +80,21 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
         ),
     ],
 }
+# The last column, by what a row is about; rows that it lacks are not there yet.
+OF_T5GEMMA: dict[str, Cell] = {
+    "fp32, bf16": f"{GEMMA_TAPS}::test_taps_are_what_blocks_return",
+    "int8, nf4": f"{GEMMA_RUNS}::test_a_packed_backbone_trains_a_side_network",
+    "`tensor_parallel`, `zero3`, `streamed`": f"{GEMMA_TAPS}::test_blocks_that_come_and_go_give_the_same_taps",
+    "the same in int8 and nf4": f"{GEMMA_TAPS}::test_blocks_that_come_and_go_give_the_same_taps",
+    "the tap cache": f"{GEMMA_RUNS}::test_a_run_from_the_tap_cache_ends_as_the_live_one",
+    "`lst`": f"{GEMMA_TAPS}::test_a_step_moves_the_side_network_alone",
+    "`full`, `lora`": f"{GEMMA_RUNS}::test_methods_inside_the_model_train_too",
+    "members on one pass": f"{GEMMA_RUNS}::test_members_on_one_pass_end_as_each_would_alone",
+    "generation with a cache": f"{GEMMA_TAPS}::test_a_cache_changes_no_answer",
+    "`lst-scale predict`": f"{GEMMA_RUNS}::test_a_finished_run_answers_a_file_as_it_was_scored",
+    "`lst-scale plan`": "test_plan.py::test_recipes_of_language_models_say_what_was_planned",
+    "save and load": f"{GEMMA_TAPS}::test_what_is_saved_reads_back_and_fits_its_own_backbone_alone",
+}
 INTRODUCTION = f"""# What works with what
 
 Made by `python docs/make_support_md.py`: each cell is the test that proves it. "{T5}" are T5, T5 v1.1, Flan-T5, mT5, ByT5 and UL2;
@@ -108,12 +124,17 @@ def shown(cell: Cell) -> str:
     return f"yes: `{name}`"
 
 
+def _of_t5gemma(what: str) -> str:
+    found = shown(OF_T5GEMMA.get(what, "not yet"))
+    return found + " (`streamed`)" if "come_and_go" in found else found
+
+
 def page() -> str:
     """Return the whole page."""
     parts = [INTRODUCTION]
     for title, rows in TABLES.items():
-        lines = [f"| | {T5} | {LLAMA} |", "| --- | --- | --- |"]
-        lines += [f"| {what} | {shown(first)} | {shown(second)} |" for what, first, second in rows]
+        lines = [f"| | {T5} | {LLAMA} | {T5GEMMA} |", "| --- | --- | --- | --- |"]
+        lines += [f"| {what} | {shown(first)} | {shown(second)} | {_of_t5gemma(what)} |" for what, first, second in rows]
         parts.append(f"## {title}\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 

@@ -218,7 +218,9 @@ def test_an_encoder_decoder_s_arguments_are_refused() -> None:
 def test_another_kind_of_model_is_one_line_that_lists_those_that_are_known() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(BackboneError, match=r"^GPT2LMHeadModel can't be a backbone: pass a .*LlamaForCausalLM.* or a GraniteForCausalLM$"):
+    with pytest.raises(
+        BackboneError, match=r"^GPT2LMHeadModel can't be a backbone: pass a .*LlamaForCausalLM.* or a T5Gemma2ForConditionalGeneration$"
+    ):
         as_backbone(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)))
 
 

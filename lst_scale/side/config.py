@@ -37,7 +37,7 @@ class LadderConfig:
         downsample_rank: two narrower linears, d -> rank -> d/r, for each downsample (QST); None: one.
         normalize_taps: RMS-normalise every block's tap before its downsample, without a learned scale (the downsample has one). A
             pretrained T5's states grow with depth and a few channels dominate them; QST (Zhang et al., ACL 2024) normalises after
-            the downsample for the same reason. Not in the paper; None, until a backbone says: off beside an encoder-decoder, on beside
+            the downsample for the same reason. Not in the paper; None, until a backbone says: off beside a T5, on beside a T5Gemma and
             a decoder-only model, which without it is lost (3.5 points on SmolLM2). With vision, words and image tokens as they enter, too.
         gate_temperature: T in mu = sigmoid(alpha / T).
         recompute: keep only the taps and the side state between blocks for the backward pass, and run each side block again there. Exact
@@ -107,7 +107,7 @@ class LadderConfig:
         return replace(
             self,
             side_layers=tuple(range(spec.depth)) if self.side_layers == "all" else self.side_layers,
-            normalize_taps=spec.one_stack if self.normalize_taps is None else self.normalize_taps,
+            normalize_taps=spec.large_states if self.normalize_taps is None else self.normalize_taps,
             merge_last=self.merge_last or (self.start_as_backbone and spec.one_stack),
         )
 

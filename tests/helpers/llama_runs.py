@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.llamas import make_llama
 from helpers.paths import EMBEDDED
 from helpers.recipes import recipe_writer
+from helpers.t5gemmas import make_t5gemma
 from helpers.training import train
 from lst_scale.recipe.schema import load_recipe
 
@@ -47,7 +48,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save_with_tokenizer(model_type: str, tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any) -> Path:
     """Save a small model that knows the tokenizer's vocabulary."""
     options: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None} | changes
-    make_llama(model_type, **options).save_pretrained(folder)
+    model = make_t5gemma(**(options | {"pad_token_id": 1})) if model_type == "t5gemma2" else make_llama(model_type, **options)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

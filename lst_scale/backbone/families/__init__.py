@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lst_scale.recipe.method import Method
 
 _LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "olmo3", "granite")
-ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama")  # model_type -> folder
+ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama") | {"t5gemma2": "t5gemma"}  # model_type -> folder
+REFUSED = {"t5gemma": "a T5Gemma 1, whose stacks have a word table each: choose a T5Gemma 2"}  # what is near a known one, and why not
 TEXT_PARTS = {"gemma3": "gemma3_text"}  # a model of images and text -> the model of text in it, which stands behind the boundary
 
 
@@ -378,6 +379,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _room(model_type: str | None, where: object) -> str:
+    if model_type in REFUSED:
+        raise BackboneError(f"{where} is {REFUSED[model_type]}")
     if model_type not in ROOMS:
         *others, last = ROOMS
         raise BackboneError(f"{where} is a {model_type!r} model: choose a checkpoint of type {', '.join(others)} or {last}")

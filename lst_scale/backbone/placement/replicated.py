@@ -209,4 +209,5 @@ def _live_weight_source(model: Any) -> Callable[[str], Tensor]:
 
 def _live_fingerprint(model: Any, spec: BackboneSpec) -> str:
     parameters = dict(model.named_parameters())
-    return fingerprint_of(spec, parameters, parameters.__getitem__)
+    names = family_of(spec.model_type, "this model").canonical(parameters)
+    return fingerprint_of(spec, names, parameters.__getitem__)

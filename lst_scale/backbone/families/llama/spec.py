@@ -55,6 +55,7 @@ class LlamaSpec(BackboneSpec):
     """A decoder-only model."""
 
     one_stack: ClassVar[bool] = True
+    large_states: ClassVar[bool] = True
 
     num_layers: int
     num_kv_heads: int
