@@ -40,6 +40,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
     ],
     "What trains": [
         ("`lst`", EVERY, f"{TAPS}::test_a_step_moves_the_side_network_alone"),
+        (
+            "`initialization: pruning`, `fisher`",
+            "test_side_initialize.py::test_pruning_by_magnitude_equals_the_procedure_written_out",
+            f"{RUNS}::test_a_side_network_that_was_carved_out_of_the_backbone_trains",
+        ),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
         ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
         ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),

@@ -93,12 +93,22 @@ def test_a_packed_backbone_trains_a_side_network(precision: str, write: Callable
     assert all(torch.isfinite(tensor).all() for tensor in final_weights(folder).values())
 
 
+@pytest.mark.parametrize("initialization", ["pruning", "fisher"])
+def test_a_side_network_that_was_carved_out_of_the_backbone_trains(initialization: str, write: Callable[..., Path]) -> None:
+    method = METHOD | {"initialization": initialization} | ({"fisher_samples": 5} if initialization == "fisher" else {})
+    weights = final_weights(trained(write("carved", "mistral", method=method)))
+    drawn = final_weights(trained(write("drawn", "mistral")))
+    assert weights.keys() == drawn.keys() and all(torch.isfinite(tensor).all() for tensor in weights.values())
+    name = "stack.blocks.1.mlp.down_proj.weight"
+    assert weights[name].std() != pytest.approx(drawn[name].std().item(), rel=0.05), "it starts elsewhere"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
             {"method": METHOD | {"initialization": "pruning"}},
-            "side blocks are not carved out of a llama: write method.init",
+            "side blocks are not carved out of this llama, whose blocks hold more than a side block has a place for: write method.init",
         ),
         (
             {"backbone__placement": {"name": "tensor_parallel", "size": 4}},

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
+from helpers.llamas import make_llama
 from helpers.models import make_t5
+from lst_scale.backbone.families import family_of
 from lst_scale.backbone.weights import fisher
 from lst_scale.backbone.weights.checkpoint import open_checkpoint
 from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
@@ -50,6 +52,33 @@ def test_sums_equal_autograd_s_over_the_whole_model(changes: dict[str, Any], tmp
     for name, sums in found.items():
         whole = expected[name] if name != "shared.weight" else expected[name].sum(0, keepdim=True)
         torch.testing.assert_close(sums, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])
+def test_sums_of_a_decoder_only_model_equal_autograd_s(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama(model_type, **({"attention_bias": False, "rms_norm_eps": 1e-5} if model_type == "llama" else {}))
+    model.save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    given = [
+        Example(input_ids_S=torch.randint(3, 97, (1 + i % 5,), generator=draw), labels_T=torch.randint(3, 97, (1 + i % 3,), generator=draw))
+        for i in range(7)
+    ]
+    spec = family_of(model_type, "it").spec(model.config)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for example in given:
+        ids = example.input_ids_S[None]
+        source, _, target = family_of(model_type, "it").divide(spec, ids, torch.ones_like(ids), example.labels_T[None])
+        model.zero_grad()
+        logits = model(torch.cat([source, target], 1)).logits[0, -len(example.labels_T) :]
+        torch.nn.functional.cross_entropy(logits, example.labels_T).backward()
+        for name, parameter in model.named_parameters():
+            sums[name] += parameter.grad.square()
+    monkeypatch.setattr(fisher, "TOKENS_AT_ONCE", 20)
+    found = fisher_importance(open_checkpoint(str(tmp_path)), given)
+    assert found.keys() == {n for n, p in sums.items() if p.ndim == 2 and ".layers." in n} | {"model.embed_tokens.weight"}
+    for name, ours in found.items():
+        whole = sums[name] if "embed" not in name else sums[name].sum(0, keepdim=True)
+        torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_what_was_made_once_is_read_afterwards(tmp_path: Path) -> None:

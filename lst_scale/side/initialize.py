@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.families import BlockRef, Sublayer, family_of
+from lst_scale.backbone.families import BlockRef, Sublayer, WholeHeads, family_of
 from lst_scale.errors import LadderError
 from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.parts import narrowing
@@ -95,7 +95,7 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
         raise LadderError("design adapter has no blocks to carve out of the backbone: write method.initialization=random")
     spec, family = side.spec, family_of(side.spec.model_type, "this backbone")
     narrow, attends_to_tap = narrowing(spec, side.config), side.config.design == "cross_attention"
-    chain = _Chain(weights, importance or weights, side.config.reduction_factor)
+    chain = _Chain(weights, importance or weights, spec.side_width(side.config.reduction_factor))
     chain.start(family.embedding_name)
     for name, stack in side.stacks():
         sublayers = family.sublayers(spec, narrow, name)
@@ -105,15 +105,15 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
                 if str(ref.index) in stack.blocks:
                     family.put_carved(stack.blocks[str(ref.index)], carved, attends_to_tap=attends_to_tap)
         _, norm = family.final_norm(spec, name)
-        stack.final_norm.weight.copy_(chain.norm(f"{norm}.weight"))
+        stack.final_norm.weight.copy_(chain.norm(f"{norm}.weight", sublayers[-1].norm_adds))
         family.start_positions(name, stack.blocks, weights)
 
 
 class _Chain:
     """Walks the backbone in order; `kept` are the residual coordinates that the last sublayer kept."""
 
-    def __init__(self, weights: WeightSource, importance: WeightSource, r: int) -> None:
-        self.weights, self.importance, self.r = weights, importance, r
+    def __init__(self, weights: WeightSource, importance: WeightSource, width: int) -> None:
+        self.weights, self.importance, self.width = weights, importance, width
         self.same = importance is weights
         self.kept = torch.empty(0, dtype=torch.long)
 
@@ -123,38 +123,58 @@ class _Chain:
         # A few thousand rows at a time, summed in float64: in bf16 a sum over the vocabulary has too few digits to rank columns by.
         sums = [rows.abs().sum(0, dtype=torch.float64) for rows in torch.split(importance, 8192)]
         scores = torch.stack(sums).sum(0)
-        self.kept = _largest(scores, len(scores) // self.r)
+        self.kept = _largest(scores, self.width)
 
     def block(self, ref: BlockRef, sublayers: Sequence[Sublayer]) -> dict[str, Tensor]:
         """Return one block's pruned weights, named as inside the block."""
         pruned: dict[str, Tensor] = {}
         for sublayer in sublayers:
-            pruned[sublayer.norm] = self.norm(f"{ref.path}.{sublayer.norm}")
+            pruned[sublayer.norm] = self.norm(f"{ref.path}.{sublayer.norm}", sublayer.norm_adds)
             pruned |= self._sublayer(ref.path, sublayer)
         return pruned
 
-    def norm(self, name: str) -> Tensor:
-        return self.weights(name)[self.kept]
+    def norm(self, name: str, adds: float = 0.0) -> Tensor:
+        return self.weights(name)[self.kept] + adds
 
     def _sublayer(self, path: str, sublayer: Sublayer) -> dict[str, Tensor]:
-        """Prune the input matrices to common rows, then the output matrix to 1/r of its own rows."""
-        inputs, log_products = {}, []
+        """Prune the input matrices to common rows, or to whole heads, then the output matrix to some of its own rows."""
+        inputs, kept_importances = {}, []
         for name in sublayer.inputs:
             weight = self.weights(f"{path}.{name}")
             importance = self._importance(f"{path}.{name}", weight)[:, self.kept]
             inputs[name] = weight[:, self.kept]
             # Importances are squared gradients: a product of three underflows float32, a sum of float64 logarithms does not.
-            log_products.append(importance.abs().double().log())
-        # One matrix or a product of several: those of a gated feed-forward multiply unit by unit, as q, k and v do.
-        rows = _largest(torch.stack(log_products).sum(0).logsumexp(1), sublayer.rows)
+            kept_importances.append(importance.abs().double().log())
+        rows_of = _rows_of_heads(kept_importances, sublayer.heads) if sublayer.heads is not None else None
+        if rows_of is None:
+            # One matrix or a product of several: those of a gated feed-forward multiply unit by unit, as q, k and v do.
+            rows_of = [_largest(torch.stack(kept_importances).sum(0).logsumexp(1), sublayer.rows)] * len(inputs)
+        rows = rows_of[0]
         weight = self.weights(f"{path}.{sublayer.output}")
         importance = self._importance(f"{path}.{sublayer.output}", weight)[:, rows]
-        self.kept = _largest(importance.abs().double().sum(1), len(weight) // self.r)
-        pruned = {name: matrix[rows] for name, matrix in inputs.items()}
+        self.kept = _largest(importance.abs().double().sum(1), self.width)
+        pruned = {name: matrix[own] for (name, matrix), own in zip(inputs.items(), rows_of, strict=True)}
         return pruned | {sublayer.output: weight[:, rows][self.kept]}
 
     def _importance(self, name: str, weight: Tensor) -> Tensor:
         return weight if self.same else self.importance(name)
+
+
+def _rows_of_heads(log_importances: Sequence[Tensor], heads: WholeHeads) -> list[Tensor]:
+    """Return which rows of queries, keys and values are kept, given the logarithms of their importances (rows, columns).
+
+    A head of keys and values counts with its most important heads of queries: by the product of the three's sums, as they multiply.
+    """
+    queries, keys, values = (log.logsumexp(1).view(heads.groups, -1, heads.head_dim).logsumexp(2) for log in log_importances)
+    best, which = queries.topk(heads.kept_in_group, dim=1)
+    groups = _largest(best.logsumexp(1) + keys[:, 0] + values[:, 0], heads.kept_groups)
+    chosen = groups[:, None] * queries.shape[1] + which.sort(1).values[groups]
+    of_keys = _rows_of_each(groups, heads.head_dim)
+    return [_rows_of_each(chosen.flatten(), heads.head_dim), of_keys, of_keys]
+
+
+def _rows_of_each(numbers: Tensor, head_dim: int) -> Tensor:
+    return (numbers[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def _largest(scores: Tensor, size: int) -> Tensor:

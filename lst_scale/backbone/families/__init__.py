@@ -62,13 +62,25 @@ class Narrowing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WholeHeads:
+    """How attention's outputs are chosen where heads are kept whole: groups of query heads that share keys, and heads in them."""
+
+    groups: int  # that the block has
+    kept_groups: int
+    kept_in_group: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sublayer:
     """One link of the chain that carves side blocks out of a block: tensors' names in it."""
 
     norm: str
-    inputs: tuple[str, ...]  # matrices of which the same outputs are kept
+    inputs: tuple[str, ...]  # matrices of which the same outputs are kept; of whole heads those of queries, keys and values
     output: str  # the matrix that reads those outputs
     rows: int  # how many are kept
+    heads: WholeHeads | None = None  # None: outputs are chosen one by one
+    norm_adds: float = 0.0  # what the backbone's norm adds to its weight, which the side network's does not
 
 
 class PositionsThatEnd(Protocol):

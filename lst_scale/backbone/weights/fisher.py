@@ -46,9 +46,9 @@ def fisher_importance(checkpoint: Checkpoint, examples: Sequence[Example], devic
 
     The embedding's are summed over the vocabulary, (1, d_model), which is all that pruning asks of them.
     """
-    total = _Sums()
+    total, kind = _Sums(), _OneStackWalk if checkpoint.spec.one_stack else _Walk
     for few in _few_at_once(examples):
-        _Walk(checkpoint, few, torch.device(device), total).run()
+        kind(checkpoint, few, torch.device(device), total).run()
     return_freed_memory()
     return total.sums
 
@@ -121,9 +121,10 @@ class _Walk:
 
     def __init__(self, checkpoint: Checkpoint, examples: Sequence[Example], device: torch.device, total: _Sums) -> None:
         self.checkpoint, self.family, self.spec, self.device, self.total = checkpoint, checkpoint.family, checkpoint.spec, device, total
-        self.sources = [example.input_ids_S.to(device)[None] for example in examples]
         self.labels = [example.labels_T.to(device) for example in examples]
-        self.targets = [self.family.divide(self.spec, labels[None], labels[None], labels[None])[2] for labels in self.labels]
+        sources = [example.input_ids_S.to(device)[None] for example in examples]
+        divided = [self._divided(source, labels[None]) for source, labels in zip(sources, self.labels, strict=True)]
+        self.sources, self.targets = [source for source, _ in divided], [target for _, target in divided]
         self.positions: dict[str, Callable[[int, torch.device], Any]] = {}  # by stack
 
     def run(self) -> None:
@@ -142,9 +143,14 @@ class _Walk:
         to_sources = self._down(source_stack, source_inputs, through_norm, None, None)
         self._embedding(to_sources, to_targets, head_parts)
 
+    def _divided(self, source_1S: Tensor, labels_1T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the source and the target that the model reads."""
+        source, _, target = self.family.divide(self.spec, source_1S, torch.ones_like(source_1S), labels_1T)
+        return source, target
+
     def _looked_up(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the embeddings of all sources and of all targets."""
-        embedding = self._read(self.family.embedding_name)
+        embedding = self._read(self.family.embedding_name) * self.family.embedding_scale(self.spec)
         return [embedding[ids] for ids in self.sources], [embedding[ids] for ids in self.targets]
 
     def _up(self, stack: str, hidden: list[Tensor], source: list[Tensor] | None) -> list[list[Tensor]]:
@@ -203,7 +209,7 @@ class _Walk:
         gradients, parts = [], []
         for i, (hidden, labels) in enumerate(zip(last, self.labels, strict=True)):
             x = hidden.detach().requires_grad_(True)
-            scaled = norm(x)[0] * scale
+            scaled = norm(x)[0, -len(labels) :] * scale
             logits = (scaled @ head.T).detach().requires_grad_(True)
             nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
             assert logits.grad is not None
@@ -219,6 +225,7 @@ class _Walk:
             tokens_U, row_of_each = self._rows(i)
             looked_up_UD = torch.zeros(len(tokens_U), self.spec.d_model, device=self.device)
             looked_up_UD.index_add_(0, row_of_each, torch.cat([to_sources[i][0], to_targets[i][0]]))
+            looked_up_UD *= self.family.embedding_scale(self.spec)
             other_D = looked_up_UD.new_zeros(self.spec.d_model)
             if head_parts:
                 looked_up_UD += head_parts[i].looked_up_UD
@@ -235,7 +242,7 @@ class _Walk:
     def _run(self, block: nn.Module, stack: str, hidden: Tensor, source: Tensor | None) -> Tensor:
         """Run a block on one example; a target's block looks at its past alone and attends to the source's final state."""
         length = hidden.shape[1]
-        mask = None if source is None else causal_mask(length, 0, self.device)
+        mask = causal_mask(length, 0, self.device) if source is not None or self.spec.one_stack else None
         along = self.positions[stack](length, self.device)
         return self.family.run_block(block, hidden, along, mask=mask, source=source)[0]
 
@@ -254,6 +261,20 @@ class _Walk:
 
     def _read(self, name: str) -> Tensor:
         return read_to(self.checkpoint, name, torch.float32, self.device)
+
+
+class _OneStackWalk(_Walk):
+    """The same where source and target are one text: up and down one stack, all of whose tokens are seen, windows or not."""
+
+    def run(self) -> None:
+        stack = self.family.stacks[1]
+        sources, targets = self._looked_up()
+        inputs = self._up(stack, [torch.cat(both, 1) for both in zip(sources, targets, strict=True)], None)
+        gradients, head_parts = self._head(inputs.pop())
+        found = self._down(stack, inputs, gradients, None, None)
+        lengths = [source.shape[1] for source in sources]
+        to_sources = [each[:, :length] for each, length in zip(found, lengths, strict=True)]
+        self._embedding(to_sources, [each[:, length:] for each, length in zip(found, lengths, strict=True)], head_parts)
 
 
 def _head_gradient(to_logits_TV: Tensor, hidden_TD: Tensor, tokens_U: Tensor) -> _HeadGradient:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lst_scale.backbone.cache_argument import cache_argument
 from lst_scale.backbone.families import BlockRef
@@ -282,7 +284,9 @@ class LlamaBlocks:
         return norm, "model.norm"
 
     def positions(self, first_block: nn.Module) -> Callable[[int, torch.device], Any]:
-        raise BackboneError("Fisher information is made of encoder-decoders alone so far: write method.initialization: random or pruning")
+        """Of those kinds that side blocks are carved out of, all of whose blocks turn by the same frequencies."""
+        rotary = LlamaRotaryEmbedding(first_block.get_submodule("self_attn").config)
+        return functools.partial(_cosines_and_sines, rotary)
 
     def run_block(
         self,
@@ -304,3 +308,8 @@ class LlamaBlocks:
 
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         return ("self_attn.o_proj", "mlp.down_proj")
+
+
+def _cosines_and_sines(rotary: LlamaRotaryEmbedding, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = rotary.to(device)(torch.empty(0, device=device), torch.arange(length, device=device)[None])
+    return found

@@ -64,12 +64,12 @@ def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
 
 def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     """Return the weights of a side network: blocks, |K| + 1 downsamples, |K| gates, a norm, an upsample."""
-    if method.initialization != "random":
-        raise BackboneError(f"side blocks are not carved out of a {spec.model_type}: write method.initialization=random")
+    reason = spec.why_not_carved(method.reduction_factor, method.side_heads or spec.num_heads)
+    if method.initialization != "random" and reason is not None:
+        raise BackboneError(f"{reason}: write method.initialization=random")
     r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
     width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))
-    kv = max(1, round(spec.num_kv_heads / r))
-    heads = kv * max(1, round((method.side_heads or spec.num_heads) / r / kv))
+    heads, kv = spec.narrow_heads(r, method.side_heads or spec.num_heads)
     block = 2 * width * (heads + kv) * spec.head_dim + 3 * width * hidden + 2 * width
     downsample = spec.d_model * width + width
     if method.downsample_rank is not None:

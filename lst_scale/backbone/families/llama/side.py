@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from lst_scale.backbone.families import Narrowing, Sublayer
+from lst_scale.backbone.families import Narrowing, Sublayer, WholeHeads
 from lst_scale.backbone.families.llama.model import config_of
 from lst_scale.backbone.families.llama.spec import LlamaSpec
 from lst_scale.errors import LadderError
@@ -66,12 +66,11 @@ class LlamaSide:
 def _narrow(spec: LlamaSpec, narrowing: Narrowing) -> LlamaConfig:
     """Whole heads of the backbone's width: the rotary embedding is then the backbone's own."""
     r = narrowing.reduction_factor
-    kv_heads = max(1, round(spec.num_kv_heads / r))
-    heads = kv_heads * max(1, round(narrowing.heads / r / kv_heads))
+    heads, kv_heads = spec.narrow_heads(r, narrowing.heads)
     narrow = LlamaConfig(
         vocab_size=2,  # no embedding is made from it
         hidden_size=spec.side_width(r),
-        intermediate_size=max(8, 8 * round(spec.d_ff / r / 8)),
+        intermediate_size=_narrow_feed_forward(spec, r),
         num_hidden_layers=1,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -86,6 +85,10 @@ def _narrow(spec: LlamaSpec, narrowing: Narrowing) -> LlamaConfig:
     )
     narrow._attn_implementation = narrowing.attention
     return narrow
+
+
+def _narrow_feed_forward(spec: LlamaSpec, reduction_factor: int) -> int:
+    return max(8, 8 * round(spec.d_ff / reduction_factor / 8))
 
 
 def _rotary_of(spec: LlamaSpec) -> dict[str, Any]:
@@ -115,7 +118,32 @@ class LlamaStart:
         """Rotary positions have no weights."""
 
     def sublayers(self, spec: LlamaSpec, narrowing: Narrowing, stack: str) -> tuple[Sublayer, ...]:
-        raise LadderError("side blocks are carved out of encoder-decoders alone: beside a decoder-only model write initialization: random")
+        r = narrowing.reduction_factor
+        reason = spec.why_not_carved(r, narrowing.heads)
+        if reason is not None:
+            raise LadderError(f"{reason}: write initialization: random")
+        heads, kv_heads = spec.narrow_heads(r, narrowing.heads)
+        whole = WholeHeads(groups=spec.num_kv_heads, kept_groups=kv_heads, kept_in_group=heads // kv_heads, head_dim=spec.head_dim)
+        norm_adds = 1.0 if spec.model_type == "gemma" else 0.0
+        attention = Sublayer(
+            norm="input_layernorm.weight",
+            inputs=tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+            output="self_attn.o_proj.weight",
+            rows=heads * spec.head_dim,
+            heads=whole,
+            norm_adds=norm_adds,
+        )
+        feed_forward = Sublayer(
+            norm="post_attention_layernorm.weight",
+            inputs=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            output="mlp.down_proj.weight",
+            rows=_narrow_feed_forward(spec, r),
+            norm_adds=norm_adds,
+        )
+        return attention, feed_forward
 
     def put_carved(self, side_block: nn.Module, carved: dict[str, Tensor], *, attends_to_tap: bool) -> None:
-        raise LadderError("side blocks are carved out of encoder-decoders alone: beside a decoder-only model write initialization: random")
+        parameters = dict(side_block.named_parameters())
+        assert parameters.keys() == carved.keys(), sorted(parameters.keys() ^ carved.keys())
+        for name, parameter in parameters.items():
+            parameter.copy_(carved[name])

@@ -41,6 +41,7 @@ SETTINGS = (
     "use_bidirectional_attention",
     "use_sliding_window",
 )
+CARVED = ("llama", "mistral", "gemma")  # whose blocks are a side block's, but for widths and for what a norm adds to its weight
 # Why blocks of some can't be cut by rows and columns into equal parts: a part would compute something else.
 _OVER_ALL_HEADS = "it norms queries and keys over all heads at once"
 INDIVISIBLE = {
@@ -90,6 +91,20 @@ class LlamaSpec(BackboneSpec):
     @property
     def indivisible(self) -> str | None:
         return INDIVISIBLE.get(self.model_type)
+
+    def narrow_heads(self, reduction_factor: int, heads: int) -> tuple[int, int]:
+        """Return how many heads of queries, and of keys and values, a side block has in place of `heads`."""
+        kv_heads = max(1, round(self.num_kv_heads / reduction_factor))
+        return kv_heads * max(1, round(heads / reduction_factor / kv_heads)), kv_heads
+
+    def why_not_carved(self, reduction_factor: int, heads: int) -> str | None:
+        """Return why side blocks can't start with some of the backbone's own weights; None: they can."""
+        if self.model_type not in CARVED or self.setting("attention_bias") or self.setting("mlp_bias"):
+            return f"side blocks are not carved out of this {self.model_type}, whose blocks hold more than a side block has a place for"
+        narrow, kv_heads = self.narrow_heads(reduction_factor, heads)
+        if narrow // kv_heads > self.num_heads // self.num_kv_heads:
+            return f"with reduction_factor {reduction_factor} side blocks have more heads for each head of keys than the backbone"
+        return None
 
     @property
     def architecture(self) -> Mapping[str, Any]:
