@@ -74,7 +74,12 @@ def test_a_saved_side_network_reads_back_equal_and_finds_its_backbone(model: Lad
     model.save_pretrained(tmp_path / "side")
     again = LadderModel.from_pretrained(tmp_path / "side")
     assert torch.equal(again(**batch()).logits, model.eval()(**batch()).logits)
-    assert {path.name for path in (tmp_path / "side").iterdir()} == {"side_network.safetensors", "ladder_config.json", "README.md"}
+    assert {path.name for path in (tmp_path / "side").iterdir()} == {
+        "side_network.safetensors",
+        "ladder_config.json",
+        "config.json",
+        "README.md",
+    }
     size = (tmp_path / "side" / "side_network.safetensors").stat().st_size
     assert size < 4 * sum(p.numel() for p in model.parameters()) + 20_000  # the backbone is not in it
 

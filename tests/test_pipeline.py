@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lst_scale
 from helpers.finished import VALIDATION, finished_runs
+from helpers.launchers import fresh
 from helpers.llama_runs import ENDS, METHOD, make_tokenizer
 from helpers.llamas import make_llama
 from helpers.recipes import recipe_writer
@@ -99,6 +102,27 @@ def test_answers_are_those_of_predict(name: str, finished: dict[str, Path], pred
     assert alone["label"] == answers[4]["label"]
     for label, share in alone["probabilities"].items():  # float32 sums in batches of other shapes
         assert math.isclose(share, answers[4]["probabilities"][label], rel_tol=1e-4)
+
+
+def test_a_process_in_which_nothing_was_trained_answers(finished: dict[str, Path], predicted: Any) -> None:
+    """Training leaves a group of ranks in a process, without which a backbone must load as well."""
+    runs = {name: str(finished[name]) for name in ("class", "text", "lora")}
+    program = (
+        "import json, sys, warnings, lst_scale; warnings.simplefilter('ignore'); runs, rows = json.loads(sys.argv[1]);"
+        "print(json.dumps({name: lst_scale.pipeline(run)(rows) for name, run in runs.items()}))"
+    )
+    command = [sys.executable, "-c", program, json.dumps([runs, ROWS])]
+    done = subprocess.run(command, env=fresh(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["text"] == [line["prediction"] for line in predicted(finished["text"], ROWS)]
+    for name in ("class", "lora"):
+        assert [answer["label"] for answer in found[name]] == [line["prediction"] for line in predicted(finished[name], ROWS)]
+
+
+def test_a_placement_of_several_processes_is_refused(finished: dict[str, Path]) -> None:
+    with pytest.raises(ArgumentError, match=r"^placement zero3 needs several processes, and a pipeline is one"):
+        lst_scale.pipeline(finished["class"], overrides=["backbone.placement=zero3"])
 
 
 def test_overrides_change_answers_as_predict_s_do(finished: dict[str, Path], predicted: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lst_scale.backbone import as_backbone
+from lst_scale.backbone.placement.load import load_alone
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.prompts import PromptTokenizer, ends_no_text
@@ -51,6 +52,7 @@ class Opened:
     way: AnyAnswer
     reading: Reading
     run: ScoredRun | None
+    folder: Path
     closing: contextlib.ExitStack
 
 
@@ -69,8 +71,12 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
     reading = reading_after(run.context, tokenizer, beside_backbone=run.recipe.method.beside_backbone)
     if backbone is not None and not run.recipe.method.beside_backbone:
         raise ArgumentError(f"{folder} trained method {run.recipe.method.name}, which changes the backbone: leave backbone out")
+    placement = run.recipe.backbone.placement
+    if not placement.each_rank_alone:
+        raise ArgumentError(f"placement {placement.name} needs several processes, and a pipeline is one: add backbone.placement=replicated")
     closing = contextlib.ExitStack()
     world = World(rank=0, size=1, local_rank=0, device=device)
+    backbone = backbone or load_alone(run.recipe.backbone, world)  # this process asks no other, and may be no rank at all
     model, passes = closing.enter_context(answering([folder], run.recipe, world, reading, backbone))
     way = AnyAnswer(
         kind=run.kind,
@@ -80,7 +86,7 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
         target_prefix=run.target_prefix,
         by_first_token=run.by_first_token,
     )
-    return Opened(model=model, passes=passes, way=way, reading=reading, run=run, closing=closing)
+    return Opened(model=model, passes=passes, way=way, reading=reading, run=run, folder=folder, closing=closing)
 
 
 def open_side_network(
@@ -112,7 +118,7 @@ def open_side_network(
         evaluation=evaluation,
     )
     passes = SharedPasses(backbone=model.backbone, request=model.side.request)
-    return Opened(model=model, passes=passes, way=way, reading=reading, run=None, closing=contextlib.ExitStack())
+    return Opened(model=model, passes=passes, way=way, reading=reading, run=None, folder=folder, closing=contextlib.ExitStack())
 
 
 def open_folder(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,10 +18,12 @@ import torch
 from lst_scale.backbone.families import family_of
 from lst_scale.data.batches import collate, evaluation_batches, merge_predictions
 from lst_scale.errors import ArgumentError
+from lst_scale.inference import published
 from lst_scale.inference.opened import AnyAnswer, Opened, open_folder
 from lst_scale.inference.predict import reply_to
 from lst_scale.inference.prompts import Given, Prompts, is_one
 from lst_scale.inference.streaming import answer_of, pieces
+from lst_scale.system import hub
 from lst_scale.training.sessions import EVALUATION, Moment, run_alone
 
 
@@ -32,21 +35,25 @@ def pipeline(
     device: str | None = None,
     labels: Sequence[str] | None = None,
     tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Pipeline:
     """Return what answers as a finished run, or a saved side network, does.
 
     Args:
-        source: the folder.
+        source: the folder, or a name of the hub, owner/name, that holds one.
         overrides: change a run's recipe as `lst-scale predict` takes it: "evaluation.num_beams=4", "task=NAME" of several tasks.
         backbone: a backbone or a live model that is in memory already; several pipelines may share it. None: loaded by its recorded name.
         device: "cpu", "cuda:1"; None: CUDA where there is one.
         labels: of a side network that was saved without its run: answers are the likeliest of them, with their probabilities.
         tokenizer: of such a one whose backbone has no name.
+        revision, token: of the hub's.
 
     Raises:
         LstScaleError: the folder holds neither, is damaged, or reads pictures.
     """
-    return Pipeline(open_folder(Path(source), overrides, device, backbone, labels, tokenizer))
+    folder = hub.folder_of(source, published.WANTED, revision=revision, token=token)
+    return Pipeline(open_folder(folder, overrides, device, backbone, labels, tokenizer))
 
 
 class Pipeline:
@@ -139,6 +146,27 @@ class Pipeline:
             )
 
         return answer_of(pieces(generate, self.tokenizer), way.target_prefix)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload run",
+        create_pr: bool = False,
+    ) -> str:
+        """Put what `pipeline(name)` needs under owner/name on the hub, and return the commit's address. Arguments are `LadderModel`'s.
+
+        Of a run these are its recipe, its result and what it trained: neither backbone nor rows, of which the recipe names the files.
+
+        Raises:
+            ArgumentError: the hub refuses, or can't be reached.
+        """
+        fill = partial(published.fill, self._opened.folder, name, self._opened.run)
+        options: dict[str, Any] = {"private": private, "revision": revision, "token": token, "create_pr": create_pr}
+        return hub.push(fill, name, message=commit_message, **options)
 
     def close(self) -> None:
         """Give back what it holds."""

@@ -19,7 +19,6 @@ from lst_scale.backbone import as_backbone
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import (
     Backbone,
-    BackboneSpec,
     Inputs,
     Replica,
     SourceState,
@@ -28,9 +27,9 @@ from lst_scale.backbone.taps import (
     select,
     selected_stack,
 )
-from lst_scale.errors import LadderError, fence
+from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
-from lst_scale.side import files, release
+from lst_scale.side import files, hub_config, release
 from lst_scale.side.cache import part_of
 from lst_scale.side.card import LIVE
 from lst_scale.side.config import LadderConfig
@@ -39,8 +38,10 @@ from lst_scale.side.initialize import initialize_random
 from lst_scale.side.loss import cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
 from lst_scale.side.one_stack import OneStack
+from lst_scale.side.saved import join
 from lst_scale.side.two_stacks import LadderEncoderOutput, TwoStacks
 from lst_scale.side.vision import checked_images
+from lst_scale.system import hub
 from lst_scale.system.assets import resolve
 
 
@@ -350,24 +351,56 @@ class LadderModel(Ladder):
         """Write the side network alone: weights (safetensors), configuration with the backbone's identity, model card."""
         save_side_network(Path(folder), self.side.state_dict(), self.side.config, self.backbone)
 
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload side network",
+        create_pr: bool = False,
+    ) -> str:
+        """Put what `save_pretrained` writes under owner/name on the hub, and return the commit's address.
+
+        Args:
+            private: whether a new name is seen by its owner alone; None: as the owner has set.
+            revision: a branch, made where it isn't there.
+
+        Raises:
+            ArgumentError: the hub refuses, or can't be reached.
+        """
+
+        def fill(folder: Path) -> None:
+            files.write(folder, self.side.state_dict(), self.side.config, self.backbone.identity, self.backbone.spec, called=name)
+
+        options: dict[str, Any] = {"private": private, "revision": revision, "token": token, "create_pr": create_pr}
+        return hub.push(fill, name, message=commit_message, **options)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: Any = None, *, allow_other_backbone: bool = False) -> LadderModel:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        backbone: Any = None,
+        *,
+        allow_other_backbone: bool = False,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> LadderModel:
         """Read a saved side network and join it with its backbone, loaded by its recorded name unless given.
+
+        Args:
+            folder: one of this machine, or a name of the hub, owner/name.
+            subfolder: below it; "side_network" of a run.
+            revision, token: of the hub's.
 
         Raises:
             LadderError: the folder is not whole, or the backbone is not the one that the side network was trained on.
         """
-        saved = files.read(Path(folder))
-        frozen = as_backbone(backbone) if backbone is not None else _load(saved)
-        if frozen.identity.fingerprint != saved.identity.fingerprint and not allow_other_backbone:
-            raise LadderError(
-                f"{folder} was trained on {saved.identity.checkpoint} with fingerprint {saved.identity.fingerprint[:12]}, this backbone "
-                f"({frozen.identity.checkpoint}) has {frozen.identity.fingerprint[:12]}: give the same weights or allow_other_backbone=True"
-            )
-        with fence(LadderError, f"{Path(folder) / files.CONFIG} is damaged"):
-            side = SideNetwork(_same_shape(frozen.spec, saved), saved.config)
-        files.load_weights(side, saved)
-        frozen = _after_the_same(frozen, saved, allow_other_backbone=allow_other_backbone)
+        found = hub.folder_of(folder, files.wanted(subfolder), revision=revision, token=token, error=LadderError)
+        saved = files.read(found / subfolder)
+        frozen, side = join(saved, backbone, allow_other_backbone=allow_other_backbone)
         return cls(frozen, side.to(frozen.device).eval())
 
 
@@ -381,19 +414,6 @@ def _fresh(backbone: Backbone, config: LadderConfig) -> SideNetwork:
     side = SideNetwork(backbone.spec, config)
     initialize_random(side, seed=0, weights=backbone.weight_source)
     return side.to(backbone.device)
-
-
-def _after_the_same(backbone: Backbone, saved: files.Saved, *, allow_other_backbone: bool) -> Backbone:
-    """Return a backbone that has read before every row what it had read when the side network was trained."""
-    wanted, found = saved.identity.context, backbone.identity.context
-    if wanted == found or (found and allow_other_backbone):
-        return backbone
-    if found:
-        raise LadderError(
-            f"{saved.folder} was trained after another context than the {len(found)} tokens that this backbone goes on from: "
-            "give the backbone without a context, or allow_other_backbone=True"
-        )
-    return backbone.after(wanted)
 
 
 def _one_of(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
@@ -423,19 +443,6 @@ def save_side_network(folder: Path, weights: Mapping[str, Tensor], config: Ladde
     files.write(folder, weights, config, backbone.identity, backbone.spec)
 
 
-def _same_shape(spec: BackboneSpec, saved: files.Saved) -> BackboneSpec:
-    """Return `spec`, or name the numbers in which it differs from the backbone that the side network stood beside."""
-    theirs = saved.spec.architecture
-    differ = [f"{name} {value} instead of {theirs.get(name)}" for name, value in spec.architecture.items() if value != theirs.get(name)]
-    if differ:
-        raise LadderError(f"{saved.folder} does not fit this backbone, which has {', '.join(differ)}: give one of its own architecture")
-    return spec
-
-
-def _load(saved: files.Saved) -> Backbone:
-    from lst_scale.backbone import load_backbone
-
-    return load_backbone(saved.identity.checkpoint, revision=saved.identity.revision, precision=saved.identity.precision)
-
+hub_config.register()
 
 __all__ = ["Ladder", "LadderModel", "save_side_network"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lst_scale.training.run import run
 VALIDATION = "embedded:wordnet/validation.jsonl"
 
 
-def finished_runs(folder: Path) -> dict[str, Path]:
+def finished_runs(folder: Path, only: Sequence[str] = ("class", "number", "text", "lora")) -> dict[str, Path]:
     """Make runs on a small T5: two labels that the recipe does not list, numbers, free text, and another method; three steps each."""
     make = recipe_writer(folder, make_t5(folder / "t5", dropout_rate=0.0))
     words = list(load_records(VALIDATION, "validation"))[:24]
@@ -36,6 +37,8 @@ def finished_runs(folder: Path) -> dict[str, Path]:
         ("text", "text", {"evaluation__num_beams": 2}),
         ("lora", "classification", {"method": {"name": "lora"}}),
     ):
+        if name not in only:
+            continue
         task = {"name": "kind", "kind": kind, "source": ["word", "definition"], "target": "kind"}
         data = name if name in splits else "class"
         task |= {split: str(folder / f"{data}-{split}.jsonl") for split in ("train", "validation")}
