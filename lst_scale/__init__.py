@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lst_scale.version import __version__
+
 if TYPE_CHECKING:
+    from lst_scale.inference.pipeline import pipeline
     from lst_scale.side.config import LadderConfig
     from lst_scale.side.ensemble import LadderEnsemble
     from lst_scale.side.model import LadderModel
     from lst_scale.side.vision_config import VisionConfig
 
-__version__ = "0.1.0"
-__all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "VisionConfig", "__version__"]
+__all__ = ["LadderConfig", "LadderEnsemble", "LadderModel", "VisionConfig", "__version__", "pipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +34,10 @@ def __getattr__(name: str) -> Any:
         from lst_scale.side.ensemble import LadderEnsemble
 
         return LadderEnsemble
+    if name == "pipeline":
+        from lst_scale.inference.pipeline import pipeline
+
+        return pipeline
     raise AttributeError(f"module 'lst_scale' has no attribute {name!r}")
 
 

@@ -39,6 +39,7 @@ OF_A_RUN = [
     "checkpoints/step-00000004/state.json",
     "checkpoints/.step-00000008.partial/moments.safetensors",
     "best/step-00000004/weights.safetensors",
+    "side_network/config.json",
     "side_network/side_network.safetensors",
     "side_network/README.md",
     ".side_network.replaced/ladder_config.json",

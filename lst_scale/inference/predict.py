@@ -29,7 +29,7 @@ from lst_scale.errors import ArgumentError, DataError, fence
 from lst_scale.images.features import image_reader
 from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
-from lst_scale.inference.scored_run import ScoredRun, read_result, read_scored_run, refuse_changed_weights
+from lst_scale.inference.scored_run import ScoredRun, Way, read_result, read_scored_run, refuse_changed_weights
 from lst_scale.methods import build_trainee, check_method
 from lst_scale.methods.base import Predictor
 from lst_scale.methods.full import WholeModelTrainee
@@ -78,7 +78,7 @@ def predict_file(
     Raises:
         LstScaleError: the run, the file, a row or the output can't be used.
     """
-    asked = _asked(runs, overrides, probabilities=probabilities)
+    asked = ways_of(runs, overrides, probabilities=probabilities)
     names = [column, PROBABILITIES] if probabilities else [column]
     if not column or len(set(names)) < len(names):
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
@@ -90,7 +90,7 @@ def predict_file(
         reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
         reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
-        with _model(runs, asked.recipe, world, reading) as (model, passes):
+        with answering(runs, asked.recipe, world, reading) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.evaluation.batch_size * model.replica.count
             first = answered - answered % at_once  # the same rows together as without a stop
             keep(first)
@@ -152,7 +152,7 @@ def _made_by(runs: Sequence[Path], asked: ScoredRun, names: Sequence[str]) -> st
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
+def ways_of(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
     """Return how the runs answer, which must be one way for all.
 
     Raises:
@@ -250,14 +250,15 @@ def _answers(
     """Return the answers to some rows, in order: each the answer, and with `probabilities` those of the labels."""
 
     def reply(batch: Batch | None, moment: Moment) -> Session[list[tuple[Any, ...]]]:
-        return _reply(model, batch, tokenizer, asked, moment, probabilities=probabilities)
+        return reply_to(model, batch, tokenizer, asked, moment, probabilities=probabilities)
 
     return run_alone(each_row(model, split, asked.evaluation, world, reply), passes)
 
 
-def _reply(
-    model: Predictor, batch: Batch | None, tokenizer: Any, asked: ScoredRun, moment: Moment, *, probabilities: bool
+def reply_to(
+    model: Predictor, batch: Batch | None, tokenizer: Any, asked: Way, moment: Moment, *, probabilities: bool
 ) -> Session[list[tuple[Any, ...]]]:
+    """A session that ends with the answer to every row of a batch, and with `probabilities` those of the labels beside it."""
     evaluation, labels, prefix = asked.evaluation, asked.labels or (), asked.target_prefix
     scores_BL = None
     if probabilities or evaluation.method == "likelihood":
@@ -275,21 +276,27 @@ def _reply(
 
 
 @contextlib.contextmanager
-def _model(runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading) -> Iterator[tuple[Predictor, SharedPasses]]:
-    """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
+def answering(
+    runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading, backbone: Backbone | None = None
+) -> Iterator[tuple[Predictor, SharedPasses]]:
+    """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it.
+
+    Args:
+        backbone: what the recipe's would be loaded as, where it is in memory already; without a context.
+    """
     if len(runs) > 1:
         folders = [run / LadderTrainee.FOLDER for run in runs]
-        ensemble = LadderEnsemble.from_pretrained(folders, _placed(recipe, world, reading))
+        ensemble = LadderEnsemble.from_pretrained(folders, _placed(recipe, world, reading, backbone))
         yield ensemble, SharedPasses(backbone=ensemble.backbone, request=ensemble.side.request)
         return
     method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
     recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
-    backbone = _placed(recipe, world, reading)
+    backbone = _placed(recipe, world, reading, backbone)
     trainee = build_trainee(recipe, backbone, zero_stage=0)
     with trainee.evaluating(trainee.load(runs[0] / trainee.FOLDER)) as model:
         yield model, SharedPasses(backbone=backbone, request=trainee.request)
 
 
-def _placed(recipe: Recipe, world: World, reading: Reading) -> Backbone:
-    backbone = load_placed(recipe.backbone, world)
+def _placed(recipe: Recipe, world: World, reading: Reading, backbone: Backbone | None) -> Backbone:
+    backbone = backbone or load_placed(recipe.backbone, world)
     return backbone.after(reading.run_once) if reading.run_once else backbone

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lst_scale.data.tasks import GLUE
 from lst_scale.errors import ArgumentError, fence
@@ -18,6 +18,23 @@ from lst_scale.system.durable import sha256_of
 
 WITH_EFFECT = ("backbone", "evaluation", "data.max_source_length", "task.source", "task.prefix", "task.template", "task.target_prefix")
 LONGEST = 1_000_000  # tokens that a target has at most, to tell a number from damage
+
+
+class Way(Protocol):
+    """How answers are made of a batch, beside the model."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...] | None: ...
+    @property
+    def longest(self) -> int | None: ...
+    @property
+    def evaluation(self) -> EvaluationRecipe: ...
+    @property
+    def target_prefix(self) -> str: ...
+    @property
+    def by_first_token(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ _FILES = re.compile(
             r"recipe\.yaml|result\.json|start\.json|metrics\.(jsonl|partial)|log\.txt",
             r"\.(recipe\.yaml|result\.json|start\.json|metrics\.jsonl)\.[0-9a-f]{8}\.partial",
             rf"{_STEP}/(weights\.safetensors|moments\.safetensors|state\.json)",
-            rf"{_TRAINED}/(side_network\.safetensors|ladder_config\.json|trained\.safetensors|method\.json|README\.md)",
+            rf"{_TRAINED}/(side_network\.safetensors|ladder_config\.json|config\.json|trained\.safetensors|method\.json|README\.md)",
             rf"{_TRAINED}/(adapter_model\.safetensors|adapter_config\.json)",
             r"tensorboard/events\.out\.tfevents\.[^/]+",
             r"slurm/((jobs|starts)\.jsonl|failure-\d+\.json|local/\d+_[^/]+)",

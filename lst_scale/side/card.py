@@ -18,9 +18,13 @@ _APACHE = re.compile(r"(google-t5/)?t5-\w+|google/(flan-t5|t5-v1_1|t5-efficient|
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def card_of_side_network(folder: Path, config: LadderConfig, identity: BackboneIdentity, count: int) -> str:
-    """Return the README.md of a side network that was saved without a run."""
-    code = loading_code(folder, identity)
+def card_of_side_network(source: str, config: LadderConfig, identity: BackboneIdentity, count: int) -> str:
+    """Return the README.md of a side network that was saved without a run.
+
+    Args:
+        source: what `from_pretrained` finds it by.
+    """
+    code = loading_code(source, identity)
     if _has_tokenizer(identity.checkpoint):
         code += prediction_code(identity.checkpoint, identity.revision, 'text = "a text like those that it was trained on"', generation(32))
     return "\n".join([head(identity.checkpoint), *about(config, identity, count), *code_block(code), *backbone_lines(identity)]) + "\n"
@@ -53,10 +57,10 @@ def backbone_lines(identity: BackboneIdentity) -> list[str]:
     ]
 
 
-def loading_code(folder: Path, identity: BackboneIdentity) -> list[str]:
+def loading_code(source: str, identity: BackboneIdentity) -> list[str]:
     """Return lines that make `model`; a live backbone has to be there as `t5`."""
     given = ", t5)  # the T5 that it was trained on" if identity.checkpoint == LIVE else ")"
-    return ["from lst_scale import LadderModel", "", f"model = LadderModel.from_pretrained({str(folder.resolve())!r}{given}"]
+    return ["from lst_scale import LadderModel", "", f"model = LadderModel.from_pretrained({source!r}{given}"]
 
 
 def prediction_code(checkpoint: str, revision: str | None, text: str, answer: list[str], max_length: int | None = None) -> list[str]:

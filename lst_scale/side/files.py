@@ -1,6 +1,7 @@
 """A saved side network: side_network.safetensors, ladder_config.json, README.md. The backbone is named in it, never stored.
 
-The first two are read back after writing. Only safetensors and JSON are read: nothing in such a folder can run.
+The first two are read back after writing. Only safetensors and JSON are read: nothing in such a folder can run. A config.json beside them
+tells others what it is (`hub_config.py`).
 
 transformers' Trainer saves `model.state_dict()` alone, as model.safetensors. So what ladder_config.json says travels in every state
 dict, as bytes under one more name (`as_bytes`), and a Trainer's checkpoint reads like a folder of ours.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lst_scale.backbone.families import numbers_of
 from lst_scale.backbone.taps import BackboneIdentity, BackboneSpec
 from lst_scale.errors import LadderError, fence
+from lst_scale.side import hub_config
 from lst_scale.side.card import card_of_side_network
 from lst_scale.side.config import LadderConfig
 from lst_scale.system.durable import write_directory
@@ -47,15 +49,34 @@ class Saved:
     design: str | None  # a digest of the one that the weights were trained in; None: they don't tell
 
 
-def write(folder: Path, weights: Mapping[str, Tensor], config: LadderConfig, identity: BackboneIdentity, spec: BackboneSpec) -> None:
-    """Write the folder at once and read it back."""
+def wanted(subfolder: str) -> tuple[str, ...]:
+    """Return patterns of the files that are read below a folder of the hub."""
+    return tuple(f"{subfolder}/{file}" if subfolder else file for file in (WEIGHTS, CONFIG, CARD, TRAINERS_WEIGHTS))
+
+
+def write(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: LadderConfig,
+    identity: BackboneIdentity,
+    spec: BackboneSpec,
+    *,
+    called: str | None = None,
+) -> None:
+    """Write the folder at once and read it back.
+
+    Args:
+        called: where others will find it, for the card; None: in this folder.
+    """
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     record = record_of(config, identity, spec)
 
     def fill(partial: Path) -> None:
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt", DESIGN: _design_digest(record["config"])})
         (partial / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-        (partial / CARD).write_text(card_of_side_network(folder, config, identity, sum(tensor.numel() for tensor in contiguous.values())))
+        (partial / hub_config.FILE).write_text(hub_config.hub_config(record["config"], identity, spec))
+        count = sum(tensor.numel() for tensor in contiguous.values())
+        (partial / CARD).write_text(card_of_side_network(called or str(folder.resolve()), config, identity, count))
 
     def check(whole: Path) -> None:
         found = read(whole).weights

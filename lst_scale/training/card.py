@@ -135,7 +135,7 @@ def _text(recipe: Recipe) -> str:
 def _loading(recipe: Recipe, identity: BackboneIdentity, folder: Path) -> list[str]:
     """Return lines that make `model`; none where only `lst-scale predict` can."""
     if isinstance(recipe.method, LstRecipe):
-        return card.loading_code(folder, identity)
+        return card.loading_code(str(folder.resolve()), identity)
     if isinstance(recipe.method, PromptRecipe) or (isinstance(recipe.method, LoraRecipe) and not recipe.method.bitfit):
         revision = "" if identity.revision is None else f", revision={identity.revision!r}"
         return [

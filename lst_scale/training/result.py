@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lst_scale import __version__
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.scores import majority_score, together
 from lst_scale.recipe.schema import Recipe
@@ -24,6 +23,7 @@ from lst_scale.system.durable import sha256_of, write_file
 from lst_scale.training.answering import Answered
 from lst_scale.training.checkpoint import Progress
 from lst_scale.training.shared import Shared, TaskRows, peak_memory_bytes
+from lst_scale.version import __version__
 
 START = "start.json"  # in a run's folder: scores from before training
 

@@ -1,0 +1,88 @@
+"""What a pipeline may be given, and how it becomes the source that the run was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lst_scale.data.answers import cut_inputs
+from lst_scale.data.context import Reading
+from lst_scale.data.encode import EncodedSplit, encode_sources
+from lst_scale.data.prompts import PromptTokenizer
+from lst_scale.errors import ArgumentError
+from lst_scale.inference.predict import text_of_row
+from lst_scale.inference.scored_run import LONGEST, ScoredRun
+
+Message = Mapping[str, str]
+Given = str | Mapping[str, Any] | Sequence[Message]  # a text, the fields of a row, or a conversation
+
+
+def is_one(given: Any) -> bool:
+    """Return whether this is one input, and not several."""
+    return isinstance(given, str | Mapping) or is_conversation(given)
+
+
+def is_conversation(given: Any) -> bool:
+    return (
+        isinstance(given, Sequence)
+        and not isinstance(given, str)
+        and bool(given)
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in given)
+    )
+
+
+class Prompts:
+    """Makes sources of what is given.
+
+    Args:
+        run: whose template and limits are kept to; None: a side network that was saved by itself, which takes a text as it is.
+    """
+
+    def __init__(self, run: ScoredRun | None, reading: Reading) -> None:
+        self._run, self._reading = run, reading
+
+    def encoded(self, several: Sequence[Given]) -> EncodedSplit:
+        """Return token ids; warns of those that are cut.
+
+        Raises:
+            ArgumentError: one is nothing that can be asked here.
+            DataError: a field of a row is missing, or holds no text.
+        """
+        talks = [is_conversation(given) for given in several]
+        if any(talks) and not all(talks):
+            raise ArgumentError("conversations and other inputs are told apart by their form: give them in two calls")
+        tokenizer = self._reading.tokenizer
+        if any(talks):
+            texts = [self._conversation(given) for given in several]
+            if isinstance(tokenizer, PromptTokenizer):
+                tokenizer = tokenizer.going_on()  # a chat template writes the beginning of a text itself
+        else:
+            texts = [self._text(given, number) for number, given in enumerate(several, start=1)]
+        most = LONGEST if self._run is None else self._run.recipe.data.max_source_length
+        split = encode_sources(texts, tokenizer, most, self._reading.before)
+        if self._run is not None and (sentence := cut_inputs(split.cut_sources, len(split), self._run.recipe.data)) is not None:
+            warnings.warn(sentence, stacklevel=4)
+        return split
+
+    def _text(self, given: Given, number: int) -> str:
+        if self._run is None:
+            if isinstance(given, str):
+                return given
+            raise ArgumentError("a side network that was saved by itself knows no template: give a text, or the folder of its run")
+        columns = self._run.columns
+        if isinstance(given, str):
+            if len(columns) != 1:
+                raise ArgumentError(f"this run reads the fields {', '.join(columns)}: give a dictionary of them")
+            given = {columns[0]: given}
+        if not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"input {number} is of type {type(given).__name__}: give a text, a dictionary of fields, or a list of messages"
+            )
+        return text_of_row(self._run, given, "inputs", number)
+
+    def _conversation(self, given: Any) -> str:
+        if getattr(self._reading.tokenizer, "chat_template", None) is None:
+            raise ArgumentError("this backbone's tokenizer has no chat template: give a text, or a dictionary of fields")
+        text: str = self._reading.tokenizer.apply_chat_template(list(given), tokenize=False, add_generation_prompt=True)
+        return text
