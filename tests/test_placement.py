@@ -24,7 +24,7 @@ from helpers.models import make_t5
 from helpers.paths import ROOT
 from helpers.ranks import Rank
 from helpers.recipes import recipe_writer
-from helpers.runs import final_weights, losses
+from helpers.runs import assert_same_weights, final_weights, losses, result
 from helpers.training import train
 from lst_scale.backbone.placement import streamed
 from lst_scale.backbone.placement.load import load_placed
@@ -212,6 +212,23 @@ def test_packed_blocks_of_one_stack_train_alike_under_every_placement(precision:
     assert found["streamed"] == found["zero3"] == found["replicated"], found
     assert abs(found["replicated"][-1] - found["replicated"][0]) > 0.1
     assert found["tensor_parallel"] == pytest.approx(found["replicated"], rel=TOLERANCE[precision]), found
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("t5", "fp32"), ("llama", "int8")])
+def test_blocks_that_are_streamed_fill_a_tap_cache(kind: str, precision: str, tmp_path: Path) -> None:
+    make = recipe_writer(tmp_path, _trainable(tmp_path, kind))
+    # One epoch: in later ones remembered rows are padded as others stood beside them, and float32 rounds otherwise.
+    common = CHANGES[kind] | {"backbone__precision": precision, "data__shuffle_seed": 0, "training__epochs": 1}
+    common |= {"evaluation__method": "likelihood"}
+    cache = {"enabled": True, "dtype": "fp32", "folder": str(tmp_path / "taps")}
+    placement = DISK | {"folder": str(tmp_path / "blocks")}
+    streamed = [make(name, **common, backbone__placement=placement, cache=cache) for name in ("first", "again")]
+    train(make("live", **common), *streamed)
+    live, first, again = (tmp_path / "runs" / f"{name}-kind-seed0" for name in ("live", "first", "again"))
+    for folder in (first, again):
+        assert_same_weights(folder, final_weights(live))
+        assert result(folder)["scores"] == result(live)["scores"]
+    assert result(first)["cache"]["rows_run"] > result(again)["cache"]["rows_run"] == 0
 
 
 def test_a_checkpoint_of_one_placement_resumes_under_another(tmp_path: Path, tiny_t5_dir: Path) -> None:
