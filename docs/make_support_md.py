@@ -14,7 +14,8 @@ PAGE, TESTS = Path(__file__).parent / "support.md", Path(__file__).parents[1] / 
 T5, LLAMA, T5GEMMA = "T5, mT5", "Llama and its kin", "T5Gemma 2"
 GEMMA_TAPS, GEMMA_RUNS = "test_t5gemma.py", "test_t5gemma_runs.py"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
-WHOLE = "not yet: held whole by each process"
+PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone"
+PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
 TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
@@ -29,9 +30,34 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "test_backbone.py::test_quantization_covers_wo_and_stays_within_its_threshold",
             f"{RUNS}::test_a_packed_backbone_trains_a_side_network",
         ),
-        ("`tensor_parallel`, `zero3`, `streamed`", f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone", WHOLE),
-        ("the same, trained", f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process", WHOLE),
-        ("the same in int8 and nf4", f"{PLACED}::test_quantized_blocks_travel_quantized", WHOLE),
+        ("`tensor_parallel`, `zero3`, `streamed`", PLACED_TAPS, PLACED_TAPS),
+        ("the same, trained", PLACED_RUNS, PLACED_RUNS),
+        (
+            "the same in int8 and nf4",
+            f"{PLACED}::test_quantized_blocks_travel_quantized",
+            f"{PLACED}::test_packed_blocks_of_one_stack_train_alike_under_every_placement",
+        ),
+        (
+            "the same, writing answers",
+            PLACED_RUNS,
+            f"{PLACED}::test_answers_of_one_stack_are_those_beside_a_whole_backbone_however_early_a_rank_is_done",
+        ),
+        (
+            "the same, in `lst-scale predict`",
+            f"{PLACED}::test_predictions_are_the_same_under_every_placement",
+            f"{PLACED}::test_predictions_are_the_same_under_every_placement",
+        ),
+        (
+            "the same, in `lst-scale plan`",
+            f"{PLACED}::test_a_plan_knows_what_each_rank_holds",
+            f"{PLACED}::test_a_plan_knows_what_each_rank_holds",
+        ),
+        ("`tensor_parallel` of Phi-3, OLMo 2 and 3", "-", "no: refused in one line; `zero3` and `streamed` hold them"),
+        (
+            "`streamed` with the tap cache",
+            f"{PLACED}::test_blocks_that_are_streamed_fill_a_tap_cache",
+            f"{PLACED}::test_blocks_that_are_streamed_fill_a_tap_cache",
+        ),
         (
             "the tap cache",
             "test_tap_cache.py::test_training_from_disk_is_live_training_bit_for_bit_and_loads_no_backbone",

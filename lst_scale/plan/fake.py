@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lst_scale.backbone.families import family_of
+from lst_scale.backbone.families import Family, family_of
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import BackboneIdentity
 from lst_scale.backbone.weights import precision as precisions
@@ -39,6 +39,8 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
         model = family.unfilled(shape.spec, shards=shards)
     spec = shape.spec  # the whole model's: what stands beside it knows nothing of shards
     family.tie(model, own_head=shape.own_head)
+    if shape.own_head:
+        _give_own_head(model, family)
     model.name_or_path = recipe.backbone.checkpoint  # peft asks
     for ref in family.blocks(spec):
         block = ref.get(model)
@@ -54,6 +56,14 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
         return found
 
     return LocalBackbone(model, spec, identity, weight, num_parameters=0)
+
+
+def _give_own_head(model: Any, family: Family) -> None:
+    """Let the head be a matrix of its own: transformers makes every T5 with the embedding as its head."""
+    embedding = family.embedding(model)
+    if model.get_parameter(family.head_name) is embedding:
+        path, _, last = family.head_name.rpartition(".")
+        setattr(model.get_submodule(path), last, nn.Parameter(torch.empty_like(embedding)))
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def save_with_tokenizer(model_type: str, tokenizer: PreTrainedTokenizerFast, folder: Path, **changes: Any) -> Path:
     """Save a small model that knows the tokenizer's vocabulary."""
-    options: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None} | changes
+    options: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None} | changes | {"vocab_size": len(tokenizer)}
     model = make_t5gemma(**(options | {"pad_token_id": 1})) if model_type == "t5gemma2" else make_llama(model_type, **options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
