@@ -64,6 +64,9 @@ def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
 
 def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     """Return the weights of a side network: blocks, |K| + 1 downsamples, |K| gates, a norm, an upsample."""
+    if method.design in ("cross_attention", "adapter"):
+        where = f"beside an encoder-decoder: beside a {spec.model_type} write method.design=transformer"
+        raise BackboneError(f"design {method.design} stands {where}")
     if method.initialization != "random":
         raise BackboneError(f"side blocks are not carved out of a {spec.model_type}: write method.initialization=random")
     r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
@@ -71,6 +74,8 @@ def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     kv = max(1, round(spec.num_kv_heads / r))
     heads = kv * max(1, round((method.side_heads or spec.num_heads) / r / kv))
     block = 2 * width * (heads + kv) * spec.head_dim + 3 * width * hidden + 2 * width
+    if method.design == "pointwise":
+        block = 3 * width * hidden + width
     downsample = spec.d_model * width + width
     if method.downsample_rank is not None:
         downsample = spec.d_model * method.downsample_rank + method.downsample_rank * width + width
