@@ -13,6 +13,7 @@ from pathlib import Path
 PAGE, TESTS = Path(__file__).parent / "support.md", Path(__file__).parents[1] / "tests"
 T5, LLAMA = "T5, mT5", "Llama and its kin"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
+PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
 WHOLE = "not yet: held whole by each process"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
@@ -39,6 +40,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
     ],
     "What trains": [
         ("`lst`", EVERY, f"{TAPS}::test_a_step_moves_the_side_network_alone"),
+        (
+            "`probe`",
+            f"{PROBE}::test_every_placement_fits_what_the_replicated_backbone_does",
+            f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
+        ),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
         ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
         ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),
@@ -46,6 +52,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "designs `cross_attention`, `adapter`",
             "test_side_network.py::test_every_weight_of_every_design_trains_and_none_is_read_outside_its_module",
             "not yet",
+        ),
+        (
+            "design `pointwise`",
+            "refused: write `transformer`",
+            f"{POINTWISE}::test_first_predictions_are_the_model_s_own_bit_for_bit_and_a_step_moves_the_side_network_alone",
         ),
     ],
     "What runs share": [
