@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.taps import Backbone
+from lst_scale.data.chat import Chat
 from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.encode import target_text
-from lst_scale.data.prompts import PromptTokenizer
-from lst_scale.data.tasks import file_source
+from lst_scale.data.files import Found
+from lst_scale.data.own_rows import asked_source, file_source
+from lst_scale.data.prompts import PromptTokenizer, in_way
+from lst_scale.data.tasks import way_of
 from lst_scale.errors import ArgumentError, LadderError
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
 from lst_scale.recipe.task import FileTask
@@ -39,6 +42,7 @@ class Network:
     labels: tuple[str, ...] | None = None
     targets: tuple[tuple[int, ...], ...] = ()  # the token ids of each label
     run: ScoredRun | None = None
+    chat: Chat | None = None  # of a run on conversations
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -55,9 +59,12 @@ class Network:
 
         Raises:
             ArgumentError: the run has none, or a field is missing.
+            DataError: the field is no conversation.
         """
         if self.run is None or not isinstance(self.run.task, FileTask):
             raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
+        if self.chat is not None:
+            return asked_source(self.run.task, Found(record, "the request", 1), self.chat)
         missing = [name for name in self.run.columns if not isinstance(record.get(name), str)]
         if missing:
             raise ArgumentError(f"{self.name} reads the fields {', '.join(self.run.columns)}: {missing[0]} is missing, or no text")
@@ -159,13 +166,16 @@ class Networks:
         side = SideNetwork(self._backbone.spec, replace(saved.config, recompute=False))
         files.load_weights(side, saved)
         side = side.to(self._backbone.device).eval().requires_grad_(False)
-        reading = self._reading(run, saved)
-        network = Network(name=name, side=side, reading=reading, labels=None if run is None else run.labels, run=run)
+        chat = None
+        if run is not None and run.conversational:
+            chat = Chat(self._tokenizer, run.recipe.backbone.checkpoint, run.recipe.backbone.context)
+        reading = self._reading(run, saved, chat)
+        network = Network(name=name, side=side, reading=reading, labels=None if run is None else run.labels, run=run, chat=chat)
         return replace(network, targets=network.label_ids(network.labels or ()))
 
-    def _reading(self, run: ScoredRun | None, saved: files.Saved) -> Reading:
+    def _reading(self, run: ScoredRun | None, saved: files.Saved, chat: Chat | None) -> Reading:
         if run is not None:
-            return reading_after(run.context, self._tokenizer, beside_backbone=True)
+            return reading_after(run.context, in_way(self._tokenizer, way_of(run.task, chat)), beside_backbone=True)
         if saved.identity.context and isinstance(self._tokenizer, PromptTokenizer):
             return Reading(tokenizer=self._tokenizer.going_on(), run_once=saved.identity.context)
         return Reading(tokenizer=self._tokenizer)
