@@ -13,6 +13,7 @@ from pathlib import Path
 PAGE, TESTS = Path(__file__).parent / "support.md", Path(__file__).parents[1] / "tests"
 T5, LLAMA = "T5, mT5", "Llama and its kin"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
+MESSAGES = "test_messages_runs.py"
 WHOLE = "not yet: held whole by each process"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
@@ -41,6 +42,16 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
         ("`lst`", EVERY, f"{TAPS}::test_a_step_moves_the_side_network_alone"),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
         ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
+        (
+            "prompts with completions",
+            f"{MESSAGES}::test_methods_inside_the_model_and_encoder_decoders_take_them_too",
+            f"{MESSAGES}::test_a_finished_run_answers_a_file_as_it_was_scored",
+        ),
+        (
+            "conversations",
+            "no: their tokenizers have no chat template",
+            f"{MESSAGES}::test_conversations_from_the_tap_cache_after_a_context_end_as_the_live_run",
+        ),
         ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),
         (
             "designs `cross_attention`, `adapter`",

@@ -46,10 +46,7 @@ def answer_file(runs: Sequence[Path], source: Path, output: Path, *, probabiliti
         try:
             for found in by_chunks(files.read_records(str(source), "test", where="inputs"), ROWS):
                 records = [_with_room(each, names) for each in found]
-                answers = {
-                    name: _answers(engine, networks.get(name), run, [each.record for each in found], tokenizer, probabilities)
-                    for name, run in asked.items()
-                }
+                answers = {name: _answers(engine, networks.get(name), run, found, tokenizer, probabilities) for name, run in asked.items()}
                 lines.write([record | _columns(answers, number) for number, record in enumerate(records)])
                 rows += len(found)
         finally:
@@ -90,10 +87,10 @@ def _started(asked: Mapping[str, ScoredRun], runs: Sequence[Path]) -> tuple[Engi
 
 
 def _answers(
-    engine: Engine, network: Network, run: ScoredRun, records: Sequence[Mapping[str, Any]], tokenizer: Any, probabilities: bool
+    engine: Engine, network: Network, run: ScoredRun, rows: Sequence[files.Found], tokenizer: Any, probabilities: bool
 ) -> Callable[[int], dict[str, Any]]:
     """Ask one run about some rows; return what gives the columns of each, and waits for them."""
-    prompts = [network.prompt(network.text_of(record)) for record in records]
+    prompts = [network.prompt(network.text_of(each.record, each.path, each.number)) for each in rows]
     likely = run.evaluation.method == "likelihood"
     scored = [_score(engine, network, prompt) for prompt in prompts] if likely or (probabilities and network.labels) else None
     most = run.evaluation.max_new_tokens or run.longest or 1
@@ -101,7 +98,7 @@ def _answers(
 
     def columns(number: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        labels, each = network.labels or (), None if scored is None else shares(_event(scored[number]))
+        labels, each = [label.strip() for label in network.labels or ()], None if scored is None else shares(_event(scored[number]))
         if texts is None:
             assert each is not None
             found[f"{PREDICTION}_{network.name}"] = labels[max(range(len(each)), key=each.__getitem__)]

@@ -89,8 +89,8 @@ class Server:
         except LstScaleError as error:
             raise HTTPException(404, str(error)) from None
 
-    def prompt(self, network: Network, text: str) -> tuple[int, ...]:
-        ids = network.prompt(text)
+    def prompt(self, network: Network, text: str, *, begun: bool = False) -> tuple[int, ...]:
+        ids = network.prompt(text, begun=begun)
         if not ids:
             raise HTTPException(400, "the prompt is empty")
         if len(ids) > self.limits.prompt_tokens:
@@ -206,12 +206,14 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         network = await server.network(asked.model)
         if getattr(server.tokenizer, "chat_template", None) is None:
             raise HTTPException(400, "this backbone's tokenizer has no chat template: use /v1/completions")
-        conversation = [message.model_dump() for message in asked.messages]
-        text = server.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        try:
+            text = network.chat_text([message.model_dump() for message in asked.messages], server.tokenizer)
+        except LstScaleError as error:
+            raise HTTPException(400, str(error)) from None
         form = _Form("chatcmpl", "chat.completion", asked.model, chat=True, logprobs=asked.logprobs)
         most = asked.max_completion_tokens or asked.max_tokens
         logprobs = asked.top_logprobs if asked.logprobs else None
-        return await _answered(server, request, asked, form, network, [server.prompt(network, text)], logprobs, most)
+        return await _answered(server, request, asked, form, network, [server.prompt(network, text, begun=True)], logprobs, most)
 
 
 async def _answered(
@@ -348,7 +350,7 @@ def _add_labels(app: FastAPI, server: Server) -> None:
         for network, (labels, _) in zip(networks, each, strict=True):
             rows = []
             for _ in asked.inputs:
-                rows.append(_labelled(labels, next(shares)))
+                rows.append(_labelled([label.strip() for label in labels], next(shares)))
             results.append({"model": network.name, "rows": rows})
         return {"object": "classification", "results": results}
 

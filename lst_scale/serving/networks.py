@@ -16,12 +16,13 @@ from typing import Any
 from lst_scale.backbone.taps import Backbone
 from lst_scale.data.chat import Chat
 from lst_scale.data.context import Reading, reading_after
+from lst_scale.data.conversations import messages_in, refuse_wrong_order
 from lst_scale.data.encode import target_text
 from lst_scale.data.files import Found
 from lst_scale.data.own_rows import asked_source, file_source
 from lst_scale.data.prompts import PromptTokenizer, in_way
 from lst_scale.data.tasks import way_of
-from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.errors import ArgumentError, DataError, LadderError, fence
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import RECIPE
@@ -49,13 +50,42 @@ class Network:
         """What the backbone has read before every prompt."""
         return self.reading.run_once
 
-    def prompt(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training."""
-        most = None if self.run is None else self.run.recipe.data.max_source_length
-        return (*self.reading.before, *self.reading.tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+    @property
+    def end(self) -> int:
+        """The token that ends an answer; that of a chat template may be another than what ends a text."""
+        found: int = self.reading.tokenizer.eos_token_id
+        return found
 
-    def text_of(self, record: Mapping[str, Any]) -> str:
+    def prompt(self, text: str, *, begun: bool = False) -> tuple[int, ...]:
+        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training.
+
+        Args:
+            begun: what begins a text is written in it already, as by a chat template.
+        """
+        most = None if self.run is None else self.run.recipe.data.max_source_length
+        tokenizer = self.reading.tokenizer
+        if begun and isinstance(tokenizer, PromptTokenizer):
+            tokenizer = tokenizer.going_on()
+        return (*self.reading.before, *tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
+        """Return a conversation up to the answer that it asks for, as in training where that was on conversations.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        if self.chat is not None:
+            found = messages_in(messages, "messages", "the request")
+            refuse_wrong_order(found, "the request")
+            return self.chat.source(found, "the request")
+        with fence(DataError, "the chat template refuses this conversation"):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def text_of(self, record: Mapping[str, Any], path: str = "the request", number: int = 1) -> str:
         """Return the prompt of a row of fields, by the template of the run.
+
+        Args:
+            path: where the row is, with its number, as errors name it.
 
         Raises:
             ArgumentError: the run has none, or a field is missing.
@@ -64,7 +94,7 @@ class Network:
         if self.run is None or not isinstance(self.run.task, FileTask):
             raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
         if self.chat is not None:
-            return asked_source(self.run.task, Found(record, "the request", 1), self.chat)
+            return asked_source(self.run.task, Found(record, path, number), self.chat)
         missing = [name for name in self.run.columns if not isinstance(record.get(name), str)]
         if missing:
             raise ArgumentError(f"{self.name} reads the fields {', '.join(self.run.columns)}: {missing[0]} is missing, or no text")
