@@ -78,7 +78,7 @@ def predict_file(
     Raises:
         LstScaleError: the run, the file, a row or the output can't be used.
     """
-    asked = _asked(runs, overrides, probabilities=probabilities)
+    asked = asked_of(runs, overrides, probabilities=probabilities)
     names = [column, PROBABILITIES] if probabilities else [column]
     if not column or len(set(names)) < len(names):
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
@@ -90,7 +90,7 @@ def predict_file(
         reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
         reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
-        with _model(runs, asked.recipe, world, reading) as (model, passes):
+        with answering(runs, asked.recipe, world, reading) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.evaluation.batch_size * model.replica.count
             first = answered - answered % at_once  # the same rows together as without a stop
             keep(first)
@@ -126,7 +126,7 @@ class InputRows:
         task = self.asked.task
         named = NamedImages(task, endings_of(self.asked.recipe.vision)) if isinstance(task, ReleaseTask) else None
         for found in files.read_records(str(self.source), "test", where="inputs"):
-            text = _text(self.asked, found.record, found.path, found.number)
+            text = text_of(self.asked, found.record, found.path, found.number)
             images = () if named is None else named.of(found.record, found.path, found.number)
             if isinstance(task, FileTask):
                 images = file_images(task, found.record, found.path, found.number)
@@ -152,7 +152,7 @@ def _made_by(runs: Sequence[Path], asked: ScoredRun, names: Sequence[str]) -> st
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _asked(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
+def asked_of(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bool) -> ScoredRun:
     """Return how the runs answer, which must be one way for all.
 
     Raises:
@@ -189,7 +189,7 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
         refuse_changed_weights(run, WholeModelTrainee.FOLDER)
 
 
-def _text(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
+def text_of(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
     """Return a row's source text, written as in training."""
     refuse_bad_cells(record, asked.columns, path, number)
     task = asked.task
@@ -265,7 +265,7 @@ def _reply(
 
 
 @contextlib.contextmanager
-def _model(runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading) -> Iterator[tuple[Predictor, SharedPasses]]:
+def answering(runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading) -> Iterator[tuple[Predictor, SharedPasses]]:
     """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it."""
     if len(runs) > 1:
         folders = [run / LadderTrainee.FOLDER for run in runs]
