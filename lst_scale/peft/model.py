@@ -5,6 +5,7 @@ The backbone stays as it came, frozen, in eval mode and under no_grad. Its modul
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from lst_scale.backbone import as_backbone
 from lst_scale.errors import LadderError
 from lst_scale.peft.layer import MERGE_REASON, LadderLayer
 from lst_scale.peft.register import PREFIX
-from lst_scale.side.model import LadderModel
+from lst_scale.side.model import Ladder, LadderModel
 
 CHILD = "ladder"
+KNOWN = frozenset(inspect.signature(Ladder.forward).parameters)  # arguments that a ladder has
 
 
 class LadderTuner(BaseTuner):  # type: ignore[misc]
@@ -61,19 +63,17 @@ class LadderTuner(BaseTuner):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the active ladder's output (`LadderModel.forward`), or the plain model's while adapters are disabled.
 
-        Args:
-            num_items_in_batch: what transformers' Trainer divides a summed loss by: labels in all micro batches of the step.
+        TRL puts a forward pass of its own on the plain model object, whose loss makes no logits: asked in a way that only it knows, it
+        runs with the ladder in the plain model's place, so that last states and head are the ladder's.
         """
         ladder = self.answering
         if ladder is None:
             return self.model(*args, **kwargs)
-        num_items = kwargs.pop("num_items_in_batch", None)
-        output = ladder(*args, **{name: value for name, value in kwargs.items() if value is not None})
-        labels = kwargs.get("labels")
-        if num_items is not None and labels is not None:
-            told = labels[:, 1:] if ladder.spec.one_stack else labels  # a causal model predicts the next token
-            output["loss"] = output["loss"] * (told != -100).sum() / num_items
-        return output
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        replaced = vars(self.model).get("forward")
+        if replaced is not None and not given.keys() <= KNOWN:
+            return replaced.__func__(ladder, *args, **given)
+        return ladder(*args, **given)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Return generated ids (B, T) of the active ladder, or of the plain model while adapters are disabled."""

@@ -84,13 +84,20 @@ def _weighted(values_N1: Tensor, weights_N1: Tensor | None) -> Tensor:
 LOSS_FORMS = ("token_mean", "example_mean", "scored_example_mean")
 
 
-def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, form: str = "token_mean", scores_B: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits_BTV: Tensor,
+    labels_BT: Tensor,
+    form: str = "token_mean",
+    scores_B: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
     """Return the negative log-likelihood in nats (float32 scalar) of the labels that are not -100.
 
     Args:
         form: "token_mean": over all tokens of the batch. "example_mean": over each row's tokens, then over rows. "scored_example_mean":
             the same with each row's mean times its score. A row without labels counts as 0.
         scores_B: of "scored_example_mean" alone.
+        num_items: by how many tokens the sum of "token_mean" is divided, where that isn't the batch's own number.
 
     Raises:
         LadderError: the form is unknown, or scores are missing, idle, or not one a row.
@@ -102,13 +109,18 @@ def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, form: str = "token_mean
     if scores_B is not None and scores_B.shape != (len(labels_BT),):
         raise LadderError(f"scores are {tuple(scores_B.shape)}, but must be ({len(labels_BT)},): one a row")
     if form == "token_mean":
-        return mean_cross_entropy(logits_BTV, labels_BT)
+        return mean_cross_entropy(logits_BTV, labels_BT, num_items)
+    if num_items is not None:
+        raise LadderError(f"num_items_in_batch counts tokens, over which loss_form={form!r} is no mean: leave one of them out")
     nll_BT = torch.nn.functional.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
     mean_B = nll_BT.sum(1) / (labels_BT != IGNORED).sum(1).clamp(min=1)
     return (mean_B if scores_B is None else mean_B * scores_B).mean()
 
 
-def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood in nats (float32 scalar) over the labels that are not -100; 0 when all are."""
+def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Return the mean negative log-likelihood in nats (float32 scalar) over the labels that are not -100; 0 when all are.
+
+    With `num_items` the sum is divided by it, and not by how many labels there are.
+    """
     nll = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nll / (labels_BT != IGNORED).sum().clamp(min=1)
+    return nll / ((labels_BT != IGNORED).sum().clamp(min=1) if num_items is None else num_items)

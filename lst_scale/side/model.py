@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from lst_scale.backbone import as_backbone
@@ -32,12 +32,16 @@ from lst_scale.errors import LadderError, fence
 from lst_scale.inputs.images import Images
 from lst_scale.side import files, release
 from lst_scale.side.cache import part_of
+from lst_scale.side.card import LIVE
 from lst_scale.side.config import LadderConfig
+from lst_scale.side.face import Face
 from lst_scale.side.initialize import initialize_random
+from lst_scale.side.loss import cross_entropy, shift_right
 from lst_scale.side.network import SideEncoderState, SideNetwork
 from lst_scale.side.one_stack import OneStack
 from lst_scale.side.two_stacks import LadderEncoderOutput, TwoStacks
 from lst_scale.side.vision import checked_images
+from lst_scale.system.assets import resolve
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,12 +58,19 @@ class Call:
     images: Images | None
     scores: Tensor | None
     loss_form: str
+    num_items: Tensor | int | None
+    hidden: bool
+
+    def loss_of(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return the loss in nats that was asked for of logits and what they are to predict."""
+        return cross_entropy(logits_BTV, labels_BT, self.loss_form, self.scores, self.num_items)
 
 
 class Form(Protocol):
     """What calls of a ladder mean: transformers' conventions differ between kinds of model."""
 
     def forward(self, model: Ladder, call: Call) -> Any: ...
+    def states(self, model: Ladder, input_ids_BS: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, ...]: ...
     def mask_of(self, model: Ladder, input_ids_BS: Tensor) -> Tensor: ...
     def before_generation(
         self, model: Ladder, input_ids_BS: Tensor, mask_BS: Tensor, source: SourceState | None, images: Images | None, use_cache: bool
@@ -67,7 +78,7 @@ class Form(Protocol):
     def next_inputs(self, input_ids: Tensor, use_cache: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]: ...
 
 
-class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
+class Ladder(Face, GenerationMixin):  # type: ignore[misc]
     """What trains or has trained, on a frozen backbone: all that a `LadderModel` and a `LadderEnsemble` have in common.
 
     Args:
@@ -89,19 +100,14 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         self.train(side.training)
         spec = backbone.spec
         self._form: Form = OneStack(spec.cache_layers) if spec.one_stack else TwoStacks()
+        if not spec.one_stack:  # collators look for this name, and give a causal model what it can't take where they find it
+            self.prepare_decoder_input_ids_from_labels = self._shifted
         # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
         self.config = family_of(spec.model_type, "this backbone").generation_config(spec, side_layers=side.num_cache_layers)
+        self.config._name_or_path = _where_its_tokenizer_is(backbone)
         self.generation_config = GenerationConfig(
             pad_token_id=spec.pad_token_id, eos_token_id=self.config.eos_token_id, decoder_start_token_id=spec.decoder_start_token_id
         )
-
-    @property
-    def backbone(self) -> Backbone:
-        return self._frozen[0]
-
-    @property
-    def spec(self) -> BackboneSpec:
-        return self.backbone.spec
 
     @property
     def replica(self) -> Replica:
@@ -142,6 +148,7 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         boxes: Tensor | None = None,
         scores: Tensor | None = None,
         loss_form: str = "token_mean",
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return `.logits` (B, T, V) and, with labels, `.loss`: mean cross-entropy in nats over the labels that are not -100.
 
@@ -153,19 +160,20 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             past_key_values, cache: one cache for backbone and side network, read and filled, under transformers' old or new name; with
                 `use_cache` one is made when none is given.
             return_dict: always True; generation passes it.
-            output_hidden_states, output_attentions: never True; transformers' tools pass them.
+            output_hidden_states: also return states, each (B, T, D): the embeddings, the output of every backbone block that the ladder
+                reads, without gradient, and last what the head makes logits of. As `.hidden_states`, or beside an encoder-decoder as
+                `.encoder_hidden_states` (whose last is a block's) and `.decoder_hidden_states`.
+            output_attentions: never True; transformers' tools pass it.
             image_features: (B, I, G, F) of a frozen image encoder, for a side network with `vision`: I images a row, G positions of a
                 square grid; boxes: (B, I, G, 4), x1, x2, y1, y2 of each token, zeros when left out. Neither goes with `encoder_outputs`.
             loss_form, scores: "token_mean", "example_mean" (the mean over a row's tokens, then over rows) or "scored_example_mean" (each
                 row's mean times its score (B,), then over rows): the release's losses for captions, GQA and NLVR2, and VQA.
+            num_items_in_batch: labels that predict in all micro batches of a step, by which transformers' Trainer has the sum divided.
         """
         if not return_dict:
             raise LadderError("a forward pass returns an object with .loss and .logits: leave return_dict out, or write True")
-        if output_hidden_states or output_attentions:
-            raise LadderError(
-                "a ladder returns no hidden states or attentions: leave output_hidden_states and output_attentions out; "
-                "model.backbone(Inputs(source_BS=..., source_mask_BS=..., target_BT=...), model.side.request) gives the backbone's states"
-            )
+        if output_attentions:
+            raise LadderError("a ladder returns no attentions: leave output_attentions out")
         images = None
         if encoder_outputs is None and input_ids is not None:
             images = checked_images(self.side.vision, len(input_ids), image_features, boxes)
@@ -180,6 +188,8 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             images=images,
             scores=scores,
             loss_form=loss_form,
+            num_items=num_items_in_batch,
+            hidden=bool(output_hidden_states),
         )
         return self._form.forward(self, call)
 
@@ -194,9 +204,28 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
         """Return what the frozen backbone makes of a batch's source."""
         return self.backbone.read(input_ids_BS, attention_mask_BS, self.side.request)
 
+    def last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the state (B, T, D) that a decoder-only backbone's head makes the logits of a text of."""
+        return self._form.states(self, input_ids, attention_mask)[-1]
+
     def decode(self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, Any], cache: Any | None = None) -> Tensor:
         """Return logits (B, T, V); with a cache, of the new positions."""
         return self._logits(self.backbone.extend(decoder_input_ids_BT, state[0], self.side.request, cache), state[1], cache)
+
+    def decoded(
+        self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, Any], cache: Any | None, *, with_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return what `decode` does and, if so asked, all states on the way to it."""
+        if not with_states:
+            return self.decode(decoder_input_ids_BT, state, cache), None
+        states = self.states_of(decoder_input_ids_BT, state, cache)
+        return self.backbone.head(states[-1]), states
+
+    def states_of(self, decoder_input_ids_BT: Tensor, state: tuple[SourceState, Any], cache: Any | None = None) -> tuple[Tensor, ...]:
+        """Return all states (B, T, D) on the way to the logits that `decode` returns: the last one is what the head is given."""
+        target = self.backbone.extend(decoder_input_ids_BT, state[0], self.side.request, cache)
+        own = part_of(cache, self.spec.cache_layers, self.side.num_cache_layers)
+        return target.taps.embedding, *target.taps.tensors, self.side.decode(target, state[1], own)
 
     def _logits(self, decoder: TargetState, side: SideEncoderState, cache: Any | None = None) -> Tensor:
         own = part_of(cache, self.spec.cache_layers, self.side.num_cache_layers)
@@ -246,6 +275,10 @@ class Ladder(nn.Module, GenerationMixin):  # type: ignore[misc]
             **self._form.before_generation(self, input_ids, attention_mask, source, images, use_cache),
             **options,
         )
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """Return the target ids that predict these labels (transformers' collators name the argument)."""
+        return shift_right(labels, self.spec)
 
     # What GenerationMixin asks for.
 
@@ -336,6 +369,12 @@ class LadderModel(Ladder):
         files.load_weights(side, saved)
         frozen = _after_the_same(frozen, saved, allow_other_backbone=allow_other_backbone)
         return cls(frozen, side.to(frozen.device).eval())
+
+
+def _where_its_tokenizer_is(backbone: Backbone) -> str:
+    """Return the backbone's name as transformers' tools read it, which load a tokenizer by it; none of a live model without one."""
+    name = backbone.identity.checkpoint
+    return "" if name == LIVE else resolve(name)
 
 
 def _fresh(backbone: Backbone, config: LadderConfig) -> SideNetwork:

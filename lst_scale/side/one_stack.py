@@ -19,7 +19,6 @@ from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import IGNORED
 from lst_scale.side.cache import cache_beside
 from lst_scale.side.designs.one_stack import SidePrefix
-from lst_scale.side.loss import cross_entropy
 
 if TYPE_CHECKING:
     from lst_scale.side.model import Call, Ladder
@@ -51,9 +50,13 @@ class OneStack:
         mask_BS = torch.ones_like(ids_BT) if call.attention_mask is None else call.attention_mask
         if cache is not None and call.attention_mask is None:
             mask_BS = ids_BT.new_ones(len(ids_BT), self._length_of(cache) + ids_BT.shape[1])
-        logits_BTV = model.decode(ids_BT, _after_nothing(model, ids_BT, mask_BS), cache)
-        loss = None if labels_BT is None else cross_entropy(logits_BTV, next_tokens(labels_BT), call.loss_form, call.scores)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **cache_argument(cache))
+        logits_BTV, states = model.decoded(ids_BT, _after_nothing(model, ids_BT, mask_BS), cache, with_states=call.hidden)
+        loss = None if labels_BT is None else call.loss_of(logits_BTV, next_tokens(labels_BT))
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, hidden_states=states, **cache_argument(cache))
+
+    def states(self, model: Ladder, input_ids_BS: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, ...]:
+        mask_BS = torch.ones_like(input_ids_BS) if mask_BS is None else mask_BS
+        return model.states_of(input_ids_BS, _after_nothing(model, input_ids_BS, mask_BS))
 
     def mask_of(self, model: Ladder, input_ids_BS: Tensor) -> Tensor:
         """Return the mask of rows that come without one: many of these models have no padding id, so all ones."""

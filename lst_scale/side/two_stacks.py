@@ -13,7 +13,7 @@ from lst_scale.backbone.taps import SourceState, StackTaps
 from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
 from lst_scale.side.cache import new_cache
-from lst_scale.side.loss import cross_entropy, shift_right
+from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideEncoderState
 from lst_scale.side.vision import beside_images
 
@@ -49,9 +49,16 @@ class TwoStacks:
                 raise LadderError("encoder_outputs need the attention_mask of the tokens they were made from")
             state = _state_of(call.encoder_outputs, mask_BS)
         cache = new_cache() if call.use_cache and call.cache is None else call.cache
-        logits_BTV = model.decode(target_BT, state, cache)
-        loss = None if call.labels is None else cross_entropy(logits_BTV, call.labels, call.loss_form, call.scores)
-        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **cache_argument(cache))
+        logits_BTV, states = model.decoded(target_BT, state, cache, with_states=call.hidden)
+        loss = None if call.labels is None else call.loss_of(logits_BTV, call.labels)
+        taps = state[0].taps
+        read = (taps.embedding, *taps.tensors) if call.hidden and call.encoder_outputs is None else None
+        return Seq2SeqLMOutput(
+            loss=loss, logits=logits_BTV, decoder_hidden_states=states, encoder_hidden_states=read, **cache_argument(cache)
+        )
+
+    def states(self, model: Ladder, input_ids_BS: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, ...]:
+        raise LadderError("an encoder-decoder has no last state without a target: train it in Seq2SeqTrainer, not in a trainer of TRL")
 
     def mask_of(self, model: Ladder, input_ids_BS: Tensor) -> Tensor:
         """Return the mask of rows that come without one: from the padding id, where transformers' T5 takes all ones."""
