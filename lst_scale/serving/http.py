@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.serving import answers
 from lst_scale.serving.answers import Failed, Piece, Reply
 from lst_scale.serving.engine import Engine
@@ -61,8 +61,8 @@ class Server:
         except LstScaleError as error:
             raise HTTPException(404, str(error)) from None
 
-    def prompt(self, network: Network, text: str) -> tuple[int, ...]:
-        ids = network.prompt(text)
+    def prompt(self, network: Network, text: str, *, begun: bool = False) -> tuple[int, ...]:
+        ids = network.prompt(text, begun=begun)
         if not ids:
             raise HTTPException(400, "the prompt is empty")
         if len(ids) > self.limits.prompt_tokens:
@@ -178,12 +178,14 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         network = await server.network(asked.model)
         if getattr(server.tokenizer, "chat_template", None) is None:
             raise HTTPException(400, "this backbone's tokenizer has no chat template: use /v1/completions")
-        conversation = [message.model_dump() for message in asked.messages]
-        text = server.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        try:
+            text = network.chat_text([message.model_dump() for message in asked.messages], server.tokenizer)
+        except LstScaleError as error:
+            raise HTTPException(400, str(error)) from None
         form = Form("chatcmpl", "chat.completion", asked.model, chat=True, logprobs=asked.logprobs)
         most = asked.max_completion_tokens or asked.max_tokens
         logprobs = asked.top_logprobs if asked.logprobs else None
-        return await _answered(server, request, asked, form, network, [server.prompt(network, text)], logprobs, most)
+        return await _answered(server, request, asked, form, network, [server.prompt(network, text, begun=True)], logprobs, most)
 
 
 async def _answered(
@@ -295,13 +297,15 @@ def _labels_of(network: Network, asked: Classification) -> tuple[tuple[str, ...]
         return tuple(asked.labels), network.label_ids(asked.labels)
     if network.labels is None:
         raise HTTPException(400, f"{network.name} was not trained on labels: write labels")
-    return network.labels, network.targets
+    return tuple(map(str.strip, network.labels)), network.targets
 
 
 def _text(network: Network, given: str | dict[str, Any]) -> str:
-    if isinstance(given, str):
+    if isinstance(given, str) and network.chat is None:
         return given
     try:
+        if isinstance(given, str):
+            raise ArgumentError(f"{network.name} reads conversations: give a row whose field is a list of messages, and no text")
         return network.text_of(given)
     except LstScaleError as error:
         raise HTTPException(400, str(error)) from None

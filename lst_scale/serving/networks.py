@@ -20,7 +20,7 @@ from lst_scale.data.encode import target_text
 from lst_scale.data.files import Found
 from lst_scale.data.prompts import PromptTokenizer, in_way
 from lst_scale.data.tasks import way_of
-from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.errors import ArgumentError, DataError, LadderError, fence
 from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
 from lst_scale.recipe.task import FileTask
@@ -49,10 +49,34 @@ class Network:
         """What the backbone has read before every prompt."""
         return self.reading.run_once
 
-    def prompt(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training."""
+    @property
+    def end(self) -> int:
+        """The token that ends an answer; that of a chat template may be another than what ends a text."""
+        found: int = self.reading.tokenizer.eos_token_id
+        return found
+
+    def prompt(self, text: str, *, begun: bool = False) -> tuple[int, ...]:
+        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training.
+
+        Args:
+            begun: what begins a text is written in it already, as by a chat template.
+        """
         most = None if self.run is None else self.run.recipe.data.max_source_length
-        return (*self.reading.before, *self.reading.tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+        tokenizer = self.reading.tokenizer
+        if begun and isinstance(tokenizer, PromptTokenizer):
+            tokenizer = tokenizer.going_on()
+        return (*self.reading.before, *tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
+        """Return a conversation up to the answer that it asks for, as in training where that was on conversations.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        if self.chat is not None:
+            return self.chat.asked(messages, "the request")
+        with fence(DataError, "the chat template refuses this conversation"):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def text_of(self, record: Mapping[str, Any]) -> str:
         """Return the prompt of a row of fields, by the template of the run.
