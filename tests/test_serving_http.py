@@ -19,9 +19,15 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from helpers.llama_runs import ENDS, make_tokenizer
+from helpers.llamas import make_llama
 from helpers.serving import Served, made, measure, serving
+from helpers.t5gemmas import make_t5gemma
+from lst_scale.backbone import as_backbone
 from lst_scale.cli.main import app
+from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.errors import ArgumentError
+from lst_scale.serving.networks import Networks
 from lst_scale.serving.start import OPEN_TO_ALL, Options, serve
 
 __all__ = ["made"]
@@ -59,6 +65,26 @@ def test_a_chat_goes_through_the_template(served: Served) -> None:
     assert answer.choices[0].message.content == expected
     pieces = served.client.chat.completions.create(messages=[{"role": "user", "content": "a bird?"}], stream=True, **asked)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
+
+
+def test_a_chat_begins_once_and_one_that_the_template_refuses_is_told(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(**ENDS)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ message['content'] }}{% endfor %}"
+    )
+    networks = Networks(as_backbone(make_llama("llama", vocab_size=len(tokenizer))), PromptTokenizer(tokenizer))
+    asked = [{"role": "user", "content": "a bird"}]
+    assert networks.bare.conversation(asked) == tuple(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+    with pytest.raises(ArgumentError, match=r"the chat template refuses this conversation: .*no tools here"):
+        networks.bare.conversation([{"role": "tool", "content": "a bird"}])
+
+
+def test_a_kind_of_backbone_that_is_not_served_is_told_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_t5gemma().save_pretrained(tmp_path)
+    monkeypatch.setattr("lst_scale.serving.start.load_alone", _never)
+    with pytest.raises(ArgumentError, match="a t5gemma2 is not served: use lst-scale predict"):
+        serve(Options(checkpoint=str(tmp_path), sides={}), "127.0.0.1", 0, say=print)
 
 
 def test_a_stop_text_ends_before_itself(served: Served) -> None:
@@ -261,6 +287,10 @@ def test_sigterm_answers_what_was_taken_and_takes_no_more(made: Any, tmp_path: P
             process.kill()
 
 
+def _never(*_: Any) -> None:
+    raise AssertionError("the backbone was loaded")
+
+
 MISTAKEN: dict[str, tuple[list[str], str]] = {
     "precision": (["--precision", "fp8"], "--precision 'fp8' is not one that serve has: write fp32, bf16, int8 or nf4"),
     "placement": (
@@ -278,10 +308,7 @@ MISTAKEN: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKEN)
 def test_a_mistaken_option_is_one_line_before_anything_is_loaded(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(*_: Any) -> None:
-        raise AssertionError("the backbone was loaded")
-
-    monkeypatch.setattr("lst_scale.serving.start.build", loaded)
+    monkeypatch.setattr("lst_scale.serving.start.build", _never)
     options, message = MISTAKEN[mistake]
     found = CliRunner().invoke(app, ["serve", "--backbone", "anything", *options])
     assert isinstance(found.exception, ArgumentError)

@@ -14,9 +14,10 @@ from helpers.llamas import make_llama
 from helpers.models import make_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import as_backbone
+from lst_scale.serving.networks import shape_of
 from lst_scale.serving.passes import Passes
 from lst_scale.serving.rows import joined
-from lst_scale.serving.stacked import Stack, shape_of
+from lst_scale.serving.stacked import Stack
 from lst_scale.side.network import SideNetwork
 
 CONFIGS: dict[str, dict[str, Any]] = {

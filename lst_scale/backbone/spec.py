@@ -16,6 +16,7 @@ class BackboneSpec:
     """The numbers that every family has. Instances are of a family's own subclass, found by `model_type`."""
 
     one_stack: ClassVar[bool] = False  # the same blocks run source and target
+    served: ClassVar[bool] = True  # whether `lst-scale serve` can answer for it
     large_states: ClassVar[bool] = False  # such that a ladder is lost unless taps are normalised
 
     model_type: str

@@ -96,6 +96,13 @@ def reading_after(context: str | None, tokenizer: Any, *, beside_backbone: bool)
     return Reading(tokenizer=tokenizer.going_on(), **{"run_once" if beside_backbone else "before": ids})
 
 
+def reading_of(context: Sequence[int], tokenizer: Any) -> Reading:
+    """Return how rows are read after a context whose token ids a saved side network remembers; without ids there is none."""
+    if not context or not isinstance(tokenizer, PromptTokenizer):
+        return Reading(tokenizer=tokenizer)
+    return Reading(tokenizer=tokenizer.going_on(), run_once=tuple(context))
+
+
 def sentence_of(context: Context, reading: Reading) -> str:
     """Return what is said of a context before training."""
     rows = f" (training rows {', '.join(map(str, context.rows))}, left out of training)" if context.rows else ""

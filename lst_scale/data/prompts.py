@@ -6,11 +6,11 @@ target   ▁positive </s>                                 as it is tokenized aft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lst_scale.errors import DataError
+from lst_scale.errors import ArgumentError, DataError, fence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,23 @@ class GoingOnTokenizer(PromptTokenizer):
     """The tokenizer of rows that stand after a context: what begins a text has been written already."""
 
     begins_texts = False
+
+
+def going_on(tokenizer: Any) -> Any:
+    """Return a tokenizer of texts whose beginning has been written already; one that ends texts itself begins none."""
+    return tokenizer.going_on() if isinstance(tokenizer, PromptTokenizer) else tokenizer
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation by the tokenizer's chat template, up to the answer that it asks for.
+
+    Raises:
+        ArgumentError: there is no template, or it refuses these messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ArgumentError("this backbone's tokenizer has no chat template: give a text")
+    with fence(ArgumentError, "the chat template refuses this conversation"):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def ends_no_text(tokenizer: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.placement.load import load_alone
 from lst_scale.backbone.taps import Backbone
-from lst_scale.data.context import Reading, reading_after
+from lst_scale.data.context import Reading, reading_after, reading_of
 from lst_scale.data.prompts import PromptTokenizer, ends_no_text
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.predict import answering, ways_of
@@ -107,9 +107,7 @@ def open_side_network(
         )
     tokenizer = load_tokenizer_of(name, saved.identity.revision) if tokenizer is None else _as_ours(tokenizer)
     model = LadderModel.from_pretrained(folder, backbone).to(device).requires_grad_(False)
-    context = model.backbone.identity.context
-    going_on = context and isinstance(tokenizer, PromptTokenizer)
-    reading = Reading(tokenizer=tokenizer.going_on() if going_on else tokenizer, run_once=context)
+    reading = reading_of(model.backbone.identity.context, tokenizer)
     evaluation = EvaluationRecipe(method="generation" if labels is None else "likelihood")
     way = AnyAnswer(
         kind="text" if labels is None else "classification",

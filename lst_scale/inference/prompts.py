@@ -9,7 +9,7 @@ from typing import Any
 from lst_scale.data.answers import cut_inputs
 from lst_scale.data.context import Reading
 from lst_scale.data.encode import EncodedSplit, encode_sources
-from lst_scale.data.prompts import PromptTokenizer
+from lst_scale.data.prompts import chat_text, going_on
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import LONGEST, ScoredRun
@@ -54,9 +54,8 @@ class Prompts:
             raise ArgumentError("conversations and other inputs are told apart by their form: give them in two calls")
         tokenizer = self._reading.tokenizer
         if any(talks):
-            texts = [self._conversation(given) for given in several]
-            if isinstance(tokenizer, PromptTokenizer):
-                tokenizer = tokenizer.going_on()  # a chat template writes the beginning of a text itself
+            texts = [chat_text(tokenizer, given) for given in several]  # type: ignore[arg-type]
+            tokenizer = going_on(tokenizer)  # a chat template writes the beginning of a text itself
         else:
             texts = [self._text(given, number) for number, given in enumerate(several, start=1)]
         most = LONGEST if self._run is None else self._run.recipe.data.max_source_length
@@ -80,9 +79,3 @@ class Prompts:
                 f"input {number} is of type {type(given).__name__}: give a text, a dictionary of fields, or a list of messages"
             )
         return text_of_row(self._run, given, "inputs", number)
-
-    def _conversation(self, given: Any) -> str:
-        if getattr(self._reading.tokenizer, "chat_template", None) is None:
-            raise ArgumentError("this backbone's tokenizer has no chat template: give a text, or a dictionary of fields")
-        text: str = self._reading.tokenizer.apply_chat_template(list(given), tokenize=False, add_generation_prompt=True)
-        return text

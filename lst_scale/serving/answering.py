@@ -12,7 +12,7 @@ from lst_scale.serving.jobs import Job
 from lst_scale.serving.networks import Network
 from lst_scale.serving.passes import Passes, Prompt
 from lst_scale.serving.rows import Rows
-from lst_scale.serving.stacked import Stack, shape_of, sides_of
+from lst_scale.serving.stacked import Stack, sides_of
 
 
 class Answering:
@@ -41,20 +41,14 @@ class Answering:
     def _stack(self, network: Network) -> Stack | None:
         if network.side is None:
             return None
-        shape = shape_of(network.side)
-        if shape not in self._stacks:
-            self._stacks[shape] = Stack(network.side)
-        return self._stacks[shape]
-
-
-def shape_key(network: Network) -> Hashable:
-    """Return what networks that answer together have in common; None for the backbone."""
-    return None if network.side is None else shape_of(network.side)
+        if network.shape not in self._stacks:
+            self._stacks[network.shape] = Stack(network.side)
+        return self._stacks[network.shape]
 
 
 def by_shape(jobs: Sequence[Job]) -> dict[Hashable, list[Job]]:
     """Return jobs by what answers them together."""
     found: dict[Hashable, list[Job]] = {}
     for job in jobs:
-        found.setdefault(shape_key(job.network), []).append(job)
+        found.setdefault(job.network.shape, []).append(job)
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.taps import Backbone
-from lst_scale.serving.answering import Answering, by_shape, shape_key
+from lst_scale.serving.answering import Answering, by_shape
 from lst_scale.serving.jobs import Ended, Generation, Scoring, TooManyWait, key_of, tell_failure
 from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.passes import Passes, Prompt, states_of
@@ -196,7 +196,7 @@ class Engine:
             return
         self._held = _with(self._held, joined([prompts[number].rows for number in staying]))
         self._rows += [rows[number] for number in staying]
-        group = self._groups.setdefault(shape_key(rows[0].job.network), _Group())
+        group = self._groups.setdefault(rows[0].job.network.shape, _Group())
         group.rows += [rows[number] for number in staying]
         if held is not None:
             group.held = _with(group.held, held.of(staying))

@@ -62,7 +62,10 @@ class Server:
             raise HTTPException(404, str(error)) from None
 
     def prompt(self, network: Network, text: str) -> tuple[int, ...]:
-        ids = network.prompt(text)
+        return self.allowed(network.prompt(text))
+
+    def allowed(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a prompt's ids, which must be some and not too many."""
         if not ids:
             raise HTTPException(400, "the prompt is empty")
         if len(ids) > self.limits.prompt_tokens:
@@ -176,14 +179,11 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Response:
         network = await server.network(asked.model)
-        if getattr(server.tokenizer, "chat_template", None) is None:
-            raise HTTPException(400, "this backbone's tokenizer has no chat template: use /v1/completions")
-        conversation = [message.model_dump() for message in asked.messages]
-        text = server.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        prompt = server.allowed(network.conversation([message.model_dump() for message in asked.messages]))
         form = Form("chatcmpl", "chat.completion", asked.model, chat=True, logprobs=asked.logprobs)
         most = asked.max_completion_tokens or asked.max_tokens
         logprobs = asked.top_logprobs if asked.logprobs else None
-        return await _answered(server, request, asked, form, network, [server.prompt(network, text)], logprobs, most)
+        return await _answered(server, request, asked, form, network, [prompt], logprobs, most)
 
 
 async def _answered(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lst_scale.backbone.taps import Backbone
-from lst_scale.data.context import Reading, reading_after
+from lst_scale.backbone.taps import Backbone, BackboneSpec
+from lst_scale.data.context import Reading, reading_after, reading_of
 from lst_scale.data.encode import target_text
-from lst_scale.data.prompts import PromptTokenizer
+from lst_scale.data.prompts import chat_text, going_on
 from lst_scale.errors import ArgumentError, LadderError
 from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
@@ -45,10 +46,28 @@ class Network:
         """What the backbone has read before every prompt."""
         return self.reading.run_once
 
-    def prompt(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training."""
+    @cached_property
+    def shape(self) -> Hashable:
+        """What networks have in common that answer together; None for the backbone itself."""
+        return None if self.side is None else shape_of(self.side)
+
+    def prompt(self, text: str, *, is_begun: bool = False) -> tuple[int, ...]:
+        """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training.
+
+        Args:
+            is_begun: what begins a text stands in it already, as a chat template writes it.
+        """
         most = None if self.run is None else self.run.recipe.data.max_source_length
-        return (*self.reading.before, *self.reading.tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+        tokenizer = going_on(self.reading.tokenizer) if is_begun else self.reading.tokenizer
+        return (*self.reading.before, *tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Return the token ids of a conversation, up to the answer that it asks for.
+
+        Raises:
+            ArgumentError: the tokenizer has no chat template, or that refuses these messages.
+        """
+        return self.prompt(chat_text(self.reading.tokenizer, messages), is_begun=True)
 
     def text_of(self, record: Mapping[str, Any]) -> str:
         """Return the prompt of a row of fields, by the template of the run.
@@ -74,6 +93,7 @@ class Networks:
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Any, most_bytes: int | None = None) -> None:
+        refuse_unserved(backbone.spec)
         self._backbone, self._tokenizer, self._most_bytes = backbone, tokenizer, most_bytes
         self._folders: dict[str, Path] = {}
         self._there: OrderedDict[str, Network] = OrderedDict()  # the one that was asked for last comes last
@@ -161,11 +181,9 @@ class Networks:
         return replace(network, targets=network.label_ids(network.labels or ()))
 
     def _reading(self, run: ScoredRun | None, saved: files.Saved) -> Reading:
-        if run is not None:
-            return reading_after(run.context, self._tokenizer, beside_backbone=True)
-        if saved.identity.context and isinstance(self._tokenizer, PromptTokenizer):
-            return Reading(tokenizer=self._tokenizer.going_on(), run_once=saved.identity.context)
-        return Reading(tokenizer=self._tokenizer)
+        if run is None:
+            return reading_of(saved.identity.context, self._tokenizer)
+        return reading_after(run.context, self._tokenizer, beside_backbone=True)
 
     def _refuse_misfit(self, saved: files.Saved) -> None:
         mine, theirs = self._backbone.identity, saved.identity
@@ -177,6 +195,22 @@ class Networks:
         if saved.config.vision is not None or saved.config.design != "transformer":
             what = "pictures" if saved.config.vision is not None else f"design {saved.config.design}"
             raise LadderError(f"{saved.folder} has {what}, which is not served: use lst-scale predict")
+
+
+def shape_of(side: SideNetwork) -> Hashable:
+    """Return what side networks that are stacked have in common."""
+    ours = asdict(side.config)
+    return tuple(sorted((name, repr(value)) for name, value in ours.items() if name not in ("dropout", "recompute")))
+
+
+def refuse_unserved(spec: BackboneSpec) -> None:
+    """Refuse a kind of backbone that the engine can't run.
+
+    Raises:
+        ArgumentError: it can't.
+    """
+    if not spec.served:
+        raise ArgumentError(f"a {spec.model_type} is not served: use lst-scale predict, or lst_scale.pipeline")
 
 
 def _bytes_of(network: Network) -> int:

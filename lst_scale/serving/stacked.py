@@ -11,8 +11,7 @@ percent of the backbone's bytes, once. Shapes: N rows, G networks, T tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -197,9 +196,3 @@ class Stack:
 def sides_of(networks: Sequence[Network]) -> list[SideNetwork]:
     """Return the side networks of those that have one."""
     return [network.side for network in networks if network.side is not None]
-
-
-def shape_of(side: SideNetwork) -> Hashable:
-    """Return what side networks that are stacked have in common."""
-    ours = asdict(side.config)
-    return tuple(sorted((name, repr(value)) for name, value in ours.items() if name not in ("dropout", "recompute")))

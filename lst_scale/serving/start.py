@@ -21,10 +21,11 @@ from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.serving.engine import Engine
 from lst_scale.serving.guard import App, Guard
 from lst_scale.serving.http import Limits, Server, make_app
-from lst_scale.serving.networks import Networks
+from lst_scale.serving.networks import Networks, refuse_unserved
 from lst_scale.serving.passes import Passes
 from lst_scale.serving.ranks import LeadingPasses, follow
 from lst_scale.serving.watch import Watcher
+from lst_scale.side.count import shape_of
 from lst_scale.system import distributed
 from lst_scale.system.distributed import Channel, World
 from lst_scale.training.shared import load_tokenizer_of
@@ -145,9 +146,13 @@ def build(options: Options, say: Callable[[str], None]) -> tuple[App, Watcher | 
 
 def _recipe(options: Options) -> BackboneRecipe:
     with fence(ArgumentError, "the backbone can't be served so"):
-        return BackboneRecipe.model_validate(
+        recipe = BackboneRecipe.model_validate(
             {"checkpoint": options.checkpoint, "precision": options.precision, "placement": {"name": options.placement}}
         )
+    found = shape_of(recipe.checkpoint)
+    if found is not None:
+        refuse_unserved(found.spec)  # before its weights are read
+    return recipe
 
 
 def _application(passes: Passes, options: Options, say: Callable[[str], None]) -> tuple[App, Watcher | None]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerNorm, T5LayerSelfAttention
 
 from lst_scale.backbone.families.t5.model import T5Model
@@ -27,17 +26,6 @@ class TableThatEnds:
 
 class T5Inside:
     """Places for adapters and biases, and peft's name of the task."""
-
-    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
-
-    def whole_logits(
-        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        given = {"inputs_embeds" if source_BS.is_floating_point() else "input_ids": source_BS}
-        if source is not None:
-            given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}
-        output = run(attention_mask=source_mask_BS, decoder_input_ids=target_BT, use_cache=False, **given)
-        return output.logits, output.encoder_last_hidden_state
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         for path, module in model.named_modules():

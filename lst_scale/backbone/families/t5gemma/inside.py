@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from torch import nn
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RMSNorm
 
 from lst_scale.errors import BackboneError
@@ -15,17 +14,6 @@ from lst_scale.errors import BackboneError
 
 class T5GemmaInside:
     """Places for adapters, and peft's name of the task."""
-
-    peft_task: ClassVar[str] = "SEQ_2_SEQ_LM"
-
-    def whole_logits(
-        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        given = {"inputs_embeds" if source_BS.is_floating_point() else "input_ids": source_BS}
-        if source is not None:
-            given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}
-        output = run(attention_mask=source_mask_BS, decoder_input_ids=target_BT, use_cache=False, **given)
-        return output.logits, output.encoder_last_hidden_state
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         """Attention to the source is part of the decoder's self-attention."""

@@ -21,7 +21,6 @@ from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.families.t5gemma.spec import T5GemmaSpec, spec_from
 from lst_scale.backbone.taps import FrozenHead
 from lst_scale.errors import BackboneError
-from lst_scale.inputs.keys import IGNORED
 
 ENCODER, DECODER = "model.encoder.text_model", "model.decoder"
 STORED = "model.encoder"
@@ -125,27 +124,9 @@ class T5GemmaModel:
     def head_scale(self, spec: T5GemmaSpec) -> float:
         return 1.0
 
-    def target_inputs(self, spec: T5GemmaSpec, labels_BT: Tensor) -> Tensor:
-        """The start token, then the labels but the last; ignored ones become padding."""
-        shifted = torch.full_like(labels_BT, spec.decoder_start_token_id)
-        shifted[:, 1:] = labels_BT[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED, spec.pad_token_id)
-
-    def divide(self, spec: T5GemmaSpec, ids_BS: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ids_BS, mask_BS, self.target_inputs(spec, labels_BT)
-
-    def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
-        return generate(input_ids=ids_BS, attention_mask=mask_BS, **options)
-
     def stack_of(self, model: Any, *, target: bool) -> nn.ModuleList:
         blocks: nn.ModuleList = (model.model.decoder if target else model.model.encoder.text_model).layers
         return blocks
-
-    def context(self, model: Any, embedding_1CD: Tensor) -> None:
-        raise BackboneError("an encoder reads each row as a whole: a context begins each row's source")
-
-    def begun(self, context: None, num_rows: int) -> None:
-        raise BackboneError("a decoder goes on from an encoder's states: give a source")
 
     def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor, context: None = None) -> Tensor:
         final_BSD: Tensor = model.model.encoder(inputs_embeds=embedding_BSD, attention_mask=attention_mask_BS).last_hidden_state

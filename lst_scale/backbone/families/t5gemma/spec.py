@@ -36,6 +36,7 @@ class T5GemmaSpec(BackboneSpec):
     """A T5Gemma 2. Both stacks are of one width."""
 
     large_states: ClassVar[bool] = True
+    served: ClassVar[bool] = False
 
     num_kv_heads: int
     head_dim: int
