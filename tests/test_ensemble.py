@@ -144,7 +144,7 @@ def test_runs_score_together_predict_together_and_stand_in_the_table(runs: dict[
     ("names", "message"),
     [
         (["grid-reduction_factor-2-kind-seed0"], "an ensemble needs two runs or more"),
-        (["grid-reduction_factor-2-kind-seed0", "lora-kind-seed0"], "trained method lora, which shares no backbone with others"),
+        (["grid-reduction_factor-2-kind-seed0", "lora-kind-seed0"], "trained method lora, which is no side network"),
         (["grid-reduction_factor-2-kind-seed0", "short-kind-seed0"], "has another data than .*: an ensemble answers one question"),
         (["grid-reduction_factor-2-kind-seed0", "nowhere"], "nowhere is no finished run: it holds no result.json"),
     ],

@@ -32,7 +32,7 @@ def plan_command(
     from rich.console import Console
     from rich.table import Table
 
-    from lst_scale.recipe.method import LstRecipe
+    from lst_scale.recipe.method import LstRecipe, ProbeRecipe
     from lst_scale.recipe.schema import load_recipe
     from lst_scale.runs.pictures import check_picture
     from lst_scale.side.count import shape_of
@@ -55,6 +55,8 @@ def plan_command(
     setting = report.setting_of(loaded, world_size=gpus, on_gpu=not cpu, target=target)
     with _quiet(), _without_collector(), _progress() as begin:
         found = list(report.lines(loaded, shape, setting, memory=memory, gpu=gpu, begin=begin))
+    if isinstance(loaded.method, ProbeRecipe):
+        typer.echo("a probe takes no step: its line is one batch of the pass that it is fitted after, on the CPU")
     typer.echo(
         f"{loaded.name} on {loaded.backbone.checkpoint}: one step of {setting.rows} rows, {setting.source} source and {setting.target} "
         f"target tokens each, on each of {gpus} rank{'s' if gpus > 1 else ''}; GB of tensors at the peak "

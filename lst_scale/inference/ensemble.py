@@ -11,6 +11,7 @@ from typing import Any
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.scored_run import read_result, refuse_changed_weights
 from lst_scale.methods.lst import LadderTrainee
+from lst_scale.recipe.method import LstRecipe
 from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.recipe.task import FileTask
 from lst_scale.runs.finished import Finished, read_finished
@@ -87,8 +88,8 @@ def check_ensemble(runs: Sequence[Path], recipes: Sequence[Recipe], keys: Sequen
         ArgumentError: one is no ladder, or has another value of one of `keys`.
     """
     for run, recipe in zip(runs, recipes, strict=True):
-        if not recipe.method.beside_backbone:
-            raise ArgumentError(f"{run} trained method {recipe.method.name}, which shares no backbone with others: give runs of lst")
+        if not isinstance(recipe.method, LstRecipe):
+            raise ArgumentError(f"{run} trained method {recipe.method.name}, which is no side network: give runs of lst")
         for key in keys:
             if _asked(recipe, key) != _asked(recipes[0], key):
                 raise ArgumentError(

@@ -77,7 +77,7 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
     closing = contextlib.ExitStack()
     world = World(rank=0, size=1, local_rank=0, device=device)
     backbone = backbone or load_alone(run.recipe.backbone, world)  # this process asks no other, and may be no rank at all
-    model, passes = closing.enter_context(answering([folder], run.recipe, world, reading, backbone))
+    model, passes = closing.enter_context(answering([folder], run.recipe, world, reading, run.labels, backbone))
     way = AnyAnswer(
         kind=run.kind,
         labels=run.labels,

@@ -30,10 +30,12 @@ from lst_scale.images.features import image_reader
 from lst_scale.inference.ensemble import check_ensemble
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
 from lst_scale.inference.scored_run import ScoredRun, Way, read_result, read_scored_run, refuse_changed_weights
-from lst_scale.methods import build_trainee, check_method
+from lst_scale.methods import check_method, method_of
 from lst_scale.methods.base import Predictor
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee, SharedPasses
+from lst_scale.methods.probe import Probe
+from lst_scale.recipe.method import LstRecipe, ProbeRecipe
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, name_of
@@ -90,7 +92,7 @@ def predict_file(
         reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
         reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
-        with answering(runs, asked.recipe, world, reading) as (model, passes):
+        with answering(runs, asked.recipe, world, reading, asked.labels) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.evaluation.batch_size * model.replica.count
             first = answered - answered % at_once  # the same rows together as without a stop
             keep(first)
@@ -180,13 +182,14 @@ def ways_of(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bo
 
 def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
     """Find a run that lacks what it trained, or holds damaged weights, before its backbone is loaded."""
-    if recipe.method.beside_backbone:
+    if isinstance(recipe.method, LstRecipe):
         side_files.read(run / LadderTrainee.FOLDER)
         refuse_changed_weights(run, LadderTrainee.FOLDER)
-    elif not (run / WholeModelTrainee.FOLDER).is_dir():
-        raise ArgumentError(f"{run} holds no {WholeModelTrainee.FOLDER}/: give the folder of a finished run")
-    else:
-        refuse_changed_weights(run, WholeModelTrainee.FOLDER)
+        return
+    folder = Probe.FOLDER if isinstance(recipe.method, ProbeRecipe) else WholeModelTrainee.FOLDER
+    if not (run / folder).is_dir():
+        raise ArgumentError(f"{run} holds no {folder}/: give the folder of a finished run")
+    refuse_changed_weights(run, folder)
 
 
 def text_of_row(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
@@ -277,11 +280,17 @@ def reply_to(
 
 @contextlib.contextmanager
 def answering(
-    runs: Sequence[Path], recipe: Recipe, world: World, reading: Reading, backbone: Backbone | None = None
+    runs: Sequence[Path],
+    recipe: Recipe,
+    world: World,
+    reading: Reading,
+    labels: Sequence[str] | None,
+    backbone: Backbone | None = None,
 ) -> Iterator[tuple[Predictor, SharedPasses]]:
     """Give the model that answers, what one run trained or the side networks of several; and the backbone as it reads it.
 
     Args:
+        labels: of a classification; None: there are none.
         backbone: what the recipe's would be loaded as, where it is in memory already; without a context.
     """
     if len(runs) > 1:
@@ -289,12 +298,10 @@ def answering(
         ensemble = LadderEnsemble.from_pretrained(folders, _placed(recipe, world, reading, backbone))
         yield ensemble, SharedPasses(backbone=ensemble.backbone, request=ensemble.side.request)
         return
-    method = recipe.method.model_copy(update={"initialization": "random"}) if recipe.method.name == "lst" else recipe.method
-    recipe = recipe.model_copy(update={"method": method})  # what was trained replaces any start
     backbone = _placed(recipe, world, reading, backbone)
-    trainee = build_trainee(recipe, backbone, zero_stage=0)
-    with trainee.evaluating(trainee.load(runs[0] / trainee.FOLDER)) as model:
-        yield model, SharedPasses(backbone=backbone, request=trainee.request)
+    method = method_of(recipe, backbone, labels)
+    with method.evaluating(method.load(runs[0] / method.FOLDER)) as model:
+        yield model, SharedPasses(backbone=backbone, request=method.request)
 
 
 def _placed(recipe: Recipe, world: World, reading: Reading, backbone: Backbone | None) -> Backbone:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import BackboneError
 from lst_scale.recipe.backbone import QUANTIZED
-from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, PromptRecipe
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, ProbeRecipe, PromptRecipe
 from lst_scale.recipe.schema import Recipe
-from lst_scale.side.count import check_targets, shape_of
+from lst_scale.side.count import blocks_of, check_targets, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lst_scale.backbone.families import Family
     from lst_scale.backbone.placement.replicated import LocalBackbone
-    from lst_scale.methods.base import Trainee
+    from lst_scale.backbone.spec import BackboneSpec
+    from lst_scale.backbone.taps import TapRequest
+    from lst_scale.methods.base import Method, Trainee
     from lst_scale.methods.images import ReadingImages
     from lst_scale.side.vision_config import VisionConfig
 
@@ -29,6 +31,8 @@ def check_method(recipe: Recipe) -> None:
     Raises:
         BackboneError: the reason and what to write instead.
     """
+    if isinstance(recipe.method, ProbeRecipe) and (found := shape_of(recipe.backbone.checkpoint)) is not None:
+        blocks_of(recipe.method, found.spec)
     if recipe.method.beside_backbone:
         return
     name, backbone = recipe.method.name, recipe.backbone
@@ -66,13 +70,44 @@ def build_trainee(recipe: Recipe, backbone: Any, *, zero_stage: int, importance:
     return _inside(recipe, backbone, in_step=zero_stage == 3)
 
 
+def request_of(recipe: Recipe, spec: BackboneSpec) -> TapRequest | None:
+    """Return what a recipe's method reads of a frozen backbone of this shape; None: nothing."""
+    method = recipe.method
+    if isinstance(method, LstRecipe):
+        from lst_scale.methods.images import vision_config
+        from lst_scale.methods.lst import ladder_config
+        from lst_scale.side.network import SideNetwork
+
+        return SideNetwork.request_of(ladder_config(method, spec, vision_config(recipe)))
+    if isinstance(method, ProbeRecipe):
+        from lst_scale.backbone.taps import TapRequest
+
+        return TapRequest(layers=blocks_of(method, spec))
+    return None
+
+
+def method_of(recipe: Recipe, backbone: Any, labels: Sequence[str] | None) -> Method:
+    """Return the recipe's method on its backbone, about to load what a run trained and answer with it.
+
+    Args:
+        labels: of a classification; None: there are none.
+    """
+    if isinstance(recipe.method, ProbeRecipe):
+        from lst_scale.methods.probe import Probe
+
+        return Probe(recipe.method, backbone, labels or ())
+    if isinstance(recipe.method, LstRecipe):  # what was trained replaces any start
+        recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"initialization": "random"})})
+    return build_trainee(recipe, backbone, zero_stage=0)
+
+
 def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
     from lst_scale.methods.full import WholeModelTrainee
     from lst_scale.methods.images import vision_config
     from lst_scale.methods.peft import PeftTrainee
 
     method = recipe.method
-    assert not isinstance(method, LstRecipe)
+    assert not isinstance(method, LstRecipe | ProbeRecipe)
     if isinstance(method, LoraRecipe):
         method = check_targets(method, backbone.spec)
     model, family, checkpoint = backbone.give_model(), backbone.family, recipe.backbone.checkpoint

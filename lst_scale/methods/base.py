@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,11 @@ class Predictor(Protocol):
     """A model as evaluation uses it."""
 
     @property
+    def label_head(self) -> Callable[[Any], Tensor] | None:
+        """Return what makes log-probabilities of the labels (B, L) straight from taps of any target; None: labels are scored as texts."""
+        ...
+
+    @property
     def spec(self) -> BackboneSpec: ...
     @property
     def replica(self) -> Replica: ...
@@ -42,8 +47,8 @@ class Predictor(Protocol):
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> Scoring: ...
 
 
-class Trainee(Protocol):
-    """One method on one backbone."""
+class Method(Protocol):
+    """One method on one backbone: what it needs of it, a model that answers, and its file."""
 
     FOLDER: str  # below the run's, where `save` puts what was trained
 
@@ -51,6 +56,26 @@ class Trainee(Protocol):
     def request(self) -> TapRequest | None:
         """Return what it reads of a frozen backbone beside it; None: nothing."""
         ...
+
+    def evaluating(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Predictor]:
+        """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
+        ...
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write what was trained, and nothing else. Rank 0 only."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Return the weights that `save` wrote.
+
+        Raises:
+            LadderError: the folder is not whole, or does not fit this backbone.
+        """
+        ...
+
+
+class Trainee(Method, Protocol):
+    """A method that trains in steps."""
 
     @property
     def module(self) -> nn.Module:
@@ -73,28 +98,12 @@ class Trainee(Protocol):
         """
         ...
 
-    def evaluating(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[Predictor]:
-        """Give a model with these trained weights, in eval mode. All ranks must enter it together."""
-        ...
-
     def no_decay(self) -> frozenset[str]:
         """Return the names of trained matrices that weight decay would spoil; it never touches vectors."""
         ...
 
     def openings(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Return how far each gate is open with these weights, for the log; empty where a method has none."""
-        ...
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write what was trained, and nothing else. Rank 0 only."""
-        ...
-
-    def load(self, folder: Path) -> dict[str, Tensor]:
-        """Return the weights that `save` wrote.
-
-        Raises:
-            LadderError: the folder is not whole, or does not fit this backbone.
-        """
         ...
 
 

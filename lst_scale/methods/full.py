@@ -144,6 +144,8 @@ def _logits(
 class WholeModel:
     """The trained model as evaluation uses it."""
 
+    label_head = None
+
     def __init__(self, model: Any, backbone: LocalBackbone, replica: Replica, precision: Any) -> None:
         self._model, self.replica, self._precision = model, replica, precision
         self.family: Family = backbone.family

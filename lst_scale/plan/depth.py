@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import cache
 
 from lst_scale.plan.footprint import MOMENTS, Footprint, Setting, footprint, packed_otherwise, worst_of
+from lst_scale.plan.forward import pass_footprint
 from lst_scale.recipe.backbone import Replicated
-from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.method import LstRecipe, ProbeRecipe
 from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import Shape
 
@@ -23,6 +24,8 @@ SHALLOWEST = 2  # the first block of a stack, which holds the position table, an
 
 def planned(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     """Return what one step needs on each rank, as `footprint` does."""
+    if isinstance(recipe.method, ProbeRecipe):
+        return pass_footprint(recipe, shape, setting)
     depth = shape.spec.depth
     shallow = [(number, shape.spec.with_depth(number)) for number in (SHALLOWEST, SHALLOWEST + 1)]
     if depth <= SHALLOWEST + 1 or not isinstance(recipe.backbone.placement, Replicated):

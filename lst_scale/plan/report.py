@@ -27,7 +27,7 @@ from lst_scale.plan.footprint import (
 )
 from lst_scale.recipe.backbone import Replicated
 from lst_scale.recipe.members import members_of
-from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method
+from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method, ProbeRecipe
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import CacheRecipe, Recipe
 from lst_scale.recipe.task import FileTask, Task, images_of
@@ -90,6 +90,8 @@ def setting_of(recipe: Recipe, *, world_size: int, on_gpu: bool, target: int | N
     """Return the micro-batch that training would run, full rows of the longest lengths."""
     task = max(recipe.each_task, key=lambda task: recipe.rows_a_step(task) * _positions(recipe, task))  # the largest batch's
     a_rank = -(-recipe.rows_a_step(task) // world_size)
+    if isinstance(recipe.method, ProbeRecipe):
+        a_rank = recipe.evaluation.batch_size
     setting = Setting(
         rows=min(recipe.training.micro_batch_size or a_rank, a_rank),
         source=_longest_source(recipe, task),

@@ -15,3 +15,4 @@ Rows = Annotated[int, Field(ge=1, le=1_000_000)]  # at once
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 Beams = Annotated[int, Field(ge=1, le=256)]
 NewTokens = Annotated[int, Field(ge=1, le=100_000)]
+Decay = Annotated[float, Field(gt=0, le=1_000_000)]  # of weights

@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -30,6 +30,7 @@ class Section(BaseModel):
     """A record of what can be set: unknown keys and wrong types are mistakes, and what was read does not change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    no_effect: ClassVar[tuple[str, ...]] = ()  # keys elsewhere in a recipe that say nothing beside this section
 
 
 class _Loader(yaml.SafeLoader):

@@ -127,6 +127,8 @@ def _differences(first: Recipe, other: Recipe) -> list[str]:
     for method in {method.name: method for method in (first.method, other.method)}.values():
         if not method.beside_backbone:
             problems.append(f"method {method.name} changes the backbone and can't share its pass: write method.name=lst")
+    if (first.method.name == "probe") != (other.method.name == "probe"):
+        problems.append("method probe goes through the rows once and others in steps: run it by itself")
     if other.seed != first.seed and other.data.shuffle_seed is None:
         problems.append("seeds differ, so batches would: write data.shuffle_seed=0 for one order of batches")
     return problems

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lst_scale.recipe import decode
-from lst_scale.recipe.amounts import Rows, Share, Width
+from lst_scale.recipe.amounts import Decay, Rows, Share, Width
 from lst_scale.recipe.backbone import NotFp16
 from lst_scale.recipe.decode import Section
 from lst_scale.recipe.marks import ONE_FOR_MEMBERS
+
+Blocks = decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"])
+
+
+def _ascending(layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
+        raise ValueError(f"{list(layers)!s:.60} must be ascending, each block once, at least one; or write all")
+    return layers
 
 
 class LstRecipe(Section):
@@ -19,7 +27,7 @@ class LstRecipe(Section):
     design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
     reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
     # backbone blocks, from 0, that have a side block in both stacks
-    side_layers: decode.either(list=tuple[Annotated[int, Field(ge=0)], ...], word=Literal["all"]) = "all"  # type: ignore[valid-type]
+    side_layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]
     initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
     tap_storage: Annotated[Literal["exact", "bf16", "int8"], ONE_FOR_MEMBERS] = "exact"  # how taps are held until the backward pass
@@ -44,12 +52,20 @@ class LstRecipe(Section):
             raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
         return self
 
-    @field_validator("side_layers")
-    @classmethod
-    def _ascending(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
-        if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers))):
-            raise ValueError(f"{list(layers)!s:.60} must be ascending, each block once, at least one; or write all")
-        return layers
+
+class ProbeRecipe(Section):
+    """A linear map from the frozen backbone's states to the labels, fitted after one pass over the rows: multinomial logistic regression on
+    standardised states. Each block alone and all of them together are tried with each weight decay; the validation score chooses."""
+
+    beside_backbone: ClassVar[bool] = True
+    no_effect: ClassVar[tuple[str, ...]] = ("optimizer", "training", "evaluation.score_start", "logging.profile_steps")
+
+    name: Literal["probe"]  # a linear probe
+    layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]  # backbone blocks, from 0, that are tried
+    # which state of a row: where the backbone's answer would begin (a decoder-only model's last of the prompt), or the mean of the source's
+    position: Literal["answer", "source"] = "answer"
+    # of the map on standardised states, beside the mean loss of a row: each is tried
+    weight_decay: Annotated[tuple[Decay, ...], Field(min_length=1)] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class _InsideRecipe(Section):
@@ -104,6 +120,7 @@ class BitfitRecipe(_InsideRecipe):
 
 METHODS: dict[str, type[Section]] = {
     "lst": LstRecipe,
+    "probe": ProbeRecipe,
     "full": FullRecipe,
     "lora": LoraRecipe,
     "prompt": PromptRecipe,
@@ -112,6 +129,6 @@ METHODS: dict[str, type[Section]] = {
 }
 
 if TYPE_CHECKING:
-    Method = LstRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
+    Method = LstRecipe | ProbeRecipe | FullRecipe | LoraRecipe | PromptRecipe | AdaptersRecipe | BitfitRecipe
 else:
     Method = decode.tagged(**METHODS)

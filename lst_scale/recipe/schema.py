@@ -19,7 +19,7 @@ from lst_scale.recipe.backbone import PLACEMENTS, BackboneRecipe
 from lst_scale.recipe.decode import Count, Section
 from lst_scale.recipe.grid import grid_as_lines
 from lst_scale.recipe.marks import KEPT_BY_RESUME, ONE_FOR_MEMBERS
-from lst_scale.recipe.method import METHODS, LstRecipe, Method
+from lst_scale.recipe.method import METHODS, LstRecipe, Method, ProbeRecipe
 from lst_scale.recipe.release import FORMATS, LONGEST_ANSWER, ReleaseTask
 from lst_scale.recipe.task import GLUE, FileTask, Task, images_of, name_of, rows_a_step, which_task, written_out
 from lst_scale.recipe.vision import VisionRecipe
@@ -215,6 +215,35 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _fitted_to_labels(self) -> Recipe:
+        """Say everything that a method without steps can't go with, or has no use for."""
+        method = self.method
+        for key in method.no_effect:
+            section, _, last = key.partition(".")
+            found, default = getattr(self, section), type(self).model_fields[section].default
+            if last:
+                found, default = getattr(found, last), getattr(default, last)
+            if found != default:
+                raise ValueError(f"{key} has no effect on method {method.name}, which goes through the rows once: remove it")
+        if not isinstance(method, ProbeRecipe):
+            return self
+        (task, *more) = self.each_task
+        file = task if isinstance(task, FileTask) else None
+        wrong = {
+            "tasks: a probe answers one: write task": bool(more),
+            "task: a probe chooses among labels: write a classification": isinstance(task, ReleaseTask)
+            or task == "stsb"
+            or (file is not None and file.kind != "classification"),
+            "task.streaming: a probe is fitted to all rows at once: remove it": file is not None and file.streaming,
+            "task.score: a probe counts every row once: remove it": file is not None and file.score is not None,
+            "vision: a probe reads the backbone, which sees no pictures: remove it": self.vision is not None,
+            "evaluation.method: a probe chooses the likeliest label: write likelihood": self.evaluation.method != "likelihood",
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise ValueError(f"method probe: {'; '.join(found)}")
+        return self
+
+    @model_validator(mode="after")
     def _streams_alone(self) -> Recipe:
         """Say everything that a stream of rows can't go with, or needs."""
         if not isinstance(self.task, FileTask) or not self.task.streaming:
@@ -283,8 +312,8 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
 def _switched(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Return overrides with those first that choose another method or placement, whose section then loses what only the old one has.
 
-    So `method.name=lora` works on any recipe, and complains of no key that was not typed. What both have stays as the file says. Likewise
-    one task in place of several, or several in place of one.
+    So `method.name=lora` works on any recipe, and complains of no key that was not typed: nor of those outside its section that say nothing
+    to it. What both have stays as the file says. Likewise one task in place of several, or several in place of one.
     """
     for one, other in (("task", "tasks"), ("tasks", "task")):
         if other in tree and any(override.startswith(f"{one}=") for override in overrides):
@@ -300,7 +329,18 @@ def _switched(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             kept = _CHOICES[path][chosen].model_fields
             for name in [name for name in section if name not in kept]:
                 del section[name]
+            for key in _CHOICES[path][chosen].no_effect:
+                _remove(tree, key)
     return [*first, *(override for override in overrides if override not in first)]
+
+
+def _remove(tree: dict[str, Any], key: str) -> None:
+    """Take a dotted key out of a tree, if it is there."""
+    *above, last = key.split(".")
+    for part in above:
+        tree = tree.get(part, {}) if isinstance(tree, dict) else {}
+    if isinstance(tree, dict):
+        tree.pop(last, None)
 
 
 def to_yaml(recipe: Recipe) -> str:

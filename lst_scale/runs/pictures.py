@@ -20,6 +20,7 @@ METHODS = {
     "bitfit": "#CC79A7",
     "prompt": "#E69F00",
     "ensemble": "#56B4E9",
+    "probe": "#F0E442",
 }
 OTHER = "#999999"
 Place = tuple[float, float, str]  # points to the right and up, and which side of the text is there

@@ -13,9 +13,11 @@ from typing import Any
 from lst_scale.backbone.families import Numbers, numbers_of, text_part
 from lst_scale.backbone.model_config import find_config, read_config
 from lst_scale.backbone.spec import BackboneSpec
+from lst_scale.data.tasks import GLUE
 from lst_scale.errors import BackboneError, did_you_mean, fence
-from lst_scale.recipe.method import LoraRecipe, Method, PromptRecipe
+from lst_scale.recipe.method import LoraRecipe, Method, ProbeRecipe, PromptRecipe
 from lst_scale.recipe.schema import Recipe
+from lst_scale.recipe.task import FileTask
 
 SHAPES = Path(__file__).with_name("shapes.json")
 
@@ -36,8 +38,13 @@ def trainable_parameters(shape: Shape, method: Method) -> int:
 
 
 def trainable_of(recipe: Recipe, shape: Shape) -> int:
-    """Return how many weights a recipe trains on a backbone of this shape, with what makes tokens of images where it has some."""
+    """Return how many weights a recipe trains on a backbone of this shape, with what makes tokens of images where it has some.
+
+    Of a probe: how many it has at most, on all of its blocks together; of one label, where nobody knows yet how many there are.
+    """
     vision, method, d = recipe.vision, recipe.method, shape.spec.d_model
+    if isinstance(method, ProbeRecipe):
+        return probe_parameters(method, shape) * len(_labels_of(recipe) or ("one",))
     on_text = trainable_parameters(shape, method)
     if vision is None:
         return on_text
@@ -48,6 +55,37 @@ def trainable_of(recipe: Recipe, shape: Shape) -> int:
     if isinstance(method, PromptRecipe):
         added["prompt"] = 2 * d * method.hidden + method.hidden + d
     return on_text + visual + added.get(method.name, 0)
+
+
+def probe_parameters(method: ProbeRecipe, shape: Shape) -> int:
+    """Return the weights for each label of a probe on all of its blocks together.
+
+    Raises:
+        BackboneError: the backbone has not so many blocks.
+    """
+    return len(blocks_of(method, shape.spec)) * shape.spec.d_model + 1
+
+
+def blocks_of(method: ProbeRecipe, spec: BackboneSpec) -> tuple[int, ...]:
+    """Return the blocks that a probe tries, by number.
+
+    Raises:
+        BackboneError: the backbone has no such block.
+    """
+    if method.layers == "all":
+        return tuple(range(spec.depth))
+    layers: tuple[int, ...] = method.layers
+    if layers[-1] >= spec.depth:
+        raise BackboneError(f"method.layers names block {layers[-1]}, but this backbone has blocks 0 to {spec.depth - 1}")
+    return layers
+
+
+def _labels_of(recipe: Recipe) -> tuple[str, ...] | None:
+    """Return a task's labels as far as they are known without its rows."""
+    task = recipe.each_task[0]
+    if isinstance(task, str):
+        return GLUE[task].labels
+    return task.labels if isinstance(task, FileTask) else None
 
 
 def backbone_parameters(shape: Shape) -> int:
@@ -113,4 +151,8 @@ def describe_count(recipe: Recipe) -> str:
     if shape is None:
         return f"trainable parameters: unknown before {recipe.backbone.checkpoint} is downloaded"
     trainable, backbone = trainable_of(recipe, shape), backbone_parameters(shape)
+    if isinstance(recipe.method, ProbeRecipe):
+        labels = _labels_of(recipe)
+        of = "for each label" if labels is None else f"for {len(labels)} labels"
+        return f"trainable parameters: at most {trainable:,} {of}, beside the backbone's {backbone:,}: validation chooses the blocks"
     return f"trainable parameters: {trainable:,} of the backbone's {backbone:,} ({100 * trainable / backbone:.3f} %)"

@@ -90,6 +90,7 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
     base_model_prefix = ""
     _is_stateful = False
     _supports_cache_class = True
+    label_head = None
     input_modalities = ("text",)
     output_modalities = ("text",)
     side: Any

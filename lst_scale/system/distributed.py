@@ -119,6 +119,15 @@ def gather(value: T) -> list[T]:
     return gathered
 
 
+def gather_on_main(world: World, value: T) -> list[T]:
+    """Return every rank's `value`, by rank, on rank 0, and nothing on the others: for what is too large for all to hold."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered or []
+
+
 def on_main_rank(world: World, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank; its error is raised on every rank, so that none waits for ever."""
     outcome: list[Any] = [None, None]

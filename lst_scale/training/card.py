@@ -10,7 +10,7 @@ from typing import Any
 
 from lst_scale.backbone.taps import Backbone, BackboneIdentity
 from lst_scale.data.tasks import GLUE
-from lst_scale.recipe.method import LoraRecipe, LstRecipe, PromptRecipe
+from lst_scale.recipe.method import LoraRecipe, LstRecipe, ProbeRecipe, PromptRecipe
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, Task, images_of, name_of
@@ -63,6 +63,7 @@ def _facts(recipe: Recipe, result: dict[str, Any]) -> list[str]:
 
     longest = max(each("longest_target"))
     sizes = ", ".join(dict.fromkeys(str(recipe.rows_a_step(task)) for task in tasks))
+    chosen = f"steps of {sizes} rows, best after {result['best_step']}; learning rate {recipe.optimizer.learning_rate:g}"
     rows = {
         "task": "; ".join(f"{name_of(task)}, {_kind(task)}" for task in tasks),
         "text": "; ".join(f"`{_template(task)}`" for task in tasks).replace("\n", "\\n").replace("|", "\\|"),
@@ -71,8 +72,9 @@ def _facts(recipe: Recipe, result: dict[str, Any]) -> list[str]:
         "scores": f"{', '.join(dict.fromkeys(each('split')))}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()),
         "majority class": ", ".join(f"{name} {value:.2f}" for name, value in result["majority"].items()),
         "answers": "by " + ", ".join(dict.fromkeys(recipe.evaluation_of(task).method for task in tasks)),
-        "training": f"{result['steps']} steps of {sizes} rows, best after {result['best_step']}; "
-        f"learning rate {recipe.optimizer.learning_rate:g}, seed {recipe.seed}",
+        "training": "fitted after one pass over the rows"
+        if isinstance(recipe.method, ProbeRecipe)
+        else f"{result['steps']} {chosen}, seed {recipe.seed}",
         "started from": recipe.training.start_from or "the backbone",
         "longest source, target": f"{recipe.data.max_source_length}, {longest} tokens",
         "trained weights": f"{result['trainable_parameters']:,} ({result['trainable_share_percent']} % of the backbone's)",

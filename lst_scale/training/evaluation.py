@@ -138,10 +138,14 @@ def label_scores(
 ) -> Session[Tensor]:
     """A session that ends with the log-likelihood of every label for every row (B, L), in nats; with `first_token` that of its first token.
 
-    It asks for what the frozen backbone makes of each label in turn; the source is read once for all.
+    It asks for what the frozen backbone makes of each label in turn; the source is read once for all. A model with a head for labels needs
+    to know what it makes of any.
     """
     most = 1 if first_token else None
     targets = tuple(tuple(tokenizer(text_target=target_text(label, target_prefix)).input_ids[:most]) for label in labels)
+    if model.label_head is not None:
+        taps = (yield BackboneRequest(at=at, batch=batch, want=Want.TARGET, targets=targets[:1])).prepared
+        return torch.empty(0, len(labels)) if batch is None else model.label_head(taps)
     scoring = None if batch is None else _scoring(model, batch)
     scores: list[Tensor] = []
     for number, target in enumerate(targets):

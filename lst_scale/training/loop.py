@@ -22,6 +22,7 @@ from lst_scale.data.encode import EncodedSplit
 from lst_scale.data.stream import Stream
 from lst_scale.errors import BackboneError, LstScaleError, TrainingError
 from lst_scale.methods.base import Trainee
+from lst_scale.recipe.method import ProbeRecipe
 from lst_scale.recipe.schema import Recipe
 from lst_scale.runs.logs import Logger
 from lst_scale.system import distributed, preemption
@@ -251,6 +252,7 @@ class Trainer:
         return None if norm is None else float(norm)
 
     def _diverged(self, what: str) -> LstScaleError:
+        assert not isinstance(self.recipe.method, ProbeRecipe), "it takes no steps"
         mend = "" if self.recipe.method.precision == "fp32" else " or method.precision=fp32"
         return distributed.same_everywhere(
             TrainingError(

@@ -22,25 +22,16 @@ from lst_scale.recipe.method import LstRecipe
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, name_of
 from lst_scale.runs.logs import Logger
-from lst_scale.side.files import CARD
 from lst_scale.system import distributed
-from lst_scale.system.durable import write_directory, write_file
+from lst_scale.system.durable import write_directory
 from lst_scale.system.preemption import Interrupted
-from lst_scale.training.answering import Answered, answer_tasks, scored_splits
-from lst_scale.training.card import card_of_run
+from lst_scale.training.answering import Answered, scored_splits
 from lst_scale.training.checkpoint import TRAINING_ROWS, WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
 from lst_scale.training.engine import build_engine, release, restore_moments
+from lst_scale.training.finish import answer, finish
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
-from lst_scale.training.result import (
-    only_answer_sentences,
-    read_start,
-    result_of,
-    summary_sentence,
-    weights_sha256,
-    write_result,
-    write_start,
-)
-from lst_scale.training.sessions import CLOSING, EVALUATION, Moment, Session
+from lst_scale.training.result import write_start
+from lst_scale.training.sessions import EVALUATION, Moment, Session
 from lst_scale.training.shared import Shared
 from lst_scale.training.warm_start import start_folder
 
@@ -111,30 +102,12 @@ class Member:
             release(self._engine)
 
     def _finish(self, progress: Progress) -> Session[dict[str, Any]]:
-        """Score the best weights on the test split, save them, and write and return result.json."""
+        """Score and save the best weights, and write and return result.json."""
         assert progress.best_step is not None, "a run ends with an evaluation"
-        recipe, shared, folder, trainee = self.recipe, self.shared, self.folder, self.trainee
-        best = read_tensors(_best_path(folder, progress.best_step), self._shapes)
-        splits = scored_splits(shared.tasks)
-        answered = yield from self._answer(best, splits, Moment(progress.step, CLOSING))
-        distributed.on_main_rank(shared.world, lambda: trainee.save(folder / trainee.FOLDER, best))
-        result = result_of(
-            recipe,
-            shared,
-            progress,
-            answered,
-            start_scores=read_start(folder) if recipe.evaluation.score_start else None,
-            trainable=self._trainable,
-            saved_bytes=sum(file.stat().st_size for file in (folder / trainee.FOLDER).rglob("*") if file.is_file()),
-            saved_sha256=distributed.on_main_rank(shared.world, lambda: weights_sha256(folder / trainee.FOLDER)),
+        best = read_tensors(_best_path(self.folder, progress.best_step), self._shapes)
+        return (
+            yield from finish(self.recipe, self.folder, self.logger, self.shared, self.trainee, best, progress, trainable=self._trainable)
         )
-        card = card_of_run(recipe, result, shared.backbone, folder, trainee.FOLDER)
-        distributed.on_main_rank(shared.world, lambda: write_file(folder / trainee.FOLDER / CARD, card))
-        distributed.on_main_rank(shared.world, lambda: write_result(folder, result))
-        self.logger.say(summary_sentence(result, folder))
-        for sentence in only_answer_sentences(answered, shared):
-            self.logger.say(sentence)
-        return result
 
     def _score_start(self) -> Session[None]:
         """Score what the method starts as: beside a backbone that the first predictions are, that is the backbone without any training."""
@@ -149,8 +122,7 @@ class Member:
 
     def _answer(self, weights: dict[str, Tensor], splits: Sequence[str], at: Moment) -> Session[Answered]:
         """Return what these weights' answers to one split of each task are worth."""
-        with self.trainee.evaluating(weights) as model:
-            return (yield from answer_tasks(model, self.shared, splits, at))
+        return (yield from answer(self.trainee, weights, self.shared, splits, at))
 
 
 def _plan(recipe: Recipe, shared: Shared) -> Plan:

@@ -6,10 +6,11 @@ runs/NAME-TASK-seedN/
     metrics.jsonl      numbers: train, validation, gates
     checkpoints/       the newest ones, to resume from
     best/              weights of the best validation score
-    side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it; of other methods: trained/
+    side_network/      the result: `LadderModel.from_pretrained` and `lst-scale predict` read it; of other methods: trained/, or probe/
     result.json        score, time, memory, counts, versions
 
-`training/shared.py` loads data and backbone, once for all members; `training/member.py` builds one member on them and finishes it.
+`training/shared.py` loads data and backbone, once for all members; `training/member.py` builds one member on them and finishes it
+(`training/fitted.py` one that takes no steps: a linear probe).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from lst_scale.errors import MembersFailed
 from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable, expand_members
+from lst_scale.recipe.method import ProbeRecipe
 from lst_scale.recipe.schema import Recipe
 from lst_scale.runs.folder import check_folder, folder_of, prepare_folder
 from lst_scale.runs.lock import locked
@@ -29,6 +31,7 @@ from lst_scale.system import distributed
 from lst_scale.system.assets import load_ds_config
 from lst_scale.system.extras import require
 from lst_scale.training.engine import check_ds_config
+from lst_scale.training.fitted import FittedMember
 from lst_scale.training.member import Member
 from lst_scale.training.sessions import SomeFailed, fit_together
 from lst_scale.training.shared import load_data, load_shared
@@ -97,7 +100,9 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
         stack.callback(shared.close)
         # Nothing but its session holds a member, so that one that ends is gone.
         sessions = [
-            Member(each, folder, logger, shared, ds_config, resume=resume).session()
+            FittedMember(each, folder, logger, shared).session()
+            if isinstance(each.method, ProbeRecipe)
+            else Member(each, folder, logger, shared, ds_config, resume=resume).session()
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
         try:

@@ -35,14 +35,11 @@ from lst_scale.data.tokenizer import SAMPLED_ROWS, load_tokenizer, refuse_misfit
 from lst_scale.errors import BackboneError
 from lst_scale.images.features import RowReader, image_reader
 from lst_scale.inputs.keys import KeyTable, joined
-from lst_scale.methods import check_method
-from lst_scale.methods.images import vision_config
-from lst_scale.methods.lst import SharedPasses, inputs_of, ladder_config, taps_of, with_keys
-from lst_scale.recipe.method import LstRecipe
+from lst_scale.methods import check_method, request_of
+from lst_scale.methods.lst import SharedPasses, inputs_of, taps_of, with_keys
 from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe, Recipe
 from lst_scale.recipe.task import Task
 from lst_scale.runs.logs import Logger
-from lst_scale.side.network import SideNetwork
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
 
@@ -257,8 +254,8 @@ def peak_memory_bytes(world: World) -> int:
 
 def _request(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest | None:
     """Return which taps serve all members; None: the method reads none."""
-    configs = [ladder_config(recipe.method, spec, vision_config(recipe)) for recipe in recipes if isinstance(recipe.method, LstRecipe)]
-    return union([SideNetwork.request_of(config) for config in configs]) if configs else None
+    requests = [request for recipe in recipes if (request := request_of(recipe, spec)) is not None]
+    return union(requests) if requests else None
 
 
 def _taps_of(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:

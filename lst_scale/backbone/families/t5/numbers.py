@@ -52,6 +52,7 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
         blocks = spec.num_layers + spec.num_decoder_layers
         pairs = sum(attentions * width[t] if t in width else blocks * wide[t] for t in method.targets)
         return method.rank * pairs + (biases if method.bitfit else 0)
+    assert isinstance(method, LstRecipe), "a probe is counted without its family"
     return _ladder(spec, method)
 
 
