@@ -55,6 +55,34 @@ def test_a_cache_of_more_blocks_serves_a_run_that_reads_fewer(t5: Path) -> None:
     assert same(found, expected) and not list(narrow.cache.folder.glob("*.taps"))
 
 
+TARGETS = TapRequest(layers=(0, 3), source=False)
+
+
+def test_a_cache_of_sources_and_final_states_serves_a_run_that_reads_targets_alone_and_not_the_other_way_round(t5: Path) -> None:
+    (batch,) = cached.batches(1)
+    expected = opened(t5, WIDE)(batch, NARROW)
+    few = opened(t5, TARGETS)
+    found = few(batch, TARGETS)
+    assert (few.rows_read, few.rows_run, few.is_loaded) == (3, 0, False)
+    assert found.source.hidden == () and found.source.embedding.shape[1] == 0 and found.final_BTD is None
+    for mine, theirs in zip(found.target.tensors, expected.target.tensors, strict=True):
+        assert torch.equal(mine[:, :2], theirs[:, :2])
+    (several,) = few.each_target([batch], TARGETS)
+    assert torch.equal(several.target.tensors[0][:, :2], found.target.tensors[0][:, :2])
+
+
+def test_a_cache_of_targets_alone_keeps_nothing_of_sources(t5: Path) -> None:
+    (batch,) = cached.batches(1)
+    few = opened(t5, TARGETS)
+    live = few(batch, TARGETS)
+    (data,) = few.cache.folder.glob("*.taps")
+    assert data.stat().st_size == 4 * few.spec.d_model * (4 + 2 + 3) * 2 == few.cache.key.bytes_of(19, 9)
+    again, more = opened(t5, TARGETS), opened(t5, NARROW)
+    assert torch.equal(again(batch, TARGETS).target.tensors[1][:, :2], live.target.tensors[1][:, :2]) and again.rows_run == 0
+    more(batch, NARROW)
+    assert more.rows_run == 3, "it lacks what a ladder along sources reads"
+
+
 def test_rows_that_it_lacks_are_run_and_kept_with_the_fewer_blocks(t5: Path) -> None:
     first, second = cached.batches(2)
     opened(t5, WIDE)(first, WIDE)

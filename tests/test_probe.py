@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
 from helpers import llama_runs, programs, ranks
-from helpers.llama_runs import METHOD, trained
+from helpers.llama_runs import trained
 from helpers.models import make_t5
 from helpers.paths import EMBEDDED
 from helpers.recipes import recipe_writer
@@ -153,8 +153,7 @@ def test_the_best_of_what_was_tried_on_validation_is_taken(write: Callable[..., 
 
 def test_taps_that_a_ladder_left_in_the_cache_serve_a_probe_of_fewer_blocks(write_llama: Callable[..., Path], tmp_path: Path) -> None:
     cache = {"cache": {"enabled": True, "dtype": "fp32", "folder": str(tmp_path / "taps")}}
-    method = {"method": METHOD | {"merge_last": False, "start_as_backbone": False}}
-    trained(write_llama("ladder", training__epochs=1, **cache, **method))
+    trained(write_llama("ladder", training__epochs=1, **cache))
     live = trained(write_llama("live", **(PROBE | {"method": {"name": "probe", "layers": [3]}})))
     cached = trained(write_llama("cached", **(PROBE | {"method": {"name": "probe", "layers": [3]}}), **cache))
     assert result(cached)["cache"] == {"rows_read": 22 + 7 + 7, "rows_run": 0, "backbone_loaded": False, "damaged": []}
@@ -257,7 +256,7 @@ def test_a_saved_probe_fits_its_own_backbone_labels_and_files_alone(checkpoint: 
     probe.save(tmp_path / "probe", weights)
     again = Probe(recipe, backbone, ["no", "yes"])
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.load(tmp_path / "probe").items())
-    assert again.request == TapRequest(layers=(2,)), "what answers read, and no more"
+    assert again.request == TapRequest(layers=(2,), source=False), "what answers read, and no more"
     with pytest.raises(LadderError, match="was fitted with other labels: take the run's own files"):
         Probe(recipe, backbone, ["yes", "no"]).load(tmp_path / "probe")
     other = LocalBackbone.load(str(checkpoint("qwen3")), precision="fp32")

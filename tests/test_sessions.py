@@ -236,7 +236,7 @@ def test_the_encoder_runs_once_for_all_labels_and_reads_once(tiny_t5_dir: Path, 
     assert passes["encoder"] == 3 and (writer.rows_run, writer.rows_read) == (9, 0)
     reader, reads = opened(tiny_t5_dir, tmp_path, "fp32"), []
     read_into = reader.cache.read_into
-    reader.cache.read_into = lambda digest, out: reads.append(digest) or read_into(digest, out)  # type: ignore[method-assign,func-returns-value]
+    reader.cache.read_into = lambda digest, *rest: reads.append(digest) or read_into(digest, *rest)  # type: ignore[method-assign,func-returns-value]
     read = list(reader.each_target(several, REQUEST))
     assert not reader.is_loaded and (reader.rows_run, reader.rows_read) == (0, 9)
     assert len(reads) == len(set(reads)) == 3 + 9  # each row's source once, and three targets of each

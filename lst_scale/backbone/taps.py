@@ -9,7 +9,7 @@ Shapes: B rows, S source tokens, T target tokens, D = d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -45,7 +45,13 @@ class TapRequest:
 
     layers: tuple[int, ...]
     target_final: bool = False  # also the target's final normed state, for a ladder that merges it
+    source: bool = True  # also those of the source; False: of the target alone
     storage: str = "exact"  # of block outputs: exact (as computed), bf16, or int8 with one scale a position
+
+    @property
+    def of_source(self) -> TapRequest:
+        """What is kept while the source runs."""
+        return self if self.source else replace(self, layers=())
 
 
 def union(requests: Sequence[TapRequest]) -> TapRequest:
@@ -53,7 +59,8 @@ def union(requests: Sequence[TapRequest]) -> TapRequest:
     layers = sorted({layer for request in requests for layer in request.layers})
     forms = {request.storage for request in requests}
     storage = forms.pop() if len(forms) == 1 else "exact"
-    return TapRequest(layers=tuple(layers), target_final=any(request.target_final for request in requests), storage=storage)
+    final, source = (any(getattr(request, name) for request in requests) for name in ("target_final", "source"))
+    return TapRequest(layers=tuple(layers), target_final=final, source=source, storage=storage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,11 @@ class StackTaps:
             assert not tap.requires_grad, "a tap requires grad: something trainable sits upstream of the frozen backbone"
 
     @property
+    def nothing(self) -> StackTaps:
+        """Those of a text without tokens, of which no block is read."""
+        return StackTaps(layers=(), embedding=self.embedding[:, :0], hidden=())
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """`hidden`, unpacked where it is packed."""
         return tuple(tap.unpack() if isinstance(tap, PackedTap) else tap for tap in self.hidden)
@@ -154,7 +166,7 @@ def joined(source: SourceState, target: TargetState) -> Taps:
 def select(taps: Taps, request: TapRequest) -> Taps:
     """Return the part of `taps` that `request` asks for: the same tensors where they have its form already."""
     return Taps(
-        source=selected_stack(taps.source, request),
+        source=selected_stack(taps.source, request) if request.source else taps.source.nothing,
         target=selected_stack(taps.target, request),
         source_mask_BS=taps.source_mask_BS,
         final_BTD=taps.final_BTD if request.target_final else None,

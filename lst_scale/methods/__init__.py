@@ -80,9 +80,9 @@ def request_of(recipe: Recipe, spec: BackboneSpec) -> TapRequest | None:
 
         return SideNetwork.request_of(ladder_config(method, spec, vision_config(recipe)))
     if isinstance(method, ProbeRecipe):
-        from lst_scale.backbone.taps import TapRequest
+        from lst_scale.methods import probe
 
-        return TapRequest(layers=blocks_of(method, spec))
+        return probe.request_of(method, blocks_of(method, spec))
     return None
 
 

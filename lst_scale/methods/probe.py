@@ -46,7 +46,7 @@ class Probe:
     def __init__(self, recipe: ProbeRecipe, backbone: Backbone, labels: Sequence[str]) -> None:
         self.labels, self._recipe, self._backbone = tuple(labels), recipe, backbone
         self.layers = blocks_of(recipe, backbone.spec)
-        self.request = TapRequest(layers=self.layers)
+        self.request = request_of(recipe, self.layers)
         self.width = len(self.layers) * backbone.spec.d_model
 
     def states(self, taps: Taps) -> Tensor:
@@ -82,7 +82,7 @@ class Probe:
 
     @contextlib.contextmanager
     def evaluating(self, weights: Mapping[str, Tensor]) -> Iterator[ProbeModel]:
-        request = TapRequest(layers=self.read_by(weights))
+        request = request_of(self._recipe, self.read_by(weights))
         yield ProbeModel(self._backbone, request, self._recipe.position, self.narrowed(weights))
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -122,7 +122,7 @@ class Probe:
         width = len(layers) * self._backbone.spec.d_model
         if found.keys() != {WEIGHT, BIAS} or found[WEIGHT].shape != (len(labels), width) or found[BIAS].shape != (len(labels),):
             raise LadderError(f"{folder / WEIGHTS} does not fit its {CONFIG}: take the run's own files")
-        self.request = TapRequest(layers=layers)  # what answers read, and no more
+        self.request = request_of(self._recipe, layers)  # what answers read, and no more
         return self.widened(LinearMap(weight_LF=found[WEIGHT], bias_L=found[BIAS]), layers)
 
 
@@ -149,6 +149,11 @@ class ProbeModel:
 
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> NoReturn:
         raise ArgumentError("a probe knows its own labels alone: ask `label_head`")
+
+
+def request_of(recipe: ProbeRecipe, layers: tuple[int, ...]) -> TapRequest:
+    """Return what a probe of these blocks reads."""
+    return TapRequest(layers=layers, source=recipe.position == "source")
 
 
 def states_of(taps: Taps, request: TapRequest, position: str) -> Tensor:

@@ -7,10 +7,9 @@ import contextlib
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lst_scale.backbone.taps import TapRequest
 from lst_scale.backbone.weights.precision import held_tensors
 from lst_scale.methods.lst import taps_of
-from lst_scale.methods.probe import states_of
+from lst_scale.methods.probe import request_of, states_of
 from lst_scale.plan import fake
 from lst_scale.plan.footprint import FORWARD, METHOD, TAPS, WEIGHTS, Footprint, Setting, worst_of
 from lst_scale.plan.live import LiveBytes, nbytes
@@ -27,7 +26,7 @@ def pass_footprint(recipe: Recipe, shape: Shape, setting: Setting) -> Footprint:
     assert isinstance(recipe.method, ProbeRecipe)
     live, placement = LiveBytes(), recipe.backbone.placement
     shards = placement.shards(setting.world_size)
-    request = TapRequest(layers=blocks_of(recipe.method, shape.spec))
+    request = request_of(recipe.method, blocks_of(recipe.method, shape.spec))
     with FakeTensorMode(), live, fake.gpu_kernels() if setting.on_gpu else contextlib.nullcontext(), torch.no_grad():
         backbone = fake.backbone(shape, recipe, shards=shards)
         model = backbone.give_model()

@@ -71,7 +71,8 @@ class CachingBackbone:
         self._embedding_scale = torch.tensor(embedding_scale).to(embedding_VD.dtype)
         self.rows_read, self.rows_run = 0, 0
         # Rows are stored with the taps of all members of a run; each is given its own.
-        self._whole = TapRequest(layers=cache.key.layers, target_final=cache.key.decoder_final)
+        key = cache.key
+        self._whole = TapRequest(layers=key.layers, target_final=key.decoder_final, source=not key.target_only)
         self._reader = TapReader(cache, pinned=self.device.type == "cuda")
         self.lock = WriteLock()
 
@@ -167,7 +168,8 @@ class CachingBackbone:
 
     def known(self, rows: KeyTable) -> NDArray[np.bool_]:
         """Return of which rows the taps are in the cache."""
-        return self.cache.has_each(rows.sources) & self.cache.has_each(rows.targets)
+        targets = self.cache.has_each(rows.targets)
+        return targets if self.cache.key.target_only else targets & self.cache.has_each(rows.sources)
 
     def _write(self, inputs: Inputs, taps: Taps) -> None:
         keys = inputs.keys
@@ -176,15 +178,17 @@ class CachingBackbone:
             return
         final = [] if taps.final_BTD is None else [taps.final_BTD]
         for row, (source, target) in enumerate(zip(keys.source_lengths, keys.target_lengths, strict=True)):
-            self.cache.write(keys.sources[row], [tap[row, :source] for tap in taps.source.tensors])
+            if self._whole.source:
+                self.cache.write(keys.sources[row], [tap[row, :source] for tap in taps.source.tensors])
             self.cache.write(keys.targets[row], [tap[row, :target] for tap in (*taps.target.tensors, *final)])
 
     def _assemble(self, found: Read, inputs: Inputs) -> Taps:
         source, target = ([state.to(self.device, non_blocking=True) for state in states] for states in found)
         final = target.pop() if self.cache.key.decoder_final else None
         layers = self.cache.key.layers
+        ids_BS = inputs.source_BS if self._whole.source else inputs.source_BS[:, :0]
         return Taps(
-            source=StackTaps(layers=layers, embedding=self._embed(inputs.source_BS), hidden=tuple(source)),
+            source=StackTaps(layers=self._whole.of_source.layers, embedding=self._embed(ids_BS), hidden=tuple(source)),
             target=StackTaps(layers=layers, embedding=self._embed(inputs.target_BT), hidden=tuple(target)),
             source_mask_BS=inputs.source_mask_BS,
             final_BTD=final,

@@ -17,6 +17,7 @@ from lst_scale.errors import BackboneError, fence
 FORMAT = 1
 KEY = "key.json"
 OURS = ("*.taps", "*.index", "*.claim", f".{KEY}.*.partial", KEY)  # all that a cache's folder holds; the mark goes last
+SINCE = {"context", "target_only"}  # what a mark says only where there is something to say
 _BYTES = {"bf16": (2, 0), "fp32": (4, 0), "int8": (1, 4)}  # of a value, and of a token beside its values
 
 
@@ -31,6 +32,7 @@ class CacheKey:
     d_model: int
     dtype: str  # of storage: bf16, fp32, or int8 with one scale a token
     context: str = ""  # a digest of what the backbone has read before every row
+    target_only: bool = False  # nothing of sources is kept
 
     @property
     def folder(self) -> str:
@@ -38,8 +40,9 @@ class CacheKey:
 
     def as_json(self) -> dict[str, Any]:
         known = asdict(self) | {"format": FORMAT}
-        if not self.context:  # as it was before there were any
-            del known["context"]
+        for name in SINCE:  # without them it is what it was before there were any
+            if not known[name]:
+                del known[name]
         return known
 
     def bytes_a_token(self) -> int:
@@ -50,7 +53,8 @@ class CacheKey:
     def bytes_of(self, source_tokens: int, target_tokens: int) -> int:
         """Return what rows with so many tokens take on disk."""
         target_states = len(self.layers) + self.decoder_final
-        return self.bytes_a_token() * (source_tokens * len(self.layers) + target_tokens * target_states)
+        source_states = 0 if self.target_only else len(self.layers)
+        return self.bytes_a_token() * (source_tokens * source_states + target_tokens * target_states)
 
 
 def read_key(folder: Path) -> CacheKey:
@@ -63,7 +67,7 @@ def read_key(folder: Path) -> CacheKey:
     with fence(BackboneError, str(path)):
         tree = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in fields(CacheKey)} | {"format"}
-        if not isinstance(tree, dict) or set(tree) | {"context"} != names:
+        if not isinstance(tree, dict) or set(tree) | SINCE != names:
             raise ValueError("not the mark of a tap cache")
         if tree.pop("format") != FORMAT:
             raise ValueError("the mark of another version's tap cache")

@@ -58,6 +58,7 @@ def load_caching(
         decoder_final=wanted.target_final,
         d_model=checkpoint.spec.d_model,
         dtype=cache.dtype,
+        target_only=not wanted.source,
         context=hashlib.sha256(repr(list(context)).encode()).hexdigest() if context else "",
     )
     root = Path(cache.folder).expanduser() if cache.folder is not None else cache_folder("taps")

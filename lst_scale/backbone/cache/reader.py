@@ -66,22 +66,25 @@ class TapReader:
             self.cache.refresh()  # another process may have written it since
             if not self._has(wanted):
                 return None
-        keys, layers = wanted.keys, len(self.cache.key.layers)
-        source = source or self._read_states(keys.sources, keys.source_lengths, wanted.width[0], layers)
+        keys = wanted.keys
+        if source is None:
+            source = [] if self.cache.key.target_only else self._read_states(keys.sources, keys.source_lengths, wanted.width[0])
         if source is None:
             return None
-        target = self._read_states(keys.targets, keys.target_lengths, wanted.width[1], layers + self.cache.key.decoder_final)
+        target = self._read_states(keys.targets, keys.target_lengths, wanted.width[1], of_target=True)
         return None if target is None else (source, target)
 
     def _has(self, wanted: Wanted) -> bool:
-        return all(digest in self.cache for digest in (*wanted.keys.sources, *wanted.keys.targets))
+        sources = () if self.cache.key.target_only else wanted.keys.sources
+        return all(digest in self.cache for digest in (*sources, *wanted.keys.targets))
 
-    def _read_states(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, states: int) -> list[Tensor] | None:
+    def _read_states(self, digests: Sequence[bytes], lengths: Sequence[int], width: int, *, of_target: bool = False) -> list[Tensor] | None:
         """Return the states of sources or of targets, read straight into batches; padding is zero, which masked attention never sees."""
+        states = len(self.cache.key.layers) + (self.cache.key.decoder_final if of_target else 0)
         shape = (len(digests), width, self.cache.key.d_model)
         batches = [torch.empty(shape, dtype=self.cache.floating, pin_memory=self._pinned) for _ in range(states)]
         for row, (digest, length) in enumerate(zip(digests, lengths, strict=True)):
-            if not self.cache.read_into(digest, [batch[row, :length] for batch in batches]):
+            if not self.cache.read_into(digest, [batch[row, :length] for batch in batches], of_target):
                 return None
             for batch in batches:
                 batch[row, length:] = 0

@@ -49,7 +49,7 @@ class Elsewhere(Protocol):
     def __contains__(self, digest: bytes) -> bool: ...
     def has_each(self, digests: Digests) -> NDArray[np.bool_]: ...
     def refresh(self) -> None: ...
-    def read_into(self, digest: bytes, into: Sequence[Tensor]) -> bool: ...
+    def read_into(self, digest: bytes, into: Sequence[Tensor], of_target: bool = False) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -165,14 +165,16 @@ class TapCache:
         into = [torch.empty(found[2], self.key.d_model, dtype=self.floating) for _ in range(states)]
         return into if self.read_into(digest, into) else None
 
-    def read_into(self, digest: bytes, into: Sequence[Tensor]) -> bool:
+    def read_into(self, digest: bytes, into: Sequence[Tensor], of_target: bool = False) -> bool:
         """Fill contiguous tensors (L, D) on the CPU, in the storage's floating dtype; false when a payload is missing or damaged.
+
+        `of_target`: or of a source; where caches of more states serve this one, a target's may have one more.
 
         Floating storage is read straight into place, and what has arrived there is what the checksum is taken of.
         """
         found = self._find(digest)
         if found is None:
-            return any(digest in other and other.read_into(digest, into) for other in self._elsewhere)
+            return any(digest in other and other.read_into(digest, into, of_target) for other in self._elsewhere)
         path, offset, tokens, checksum = found
         states, width = len(into), self.key.d_model
         packed = torch.empty(states * tokens * self.key.bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)

@@ -1,4 +1,5 @@
-"""Caches that hold more blocks than a run reads: whatever they remember serves it too, and is not written again."""
+"""Caches that hold more than a run reads (further blocks, the final state, sources): whatever they remember serves it too, and is not
+written again."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ class WiderCache:
     def __init__(self, root: Path, wide: CacheKey, narrow: CacheKey) -> None:
         self._cache = TapCache(root, wide)
         self._places = [wide.layers.index(layer) for layer in narrow.layers]
+        self._narrow_final = narrow.decoder_final
 
     @property
     def damaged(self) -> list[str]:
@@ -44,19 +46,20 @@ class WiderCache:
     def close(self) -> None:
         self._cache.close()
 
-    def read_into(self, digest: bytes, into: Sequence[Tensor]) -> bool:
+    def read_into(self, digest: bytes, into: Sequence[Tensor], of_target: bool = False) -> bool:
         """Fill tensors (L, D) with the blocks that are asked for, and after them the final state; see `TapCache.read_into`."""
-        more = len(into) - len(self._places)  # the final state, of targets
         count = len(self._cache.key.layers)
-        whole = [torch.empty_like(into[0]) for _ in range(count + more)]
-        for place, tensor in zip((*self._places, *range(count, count + more)), into, strict=True):
+        there = count + (self._cache.key.decoder_final if of_target else 0)
+        whole = [torch.empty_like(into[0]) for _ in range(there)]
+        final = (count,) if of_target and self._narrow_final else ()
+        for place, tensor in zip((*self._places, *final), into, strict=True):
             whole[place] = tensor
-        return self._cache.read_into(digest, whole)
+        return self._cache.read_into(digest, whole, of_target)
 
 
 def wider_caches(root: Path, narrow: CacheKey) -> list[WiderCache]:
-    """Return the caches under `root` that differ from `narrow` by further blocks alone and hold something, the smallest first."""
-    found = sorted(_keys_with_more(root, narrow), key=lambda key: (len(key.layers), key.folder))
+    """Return the caches under `root` that differ from `narrow` by more states alone and hold something, the smallest first."""
+    found = sorted(_keys_with_more(root, narrow), key=lambda key: (len(key.layers), key.decoder_final, key.folder))
     return [cache for key in found if len(cache := WiderCache(root, key, narrow))]
 
 
@@ -66,5 +69,13 @@ def _keys_with_more(root: Path, narrow: CacheKey) -> Iterator[CacheKey]:
             key = read_key(mark.parent)
         except BackboneError:
             continue  # somebody else's
-        if set(key.layers) > set(narrow.layers) and replace(key, layers=narrow.layers) == narrow:
+        more = replace(key, layers=narrow.layers, decoder_final=narrow.decoder_final, target_only=narrow.target_only)
+        if key != narrow and more == narrow and _holds(key, narrow):
             yield key
+
+
+def _holds(key: CacheKey, narrow: CacheKey) -> bool:
+    """Whether a cache has all states that a run reads."""
+    return (
+        set(key.layers) >= set(narrow.layers) and key.decoder_final >= narrow.decoder_final and (narrow.target_only or not key.target_only)
+    )

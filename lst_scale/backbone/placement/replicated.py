@@ -131,9 +131,10 @@ class LocalBackbone:
     @torch.no_grad()
     def read(self, source_BS: Tensor, source_mask_BS: Tensor, request: TapRequest) -> SourceState:
         embedding_BSD = self.embed(source_BS)
-        with _capture(self.blocks[0], request, self.family) as hidden:
+        with _capture(self.blocks[0], request.of_source, self.family) as hidden:
             final = self.family.read(self._model, embedding_BSD, source_mask_BS, self._context)
-        taps = StackTaps(layers=request.layers, embedding=embedding_BSD, hidden=tuple(hidden))
+        taps = StackTaps(layers=request.of_source.layers, embedding=embedding_BSD, hidden=tuple(hidden))
+        taps = taps if request.source else taps.nothing
         return SourceState(taps=taps, final=final, source_mask_BS=source_mask_BS)
 
     @torch.no_grad()
