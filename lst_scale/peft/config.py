@@ -23,7 +23,7 @@ class LadderPeftConfig(PeftConfig):  # type: ignore[misc]
         LadderError: a value that no ladder can have; names what to write instead.
     """
 
-    design: str = field(default="transformer", metadata={"help": "transformer, cross_attention or adapter"})
+    design: str = field(default="transformer", metadata={"help": "transformer, cross_attention, adapter or pointwise"})
     reduction_factor: int = field(default=8, metadata={"help": "the side network's widths are the backbone's divided by it"})
     side_layers: Sequence[int] | str = field(default="all", metadata={"help": "0-based backbone blocks with a side block, or all"})
     merge_last: bool = False

@@ -157,8 +157,9 @@ def _read_taps(backbone: LocalBackbone, batch: Batch, request: TapRequest) -> Ta
         return StackTaps(layers=request.layers, embedding=torch.empty(*ids.shape, backbone.spec.d_model, dtype=dtype), hidden=tuple(states))
 
     final = torch.empty(*batch.labels_BT.shape, backbone.spec.d_model, dtype=dtype) if request.target_final else None
+    source = stack(batch.input_ids_BS)
     return Taps(
-        source=stack(batch.input_ids_BS),
+        source=source if request.source else source.nothing,
         target=stack(batch.labels_BT),
         source_mask_BS=batch.attention_mask_BS,
         final_BTD=final,

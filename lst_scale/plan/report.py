@@ -276,6 +276,7 @@ def _cache_key(recipe: Recipe, shape: Shape) -> CacheKey:
         precision=recipe.backbone.precision,
         layers=layers,
         decoder_final=recipe.method.merge_last,
+        target_only=recipe.method.design == "pointwise",
         d_model=shape.spec.d_model,
         dtype=recipe.cache.dtype,
     )

@@ -24,7 +24,8 @@ def _ascending(layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
 class LstRecipe(Section):
     beside_backbone: ClassVar[bool] = True  # reads the frozen backbone's states: passes may be shared and remembered
     name: Literal["lst"]  # ladder side-tuning
-    design: Literal["transformer", "cross_attention", "adapter"] = "transformer"  # the paper's own, or one of the two of its supplement
+    # the paper's own, one of the two of its supplement, or, beside a decoder-only model, one whose positions know nothing of each other
+    design: Literal["transformer", "cross_attention", "adapter", "pointwise"] = "transformer"
     reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
     # backbone blocks, from 0, that have a side block in both stacks
     side_layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]
@@ -46,8 +47,8 @@ class LstRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_prune(self) -> LstRecipe:
-        if self.design == "adapter" and self.initialization != "random":
-            raise ValueError("design adapter has no blocks to carve out of the backbone: write initialization: random")
+        if self.design in ("adapter", "pointwise") and self.initialization != "random":
+            raise ValueError(f"design {self.design} has no blocks to carve out of the backbone: write initialization: random")
         if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
             raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
         return self

@@ -11,7 +11,7 @@ from lst_scale.backbone.spec import BackboneSpec, refuse_misfit
 from lst_scale.errors import LadderError, did_you_mean
 from lst_scale.side.vision_config import VisionConfig
 
-DESIGNS = ("transformer", "cross_attention", "adapter")
+DESIGNS = ("transformer", "cross_attention", "adapter", "pointwise")
 GATES = ("learnable", "per_channel", "fixed", "none")
 PRECISIONS = ("fp32", "bf16")
 TAP_STORAGES = ("exact", "bf16", "int8")
@@ -24,7 +24,8 @@ class LadderConfig:
 
     Args:
         design: "transformer": the backbone's block class at 1/r of its widths, fed through gates. "cross_attention": the same, fed by
-            an attention to the taps. "adapter": adapters at full width with gates; r gives the bottleneck d_model / r.
+            an attention to the taps. "adapter": adapters at full width with gates; r gives the bottleneck d_model / r. "pointwise", beside
+            a decoder-only model: no attention, each position of the answer reads its own taps alone.
         reduction_factor: r; divides d_model, d_ff and d_kv. The number of heads stays.
         side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending; "all", until a backbone says how many
             there are.
@@ -118,6 +119,8 @@ class LadderConfig:
             raise LadderError(f"design {self.design} reads no images: write design transformer, or leave vision out")
         if self.design == "cross_attention" and self.gate != "learnable":
             raise LadderError(f"gate {self.gate} has no effect on design cross_attention, which has no gates: remove it")
+        if self.design == "pointwise" and self.side_heads is not None:
+            raise LadderError("side_heads has no effect on design pointwise, which has no attention: remove it")
         if self.design == "adapter" and self.downsample_rank is not None:
             raise LadderError("downsample_rank has no effect on design adapter, which does not downsample taps: remove it")
         for name in ("side_heads", "downsample_rank"):
@@ -129,8 +132,10 @@ class LadderConfig:
         """Refuse what does not fit this backbone, naming what would."""
         if self.start_as_backbone and not self.merge_last:
             raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
-        if spec.one_stack and self.design != "transformer":
+        if spec.one_stack and self.design in ("cross_attention", "adapter"):
             raise LadderError(f"design {self.design} stands beside an encoder-decoder: beside a {spec.model_type} write design transformer")
+        if not spec.one_stack and self.design == "pointwise":
+            raise LadderError(f"design pointwise stands beside a decoder-only model: beside a {spec.model_type} write design transformer")
         if spec.one_stack and self.vision is not None:
             raise LadderError(f"images stand beside an encoder's text, which a {spec.model_type} has not: choose a T5, or leave vision out")
         refuse_misfit(spec, self.reduction_factor, self.layers, self.side_heads)

@@ -71,7 +71,7 @@ class OneStackNetworks(SideNetworks):
         return SidePrefix(taps=taps, attention_mask_BS=attention_mask_BS)
 
     def _each_source(self, encoder: Any) -> Iterator[SidePrefix]:
-        parts = (selected_stack(encoder.taps, side.request) for side in self.each)
+        parts = (selected_stack(encoder.taps, side.request.of_source) for side in self.each)
         return (SidePrefix(taps=part, attention_mask_BS=encoder.attention_mask_BS) for part in parts)
 
 

@@ -91,8 +91,8 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
         weights: reads a backbone weight by its Hugging Face name.
         importance: reads a weight's importance, of the same shape; None takes the weight itself (its magnitude counts).
     """
-    if side.config.design == "adapter":
-        raise LadderError("design adapter has no blocks to carve out of the backbone: write method.initialization=random")
+    if side.config.design in ("adapter", "pointwise"):
+        raise LadderError(f"design {side.config.design} has no blocks to carve out of the backbone: write method.initialization=random")
     spec, family = side.spec, family_of(side.spec.model_type, "this backbone")
     narrow, attends_to_tap = narrowing(spec, side.config), side.config.design == "cross_attention"
     chain = _Chain(weights, importance or weights, spec.side_width(side.config.reduction_factor))

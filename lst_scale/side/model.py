@@ -101,7 +101,7 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
         self.side = side
         self.train(side.training)
         spec = backbone.spec
-        self._form: Form = OneStack(spec.cache_layers) if spec.one_stack else TwoStacks()
+        self._form: Form = OneStack(len(backbone.identity.context)) if spec.one_stack else TwoStacks()
         if not spec.one_stack:  # collators look for this name, and give a causal model what it can't take where they find it
             self.prepare_decoder_input_ids_from_labels = self._shifted
         # What GenerationMixin reads; the backbone's layers come first in a cache, the side network's after them.
@@ -200,7 +200,7 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
     ) -> tuple[SourceState, SideEncoderState]:
         """Run both encoders; `source` is what `read` made of the batch, perhaps for several side networks."""
         read = source or self.read(input_ids_BS, attention_mask_BS)
-        return read, self.side.encode(selected_stack(read.taps, self.side.request), attention_mask_BS, images)
+        return read, self.side.encode(selected_stack(read.taps, self.side.request.of_source), attention_mask_BS, images)
 
     def read(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> SourceState:
         """Return what the frozen backbone makes of a batch's source."""

@@ -1,6 +1,6 @@
 """The side network: all that trains. It reads taps and returns the decoder's hidden states for the backbone's frozen head.
 
-    s_encoder = encoder ladder(taps)                    one file a design: transformer.py, cross_attention.py, adapter.py
+    s_encoder = encoder ladder(taps)                    one file a design: transformer.py, adapter.py, ...
     s_decoder = decoder ladder(taps, s_encoder)
     hidden    = Up(s_decoder)                           Linear d/r -> d, bias; the adapter design is d wide already
 
@@ -27,6 +27,7 @@ from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.cross_attention import CrossAttentionStack
 from lst_scale.side.designs.one_stack import OneStack, SidePrefix, followed_by
 from lst_scale.side.designs.parts import Gate, SideEncoderState, TwoStepDownsample
+from lst_scale.side.designs.pointwise import PointwiseStack
 from lst_scale.side.designs.transformer import TransformerStack
 from lst_scale.side.vision import beside_images
 
@@ -36,9 +37,11 @@ STACKS: dict[str, type[Any]] = {"transformer": TransformerStack, "cross_attentio
 class SideNetwork(nn.Module):
     """All that trains. Reads taps, returns the decoder's hidden states for the backbone's frozen head."""
 
-    def __new__(cls, spec: BackboneSpec | None = None, *_: Any) -> SideNetwork:
-        one_stack = cls is SideNetwork and spec is not None and spec.one_stack
-        return super().__new__(OneStackNetwork if one_stack else cls)
+    def __new__(cls, spec: BackboneSpec | None = None, config: LadderConfig | None = None) -> SideNetwork:
+        if cls is not SideNetwork or spec is None or not spec.one_stack:
+            return super().__new__(cls)
+        pointwise = config is not None and config.design == "pointwise"
+        return super().__new__(PointwiseNetwork if pointwise else OneStackNetwork)
 
     def __init__(self, spec: BackboneSpec, config: LadderConfig) -> None:
         config = config.on(spec)
@@ -64,7 +67,8 @@ class SideNetwork(nn.Module):
     @staticmethod
     def request_of(config: LadderConfig) -> TapRequest:
         """Return which states a side network of this configuration reads."""
-        return TapRequest(layers=config.layers, target_final=config.merge_last, storage=config.tap_storage)
+        source = config.design != "pointwise"
+        return TapRequest(layers=config.layers, target_final=config.merge_last, source=source, storage=config.tap_storage)
 
     @property
     def encoder_width(self) -> int:
@@ -75,7 +79,7 @@ class SideNetwork(nn.Module):
     @property
     def num_cache_layers(self) -> int:
         """How many layers of a cache its decoder fills."""
-        return len(self.config.layers) * (2 if self.config.design == "cross_attention" else 1)
+        return len(self.config.layers) * {"cross_attention": 2, "pointwise": 0}.get(self.config.design, 1)
 
     def gates(self) -> dict[str, Gate]:
         """Return the gates that train, each by the name of its parameter."""
@@ -136,7 +140,7 @@ class OneStackNetwork(SideNetwork):
     """
 
     def _make_stacks(self, spec: BackboneSpec, config: LadderConfig) -> None:
-        self.stack = OneStack(spec, config)
+        self.stack: Any = OneStack(spec, config)
 
     def stacks(self) -> Iterator[tuple[str, Any]]:
         yield family_of(self.spec.model_type, "this backbone").stacks[0], self.stack
@@ -152,6 +156,17 @@ class OneStackNetwork(SideNetwork):
             taps = followed_by(prefix.taps, taps)
         mask = whole_mask(prefix.attention_mask_BS, past + taps.embedding.shape[1] - length, length)
         final_BTR: Tensor = self.stack(taps, None, mask, cache)[:, -length:]
+        return final_BTR
+
+
+class PointwiseNetwork(OneStackNetwork):
+    """Beside a decoder-only model: a ladder at the target's positions alone, each by itself."""
+
+    def _make_stacks(self, spec: BackboneSpec, config: LadderConfig) -> None:
+        self.stack = PointwiseStack(spec, config)
+
+    def _on_target(self, taps: StackTaps, prefix: SidePrefix, cache: Any | None) -> Tensor:
+        final_BTR: Tensor = self.stack(taps)
         return final_BTR
 
 

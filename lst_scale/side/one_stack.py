@@ -28,15 +28,15 @@ class OneStack:
     """`input_ids` are the whole text; `labels` the same ids, -100 where no loss is taken.
 
     Args:
-        cache_layers: how many layers of a cache are the backbone's; the side network's own come after them.
+        context_length: tokens that the backbone has read before every text; its keys and values are in a cache, too.
     """
 
-    def __init__(self, cache_layers: int) -> None:
-        self._first_own = cache_layers
+    def __init__(self, context_length: int) -> None:
+        self._context_length = context_length
 
     def _length_of(self, cache: Any | None) -> int:
-        """Return how many tokens of the texts are in a cache. The backbone's layers may hold a context as well."""
-        return int(cache.get_seq_length(self._first_own)) if cache is not None and len(cache.layers) > self._first_own else 0
+        """Return how many tokens of the texts are in a cache."""
+        return 0 if cache is None else max(0, int(cache.get_seq_length()) - self._context_length)
 
     def forward(self, model: Ladder, call: Call) -> CausalLMOutputWithPast:
         if call.input_ids is None:
@@ -84,7 +84,7 @@ class OneStack:
 def _after_nothing(model: Ladder, ids_BT: Tensor, mask_BS: Tensor) -> tuple[SourceState, SidePrefix]:
     """Return the state that a source without tokens leaves; the mask is that of all tokens."""
     empty_BSD = torch.empty(len(ids_BT), 0, model.spec.d_model, device=ids_BT.device)
-    layers = model.side.request.layers
+    layers = model.side.request.of_source.layers
     taps = StackTaps(layers=layers, embedding=empty_BSD, hidden=(empty_BSD,) * len(layers))
     return SourceState(taps=taps, final=model.backbone.begun(len(ids_BT)), source_mask_BS=mask_BS), SidePrefix(
         taps=taps, attention_mask_BS=mask_BS

@@ -319,6 +319,10 @@ class Family(Protocol):
         """Return an attention to the source's side states by itself: (hidden, source, source_mask, cache) -> hidden."""
         ...
 
+    def side_feed_forward(self, spec: Any, narrowing: Narrowing) -> nn.Module:
+        """Return the feed-forward of a side block by itself: hidden (B, T, R) -> (B, T, R)."""
+        ...
+
     def side_positions(self, spec: Any, narrowing: Narrowing) -> nn.Module:
         """Return what makes `along` for a side stack whose blocks make none: (hidden, positions (B, T)) -> along."""
         ...

@@ -64,6 +64,9 @@ def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
 
 def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     """Return the weights of a side network: blocks, |K| + 1 downsamples, |K| gates, a norm, an upsample."""
+    if method.design in ("cross_attention", "adapter"):
+        where = f"beside an encoder-decoder: beside a {spec.model_type} write method.design=transformer"
+        raise BackboneError(f"design {method.design} stands {where}")
     reason = spec.why_not_carved(method.reduction_factor, method.side_heads or spec.num_heads)
     if method.initialization != "random" and reason is not None:
         raise BackboneError(f"{reason}: write method.initialization=random")
@@ -71,6 +74,8 @@ def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))
     heads, kv = spec.narrow_heads(r, method.side_heads or spec.num_heads)
     block = 2 * width * (heads + kv) * spec.head_dim + 3 * width * hidden + 2 * width
+    if method.design == "pointwise":
+        block = 3 * width * hidden + width
     downsample = spec.d_model * width + width
     if method.downsample_rank is not None:
         downsample = spec.d_model * method.downsample_rank + method.downsample_rank * width + width

@@ -41,6 +41,10 @@ class LlamaSide:
         block: nn.Module = LlamaDecoderLayer(_narrow(spec, narrowing), layer_idx=cache_layer)
         return block
 
+    def side_feed_forward(self, spec: LlamaSpec, narrowing: Narrowing) -> nn.Module:
+        feed_forward: nn.Module = LlamaMLP(_narrow(spec, narrowing))
+        return feed_forward
+
     def side_positions(self, spec: LlamaSpec, narrowing: Narrowing) -> nn.Module:
         return Rotary(_narrow(spec, narrowing))
 

@@ -58,6 +58,9 @@ class T5Side:
         bias: Tensor = attention.compute_bias(num_text, num_text, device=attention.q.weight.device)  # type: ignore[operator,union-attr]
         return nn.functional.pad(bias, (0, num_beside, 0, num_beside))
 
+    def side_feed_forward(self, spec: T5Spec, narrowing: Narrowing) -> nn.Module:
+        raise LadderError("design pointwise stands beside a decoder-only model: beside an encoder-decoder write design transformer")
+
     def generation_config(self, spec: T5Spec, *, side_layers: int) -> Any:
         return T5Config(
             vocab_size=spec.vocab_size,

@@ -45,6 +45,9 @@ class T5GemmaSide:
     def source_attention(self, spec: T5GemmaSpec, narrowing: Narrowing, *, cache_layer: int) -> nn.Module:
         raise LadderError("design adapter stands beside a T5: beside a T5Gemma write design transformer")
 
+    def side_feed_forward(self, spec: T5GemmaSpec, narrowing: Narrowing) -> nn.Module:
+        raise LadderError("design pointwise stands beside a decoder-only model: beside an encoder-decoder write design transformer")
+
     def side_positions(self, spec: T5GemmaSpec, narrowing: Narrowing) -> nn.Module:
         raise LadderError("the first side block beside a T5Gemma makes its rotary embedding itself")
 
