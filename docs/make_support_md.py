@@ -16,6 +16,7 @@ GEMMA_TAPS, GEMMA_RUNS = "test_t5gemma.py", "test_t5gemma_runs.py"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
 PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone"
 PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
+PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
 TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
@@ -71,6 +72,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "test_side_initialize.py::test_pruning_by_magnitude_equals_the_procedure_written_out",
             f"{RUNS}::test_a_side_network_that_was_carved_out_of_the_backbone_trains",
         ),
+        (
+            "`probe`",
+            f"{PROBE}::test_every_placement_fits_what_the_replicated_backbone_does",
+            f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
+        ),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
         ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
         ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),
@@ -78,6 +84,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "designs `cross_attention`, `adapter`",
             "test_side_network.py::test_every_weight_of_every_design_trains_and_none_is_read_outside_its_module",
             "not yet",
+        ),
+        (
+            "design `pointwise`",
+            "refused: write `transformer`",
+            f"{POINTWISE}::test_first_predictions_are_the_model_s_own_bit_for_bit_and_a_step_moves_the_side_network_alone",
         ),
     ],
     "What runs share": [

@@ -65,8 +65,8 @@ class ProbeRecipe(Section):
     layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]  # backbone blocks, from 0, that are tried
     # which state of a row: where the backbone's answer would begin (a decoder-only model's last of the prompt), or the mean of the source's
     position: Literal["answer", "source"] = "answer"
-    # of the map on standardised states, beside the mean loss of a row: each is tried
-    weight_decay: Annotated[tuple[Decay, ...], Field(min_length=1)] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    # of the map on standardised states, each row about 1 long, beside the mean loss of a row: each is tried
+    weight_decay: Annotated[tuple[Decay, ...], Field(min_length=1)] = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 
 
 class _InsideRecipe(Section):
