@@ -192,7 +192,7 @@ class Networks:
                 f"{saved.folder} was trained on {theirs.checkpoint} with fingerprint {theirs.fingerprint[:12]}; the backbone that is "
                 f"served, {mine.checkpoint}, has {mine.fingerprint[:12]}: serve it beside its own"
             )
-        if saved.config.vision is not None or saved.config.design != "transformer":
+        if saved.config.vision is not None or saved.config.design not in ("transformer", "pointwise"):
             what = "pictures" if saved.config.vision is not None else f"design {saved.config.design}"
             raise LadderError(f"{saved.folder} has {what}, which is not served: use lst-scale predict")
 
