@@ -130,6 +130,8 @@ OF_T5GEMMA: dict[str, Cell] = {
     "the same in int8 and nf4": f"{GEMMA_TAPS}::test_blocks_that_come_and_go_give_the_same_taps",
     "the tap cache": f"{GEMMA_RUNS}::test_a_run_from_the_tap_cache_ends_as_the_live_one",
     "`lst`": f"{GEMMA_TAPS}::test_a_step_moves_the_side_network_alone",
+    "`probe`": f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
+    "design `pointwise`": "refused: write `transformer`",
     "`full`, `lora`": f"{GEMMA_RUNS}::test_methods_inside_the_model_train_too",
     "members on one pass": f"{GEMMA_RUNS}::test_members_on_one_pass_end_as_each_would_alone",
     "generation with a cache": f"{GEMMA_TAPS}::test_a_cache_changes_no_answer",
