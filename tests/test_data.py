@@ -16,8 +16,9 @@ from lst_scale.data.batches import FILLER, IGNORED, evaluation_batches, merge_pr
 from lst_scale.data.columns import Ids
 from lst_scale.data.encode import EncodedSplit, answer_in, encode
 from lst_scale.data.metrics import METRICS
+from lst_scale.data.own_rows import file_source
 from lst_scale.data.scores import majority_score, score
-from lst_scale.data.tasks import GLUE, Row, TaskData, file_source, glue_row, split_glue
+from lst_scale.data.tasks import GLUE, Row, TaskData, glue_row, split_glue
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.recipe.task import FileTask
 

@@ -18,8 +18,9 @@ import pytest
 from pyarrow import parquet
 
 from lst_scale.data.files import load_records
+from lst_scale.data.own_rows import file_source
 from lst_scale.data.scores import majority_score
-from lst_scale.data.tasks import Row, TaskData, file_source, load_task
+from lst_scale.data.tasks import Row, TaskData, load_task
 from lst_scale.errors import DataError, RecipeError
 from lst_scale.recipe.schema import Recipe, parse_recipe
 from lst_scale.recipe.task import FileTask

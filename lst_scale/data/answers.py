@@ -33,7 +33,9 @@ def refuse_unanswerable(task: TaskData, tokenizer: Any, data: DataRecipe, evalua
     ids = _encoded(labels, tokenizer, task.target_prefix)
     _refuse_cut(labels, ids, data, evaluation)
     if evaluation.method == "generation":
-        _refuse_changed(labels, ids, tokenizer, task.target_prefix)
+        # A completion brings the blank after its prompt along, which is no part of an answer.
+        expected = [label.strip() for label in labels] if task.way.as_written else labels
+        _refuse_changed(expected, ids, tokenizer, task.target_prefix)
     _refuse_equal(labels, ids)
 
 
@@ -45,7 +47,7 @@ def unmatchable_share(task: TaskData, tokenizer: Any) -> str | None:
     distinct = list(dict.fromkeys(expected))
     ids = _encoded(distinct, tokenizer, task.target_prefix)
     back = dict(zip(distinct, _decoded(ids, tokenizer, task.target_prefix), strict=True))
-    lost = [target for target in expected if not _equal(task.kind, back[target], target)]
+    lost = [target for target in expected if not _equal(task.kind, back[target], target.strip())]
     if not lost:
         return None
     return (
@@ -126,6 +128,10 @@ def _refuse_equal(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
                 f"labels {_shown(other)} and {_shown(label)} are the same to the tokenizer, so nothing can tell them apart: "
                 "write one of them in other letters, in the data (and in task.labels)"
             )
+    stripped: dict[str, str] = {}
+    for label in labels:
+        if (other := stripped.setdefault(label.strip(), label)) != label:
+            raise DataError(f"labels {_shown(other)} and {_shown(label)} differ in blanks alone: write them alike in the data")
 
 
 def _encoded(targets: Sequence[str], tokenizer: Any, prefix: str) -> list[list[int]]:

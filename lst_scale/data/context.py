@@ -54,17 +54,26 @@ def with_context(task: TaskData, recipe: ContextRecipe | None) -> tuple[TaskData
     """
     if recipe is None:
         return task, None
-    parts = [] if recipe.text is None else [recipe.text]
     if recipe.examples is None:
-        return task, Context(text=_joined(parts))
+        return task, Context(text=_text(task, recipe, ()))
     if recipe.examples >= len(task.train):
         raise DataError(
             f"backbone.context.examples {recipe.examples} leaves none of the {len(task.train)} training rows to train on: write fewer"
         )
     chosen = drawn(task.train, recipe.examples, recipe.draw or 0, by_label=task.labels is not None)
-    parts += [f"{row.source} {target_text(row.target, task.target_prefix)}" for row in (task.train[number] for number in chosen)]
     left = select_rows(task.train, np.delete(np.arange(len(task.train)), chosen))
-    return replace(task, train=left), Context(text=_joined(parts), rows=tuple(number + 1 for number in chosen))
+    text = _text(task, recipe, [task.train[number] for number in chosen])
+    return replace(task, train=left), Context(text=text, rows=tuple(number + 1 for number in chosen))
+
+
+def _text(task: TaskData, recipe: ContextRecipe, examples: Sequence[Row]) -> str:
+    """Return what stands before every row, as rows themselves are written: of conversations the beginning of one, with turns."""
+    chat = task.chat
+    if chat is not None:
+        return chat.head + "".join(f"{row.source}{row.target}{chat.between}" for row in examples)
+    apart = "" if task.way.as_written else " "
+    each = [f"{row.source}{apart}{target_text(row.target, task.target_prefix)}" for row in examples]
+    return "".join(f"{part}{BETWEEN}" for part in ([] if recipe.text is None else [recipe.text]) + each)
 
 
 def drawn(rows: Sequence[Row], count: int, draw: int, *, by_label: bool) -> list[int]:
@@ -108,7 +117,3 @@ def sentence_of(context: Context, reading: Reading) -> str:
     rows = f" (training rows {', '.join(map(str, context.rows))}, left out of training)" if context.rows else ""
     how = "run once, before all rows" if reading.run_once else "part of each row's source, beside data.max_source_length"
     return f"context of {reading.length:,} tokens{rows}: {how}"
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return "".join(f"{part}{BETWEEN}" for part in parts)

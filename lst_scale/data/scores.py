@@ -20,13 +20,13 @@ from lst_scale.data.tasks import TaskData
 
 
 def score_rows(task: TaskData, predictions: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
-    """Return each of the task's metrics on the answers to some rows, and their "score".
+    """Return each of the task's metrics on the answers to some rows, and their "score"; blanks around answers do not count.
 
     Raises:
         RecipeError: a metric of one's own fails, or returns no finite number.
     """
     more = list(references_of(rows)) if any(name in RELEASE_MEASURES for name in task.metrics) else None
-    return score(task, predictions, list(targets_of(rows)), more)
+    return score(task, [text.strip() for text in predictions], [target.strip() for target in targets_of(rows)], more)
 
 
 def score(task: TaskData, predictions: Sequence[str], references: Sequence[str], more: Sequence[str] | None = None) -> dict[str, float]:
@@ -77,7 +77,7 @@ def try_own_metrics(task: TaskData) -> None:
         RecipeError: one is not there, fails, or returns no finite number.
     """
     own = [name for name in task.metrics if name not in known_measures()]
-    targets = list(targets_of(task.validation)) if own else []
+    targets = [target.strip() for target in targets_of(task.validation)] if own else []
     for name in own:
         own_metric.measured(name, targets, targets)
 

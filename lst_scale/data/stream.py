@@ -18,9 +18,11 @@ import torch
 
 from lst_scale.data import files
 from lst_scale.data.batches import MicroBatches, Step, by_length, cut
+from lst_scale.data.chat import Writer
 from lst_scale.data.encode import EncodedSplit, Encoding, encode_some
+from lst_scale.data.own_rows import rows_of
 from lst_scale.data.rows import Row
-from lst_scale.data.tasks import file_row, unknown_label
+from lst_scale.data.tasks import unknown_label
 from lst_scale.errors import DataError
 from lst_scale.recipe.task import FileTask
 
@@ -44,6 +46,7 @@ class Stream(Sequence[Step]):
         seed: int,
         rank: int,
         world_size: int,
+        chat: Writer | None = None,
     ) -> None:
         paths = files.paths_of(task.train, "train")
         if len(paths) < world_size:
@@ -55,7 +58,7 @@ class Stream(Sequence[Step]):
             raise DataError(
                 f"training.global_batch_size {global_batch_size} can't be divided among {world_size} processes, as a stream needs"
             )
-        self._task, self._encoding, self._paths, self._seed = task, encoding, paths[rank::world_size], seed
+        self._task, self._encoding, self._paths, self._seed, self._chat = task, encoding, paths[rank::world_size], seed, chat
         self._steps, self._rows, self._micro_batches = steps, global_batch_size // world_size, micro_batches
         self._steps_a_window = max(1, window // global_batch_size)
         self._windows: dict[int, tuple[EncodedSplit, list[int]]] = {}  # this one and the one before
@@ -89,13 +92,19 @@ class Stream(Sequence[Step]):
     def _rows_from(self, start: int) -> Iterator[Row]:
         """Yield this rank's rows for ever, from one on."""
         for path in itertools.cycle(self._paths):
-            held = _rows_of_parquet(path) if start else None
+            held = _rows_of_parquet(path) if start and self._chat is None else None  # a conversation is as many rows as it has answers
             if held is not None and held <= start:
                 start -= held
                 continue
-            for number, found in enumerate(files.read_records(str(path), "train"), start=1):
-                if number > start:
-                    row = file_row(self._task, found.record, found.path, found.number)
+            number = 0
+            for found in files.read_records(str(path), "train"):
+                if self._chat is None and number < start:
+                    number += 1
+                    continue
+                for row in rows_of(self._task, found, self._chat):
+                    number += 1
+                    if number <= start:
+                        continue
                     if self._task.labels is not None and row.target not in self._task.labels:
                         raise unknown_label(found.path, found.number, row.target, self._task.labels)
                     yield row

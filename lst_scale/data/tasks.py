@@ -6,25 +6,25 @@ from what is labelled. One's own files are described in the recipe.
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from lst_scale.data import files
+from lst_scale.data.chat import Chat, Writer
 from lst_scale.data.columns import Numbers
-from lst_scale.data.pictures import picture_of
+from lst_scale.data.own_rows import is_conversational, rows_of, source_text
+from lst_scale.data.prompts import APART, Way
 from lst_scale.data.release import endings_of, release_rows
 from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows
+from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import DataError, printable
+from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.recipe.release import EPOCHS as RELEASE_EPOCHS
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, Task, metrics_misfit
-from lst_scale.recipe.template import fill
 
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000
@@ -33,7 +33,6 @@ BYTES_A_ROW = 200  # of data sets that don't say how large they are
 LEAST_BYTES = 200_000  # of a file that may hold as many rows as are kept in a table
 STREAM_SAMPLE = 2000  # rows of a stream that stand for all where something is looked at before training
 FILE_SPLITS = ("train", "validation", "test")
-WRITABLE = (str, int, float, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # cells whose text says what they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,8 @@ class TaskData:
     source_length: int | None = None  # in tokens, where the task has its own limit
     target_length: int | None = None
     by_first_token: bool = False  # labels are told apart by their first token alone, where the likeliest is chosen
+    way: Way = APART  # how its rows are tokenized
+    chat: Chat | None = None  # of conversations
 
     def splits(self) -> dict[str, Sequence[Row]]:
         """Return the splits there are, by name."""
@@ -141,7 +142,7 @@ def _load(task: Task, recipe: Recipe) -> TaskData:
     data = recipe.data
     if isinstance(task, ReleaseTask):
         return _load_release(task, recipe)
-    found = _load_glue(task) if isinstance(task, str) else _load_files(task)
+    found = _load_glue(task) if isinstance(task, str) else _load_files(task, recipe.backbone)
     return replace(
         found,
         train=found.train[: data.max_train_rows],
@@ -178,11 +179,6 @@ def glue_row(name: str, record: Mapping[str, Any]) -> Row:
     # STS-B's target is the score with one decimal; the release means a grid of 0.2 but computes this.
     target = f"{round(float(record['label']), 1)}" if task.labels is None else str(record["label"])
     return Row(source_text(name, task.fields, record), target)
-
-
-def source_text(prefix: str | None, fields: Sequence[tuple[str, str]], record: Mapping[str, Any]) -> str:
-    """Return "prefix field: value field: value"; `fields` pairs what is written before a value with the record's column."""
-    return " ".join([*([prefix] if prefix else []), *(f"{written} {record[column]}" for written, column in fields)])
 
 
 def split_glue(name: str, sets: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
@@ -225,16 +221,17 @@ def _glue_rows(name: str, records: Any) -> Sequence[Row]:
     return keep_rows(rows, key, tally=False, likely_bytes=BYTES_A_ROW * len(records))
 
 
-def _load_files(task: FileTask) -> TaskData:
+def _load_files(task: FileTask, backbone: BackboneRecipe) -> TaskData:
+    chat = chat_of(backbone) if is_conversational(task) else None
     splits = {
-        name: file_rows(task, name, STREAM_SAMPLE if task.streaming and name == "train" else None)
+        name: file_rows(task, name, STREAM_SAMPLE if task.streaming and name == "train" else None, chat)
         for name in FILE_SPLITS
         if getattr(task, name) is not None
     }
     labels = labels_of(task, splits["train"])
     if labels is not None:
         for name, rows in splits.items():
-            refuse_unknown_labels(name, rows, labels)
+            refuse_unknown_labels(name if chat is None else f"{name}, each answer a row", rows, labels)
     return TaskData(
         name=task.name,
         kind=task.kind,
@@ -246,7 +243,25 @@ def _load_files(task: FileTask) -> TaskData:
         validation=splits["validation"],
         test=splits.get("test"),
         loss=task.loss,
+        way=way_of(task, chat),
+        chat=chat,
     )
+
+
+def chat_of(backbone: BackboneRecipe) -> Chat:
+    """Return the chat template of a backbone's tokenizer, as it writes rows after the recipe's context.
+
+    Raises:
+        DataError: there is no tokenizer, or no template.
+    """
+    return Chat(load_tokenizer(backbone.checkpoint, backbone.revision), backbone.checkpoint, backbone.context)
+
+
+def way_of(task: Task, chat: Chat | None) -> Way:
+    """Return how rows of a task are tokenized."""
+    if chat is not None:
+        return chat.way
+    return Way(as_written=True) if isinstance(task, FileTask) and task.prompt is not None else APART
 
 
 def labels_of(task: FileTask, train: Sequence[Row]) -> tuple[str, ...] | None:
@@ -261,98 +276,35 @@ def labels_of(task: FileTask, train: Sequence[Row]) -> tuple[str, ...] | None:
     return labels
 
 
-def file_rows(task: FileTask, split: str, at_most: int | None = None) -> Sequence[Row]:
+def file_rows(task: FileTask, split: str, at_most: int | None = None, chat: Writer | None = None) -> Sequence[Row]:
     """Return the rows of one split of one's own files, the first `at_most` of local ones. Many are kept in a table on disk.
+
+    Args:
+        chat: writes conversations; None: rows are none.
 
     Raises:
         DataError: the file, a field or a row is wrong; the message names it.
     """
     name = getattr(task, split)
-    rows = (file_row(task, found.record, found.path, found.number) for found in files.read_records(name, split))
+    rows = (row for found in files.read_records(name, split) for row in rows_of(task, found, chat))
     if at_most is not None:
         return list(itertools.islice(rows, at_most))
-    text = {"source": task.source, "target": task.target, "prefix": task.prefix, "template": task.template, "kind": task.kind}
+    text: dict[str, Any] = {"source": task.source, "target": task.target, "kind": task.kind}
+    text |= {"prefix": task.prefix, "template": task.template}
     if name.startswith(files.HUB):
         records = files.hub_split(name, split)
         key, size = {"text": text, "records": records._fingerprint}, BYTES_A_ROW * len(records)
     else:
         states = files.states_of(files.paths_of(name, split))
         key, size = {"text": text, "files": states}, sum(state[1] for state in states)
+    if task.source is None:
+        text |= {"prompt": task.prompt, "completion": task.completion, "messages": task.messages, "chat": chat and chat.key}
     own = {"images": task.images, "scores": task.score}
     beside = [column for column, given in own.items() if given is not None]
     text |= {column: own[column] for column in beside}
     known = known_rows(key, beside) if size > LEAST_BYTES else None
     tally = task.kind == "classification"
     return known or keep_rows(rows, lambda: key, tally=tally, likely_bytes=size, beside=beside)
-
-
-def file_row(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> Row:
-    refuse_bad_cells(record, (*task.source, task.target), path, number)
-    images = file_images(task, record, path, number)
-    target = str(record[task.target])
-    if not target.strip():
-        raise DataError(f"{path}: row {number} has an empty {task.target}; fill it in or remove the row")
-    if task.kind == "regression" and not _is_finite(target):
-        raise DataError(f"{path}: row {number}: {task.target} is {printable(repr(target))}, not a number; kind regression needs numbers")
-    return Row(file_source(task, record), target, images, 1.0 if task.score is None else _score(record, task.score, path, number))
-
-
-def _score(record: Mapping[str, Any], field: str, path: str, number: int) -> float:
-    refuse_bad_cells(record, (field,), path, number)
-    if not _is_finite(str(record[field])) or float(record[field]) < 0:
-        raise DataError(
-            f"{path}: row {number}: {field} is {printable(repr(record[field]))}, not a number of at least 0: a score weighs a row"
-        )
-    return float(record[field])
-
-
-def file_images(task: FileTask, record: Mapping[str, Any], path: str, number: int) -> tuple[str, ...]:
-    """Return the files of a row's pictures.
-
-    Raises:
-        DataError: a column is missing, or holds no picture; names file and row.
-    """
-    for field in task.images or ():
-        if field not in record:
-            raise DataError(files.missing_field(path, number, field, record))
-    return tuple(picture_of(record[field], field, path, number) for field in task.images or ())
-
-
-def refuse_bad_cells(record: Mapping[str, Any], fields: Sequence[str], path: str, number: int) -> None:
-    """Refuse a row of which a field is missing, empty, no text or number, or no text that can be written.
-
-    Raises:
-        DataError: names file, row and field.
-    """
-    for field in fields:
-        if field not in record:
-            raise DataError(files.missing_field(path, number, field, record))
-        value = record[field]
-        if value is None or value != value:
-            raise DataError(f"{path}: row {number} has no {field}; fill it in or remove the row")
-        if not isinstance(value, WRITABLE):
-            raise DataError(f"{path}: row {number}: {field} holds {_spoken_type(value)}; write a text or a number there")
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(f"{path}: row {number}: {field} holds half a character (a lone surrogate); mend the text or remove the row")
-
-
-def _spoken_type(value: Any) -> str:
-    kinds: dict[type, str] = {bytes: "bytes", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def file_source(task: FileTask, record: Mapping[str, Any]) -> str:
-    """Return the source text of one row of one's own files."""
-    if task.template is not None:
-        return fill(task.template, record)
-    return source_text(task.prefix, [(f"{field}:", field) for field in task.source], record)
 
 
 def refuse_unknown_labels(split: str, rows: Sequence[Row], labels: Sequence[str]) -> None:

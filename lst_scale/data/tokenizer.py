@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lst_scale.data.prompts import PromptTokenizer, ends_no_text
+from lst_scale.data.prompts import APART, PromptTokenizer, ends_no_text
 from lst_scale.errors import DataError, fence
 from lst_scale.system.assets import resolve
 
@@ -44,6 +44,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     what = [type(tokenizer).__name__, transformers.__version__, tokenizers.__version__, tokenizer.all_special_tokens, rules]
+    what += [repr(tokenizer.way)] if isinstance(tokenizer, PromptTokenizer) and tokenizer.way != APART else []
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 

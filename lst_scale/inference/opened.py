@@ -13,8 +13,10 @@ import torch
 from lst_scale.backbone import as_backbone
 from lst_scale.backbone.placement.load import load_alone
 from lst_scale.backbone.taps import Backbone
+from lst_scale.data.chat import Chat
 from lst_scale.data.context import Reading, reading_after, reading_of
-from lst_scale.data.prompts import PromptTokenizer, ends_no_text
+from lst_scale.data.prompts import PromptTokenizer, ends_no_text, in_way
+from lst_scale.data.tasks import way_of
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.predict import answering, ways_of
 from lst_scale.inference.scored_run import ScoredRun
@@ -52,6 +54,7 @@ class Opened:
     way: AnyAnswer
     reading: Reading
     run: ScoredRun | None
+    chat: Chat | None  # of a run on conversations
     folder: Path
     closing: contextlib.ExitStack
 
@@ -68,6 +71,8 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
             f"{folder} reads pictures, which a pipeline is not given: write lst-scale predict {folder} ROWS --output ANSWERS"
         )
     tokenizer = load_tokenizer_of(run.recipe.backbone.checkpoint, run.recipe.backbone.revision)
+    chat = Chat(tokenizer, run.recipe.backbone.checkpoint, run.recipe.backbone.context) if run.conversational else None
+    tokenizer = in_way(tokenizer, way_of(run.task, chat))
     reading = reading_after(run.context, tokenizer, beside_backbone=run.recipe.method.beside_backbone)
     if backbone is not None and not run.recipe.method.beside_backbone:
         raise ArgumentError(f"{folder} trained method {run.recipe.method.name}, which changes the backbone: leave backbone out")
@@ -86,7 +91,7 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
         target_prefix=run.target_prefix,
         by_first_token=run.by_first_token,
     )
-    return Opened(model=model, passes=passes, way=way, reading=reading, run=run, folder=folder, closing=closing)
+    return Opened(model=model, passes=passes, way=way, reading=reading, run=run, chat=chat, folder=folder, closing=closing)
 
 
 def open_side_network(
@@ -116,7 +121,7 @@ def open_side_network(
         evaluation=evaluation,
     )
     passes = SharedPasses(backbone=model.backbone, request=model.side.request)
-    return Opened(model=model, passes=passes, way=way, reading=reading, run=None, folder=folder, closing=contextlib.ExitStack())
+    return Opened(model=model, passes=passes, way=way, reading=reading, run=None, chat=None, folder=folder, closing=contextlib.ExitStack())
 
 
 def open_folder(

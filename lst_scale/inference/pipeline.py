@@ -70,7 +70,7 @@ class Pipeline:
 
     def __init__(self, opened: Opened) -> None:
         self._opened, self.model = opened, opened.model
-        self._prompts = Prompts(opened.run, opened.reading)
+        self._prompts = Prompts(opened.run, opened.reading, opened.chat)
 
     @property
     def kind(self) -> str:

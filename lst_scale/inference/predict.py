@@ -19,12 +19,15 @@ from lst_scale.backbone.taps import Backbone
 from lst_scale.data import files
 from lst_scale.data.answers import cut_inputs
 from lst_scale.data.batches import Batch
+from lst_scale.data.chat import Writer
 from lst_scale.data.columns import by_chunks
 from lst_scale.data.context import Reading, reading_after
 from lst_scale.data.encode import EncodedSplit, encode_sources
 from lst_scale.data.measures import number_in
+from lst_scale.data.own_rows import asked_source, file_images, file_source, refuse_bad_cells, source_text
+from lst_scale.data.prompts import in_way
 from lst_scale.data.release import NamedImages, endings_of, question_text
-from lst_scale.data.tasks import GLUE, file_images, file_source, refuse_bad_cells, source_text
+from lst_scale.data.tasks import GLUE, chat_of, way_of
 from lst_scale.errors import ArgumentError, DataError, fence
 from lst_scale.images.features import image_reader
 from lst_scale.inference.ensemble import check_ensemble
@@ -84,13 +87,15 @@ def predict_file(
     names = [column, PROBABILITIES] if probabilities else [column]
     if not column or len(set(names)) < len(names):
         raise ArgumentError(f"--column {column!r} is no name for the answer: write another, such as {PREDICTION}")
-    rows = InputRows(asked, source, names)
+    chat = chat_of(asked.recipe.backbone) if asked.conversational else None
+    rows = InputRows(asked, source, names, chat)
     count = sum(1 for _ in rows)
     refuse_inputs_as_output(source, output)
     world = distributed.connect()
     with _written(output, world, rows, _made_by(runs, asked, names), resume=resume) as (answered, keep, write):
         reader = None if asked.recipe.vision is None else image_reader(asked.recipe.vision)
         tokenizer = load_tokenizer_of(asked.recipe.backbone.checkpoint, asked.recipe.backbone.revision)
+        tokenizer = in_way(tokenizer, way_of(asked.task, chat))
         reading = reading_after(asked.context, tokenizer, beside_backbone=asked.recipe.method.beside_backbone)
         with answering(runs, asked.recipe, world, reading, asked.labels) as (model, passes):
             at_once = BATCHES_AT_ONCE * asked.evaluation.batch_size * model.replica.count
@@ -123,12 +128,13 @@ class InputRows:
     asked: ScoredRun
     source: Path
     names: Sequence[str]
+    chat: Writer | None = None
 
     def __iter__(self) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
         task = self.asked.task
         named = NamedImages(task, endings_of(self.asked.recipe.vision)) if isinstance(task, ReleaseTask) else None
         for found in files.read_records(str(self.source), "test", where="inputs"):
-            text = text_of_row(self.asked, found.record, found.path, found.number)
+            text = text_of_row(self.asked, found, self.chat)
             images = () if named is None else named.of(found.record, found.path, found.number)
             if isinstance(task, FileTask):
                 images = file_images(task, found.record, found.path, found.number)
@@ -192,10 +198,19 @@ def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
     refuse_changed_weights(run, folder)
 
 
-def text_of_row(asked: ScoredRun, record: files.Record, path: str, number: int) -> str:
-    """Return a row's source text, written as in training."""
+def text_of_row(asked: ScoredRun, found: files.Found, chat: Writer | None) -> str:
+    """Return a row's source text, written as in training.
+
+    Args:
+        chat: writes conversations; None: the run's rows are none.
+
+    Raises:
+        DataError: a field is missing or can't be meant; names where the row is.
+    """
+    task, record, path, number = asked.task, found.record, found.path, found.number
+    if chat is not None and isinstance(task, FileTask):
+        return asked_source(task, found, chat)
     refuse_bad_cells(record, asked.columns, path, number)
-    task = asked.task
     if isinstance(task, ReleaseTask):
         return question_text(task, record, f"{path}: row {number}")
     return source_text(task, GLUE[task].fields, record) if isinstance(task, str) else file_source(task, record)
@@ -267,7 +282,7 @@ def reply_to(
     if probabilities or evaluation.method == "likelihood":
         scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, first_token=asked.by_first_token, at=moment)
     if scores_BL is not None and evaluation.method == "likelihood":
-        texts = [labels[int(best)] for best in scores_BL.argmax(-1)]
+        texts = [labels[int(best)].strip() for best in scores_BL.argmax(-1)]
     else:
         texts = yield from generated(model, batch, tokenizer, evaluation, asked.longest or 1, prefix, at=moment)
     answers = [number_in(text) for text in texts] if asked.kind == "regression" else texts
@@ -275,7 +290,7 @@ def reply_to(
         return [(each,) for each in answers]
     assert scores_BL is not None, "probabilities are those of labels"
     shares = scores_BL.double().softmax(-1).tolist()
-    return [(each, dict(zip(labels, row, strict=True))) for each, row in zip(answers, shares, strict=True)]
+    return [(each, dict(zip(map(str.strip, labels), row, strict=True))) for each, row in zip(answers, shares, strict=True)]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lst_scale.data.answers import cut_inputs
+from lst_scale.data.chat import Chat
 from lst_scale.data.context import Reading
 from lst_scale.data.encode import EncodedSplit, encode_sources
+from lst_scale.data.files import Found
 from lst_scale.data.prompts import chat_text, going_on
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.predict import text_of_row
@@ -37,10 +39,11 @@ class Prompts:
 
     Args:
         run: whose template and limits are kept to; None: a side network that was saved by itself, which takes a text as it is.
+        chat: writes conversations as in training, where that was on some.
     """
 
-    def __init__(self, run: ScoredRun | None, reading: Reading) -> None:
-        self._run, self._reading = run, reading
+    def __init__(self, run: ScoredRun | None, reading: Reading, chat: Chat | None) -> None:
+        self._run, self._reading, self._chat = run, reading, chat
 
     def encoded(self, several: Sequence[Given]) -> EncodedSplit:
         """Return token ids; warns of those that are cut.
@@ -54,7 +57,7 @@ class Prompts:
             raise ArgumentError("conversations and other inputs are told apart by their form: give them in two calls")
         tokenizer = self._reading.tokenizer
         if any(talks):
-            texts = [chat_text(tokenizer, given) for given in several]  # type: ignore[arg-type]
+            texts = [self._conversation(given, number) for number, given in enumerate(several, start=1)]
             tokenizer = going_on(tokenizer)  # a chat template writes the beginning of a text itself
         else:
             texts = [self._text(given, number) for number, given in enumerate(several, start=1)]
@@ -70,6 +73,10 @@ class Prompts:
                 return given
             raise ArgumentError("a side network that was saved by itself knows no template: give a text, or the folder of its run")
         columns = self._run.columns
+        if self._chat is not None and not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"this run reads conversations: give input {number} as a list of messages, or a dictionary with {columns[0]}"
+            )
         if isinstance(given, str):
             if len(columns) != 1:
                 raise ArgumentError(f"this run reads the fields {', '.join(columns)}: give a dictionary of them")
@@ -78,4 +85,9 @@ class Prompts:
             raise ArgumentError(
                 f"input {number} is of type {type(given).__name__}: give a text, a dictionary of fields, or a list of messages"
             )
-        return text_of_row(self._run, given, "inputs", number)
+        return text_of_row(self._run, Found(given, "inputs", number), self._chat)
+
+    def _conversation(self, given: Any, number: int) -> str:
+        if self._chat is not None:
+            return self._chat.asked(given, f"inputs: row {number}")
+        return chat_text(self._reading.tokenizer, given)

@@ -16,7 +16,8 @@ from lst_scale.recipe.task import FileTask, Task, name_of
 from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.system.durable import sha256_of
 
-WITH_EFFECT = ("backbone", "evaluation", "data.max_source_length", "task.source", "task.prefix", "task.template", "task.target_prefix")
+_COLUMNS = ("task.source", "task.prompt", "task.messages")
+WITH_EFFECT = ("backbone", "evaluation", "data.max_source_length", *_COLUMNS, "task.prefix", "task.template", "task.target_prefix")
 LONGEST = 1_000_000  # tokens that a target has at most, to tell a number from damage
 
 
@@ -46,6 +47,7 @@ class ScoredRun:
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
     context: str | None  # what stands before every row
+    conversational: bool  # rows are conversations
     longest: int | None  # tokens of the longest training target; None: a run of an earlier version, which did not keep it
 
     @property
@@ -53,7 +55,7 @@ class ScoredRun:
         """The fields that the source text is made of."""
         if isinstance(self.task, str):
             return [column for _, column in GLUE[self.task].fields]
-        return self.task.source if isinstance(self.task, FileTask) else ()
+        return self.task.text_columns if isinstance(self.task, FileTask) else ()
 
     @property
     def target_prefix(self) -> str:
@@ -92,6 +94,7 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
             kind=_kind(task),
             labels=_labels(task, _of(result, "labels", task, recipe)),
             context=_context(recipe, result),
+            conversational=_conversational(task, _of(result, "conversational", task, recipe)),
             longest=_longest(_of(result, "longest_target", task, recipe)),
         )
 
@@ -183,6 +186,13 @@ def _context(recipe: Recipe, result: dict[str, Any]) -> str | None:
     if context is not None and not isinstance(context, str):
         raise ValueError("'context' is no text")
     return context
+
+
+def _conversational(task: Task, result: dict[str, Any]) -> bool:
+    found = result.get("conversational", False)
+    if type(found) is not bool or (found and (not isinstance(task, FileTask) or task.source is not None)):
+        raise ValueError(f"'conversational' is {found!r}, which the run's recipe has otherwise")
+    return found
 
 
 def _longest(result: dict[str, Any]) -> int | None:

@@ -289,7 +289,7 @@ def _train_rows(recipe: Recipe) -> int | None:
 
 def _rows_of(task: Task, most: int | None) -> int | None:
     rows = most
-    if isinstance(task, FileTask):
+    if isinstance(task, FileTask) and task.messages is None:  # a conversation is as many rows as it has answers
         path = Path(resolve(task.train))
         rows = sum(1 for _ in path.open("rb")) if path.suffix == ".jsonl" and path.is_file() else most
     elif isinstance(task, str):

@@ -47,10 +47,14 @@ class FileTask(Section):
     validation: PathText  # rows that the best step is chosen by
     test: PathText | None = None  # rows that the result is scored on; None: validation
     streaming: bool = False  # read the rows of train from their files as they are needed: for more than a disk can keep as a table
-    source: tuple[str, ...] = Field(min_length=1)  # columns that the text is made of
+    # columns that the text is made of. A row is source and target, or prompt and completion, or messages
+    source: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     # columns of pictures: paths beside the file, bytes, or `datasets.Image`; the recipe's vision says what is made of them
     images: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    target: str  # the column of the answer
+    target: str | None = None  # with source: the column of the answer
+    prompt: str | None = None  # the column of what stands before an answer: a text, or a list of messages
+    completion: str | None = None  # with prompt: the column of the answer, which follows the prompt as it is written; or a list of messages
+    messages: str | None = None  # the column of conversations, lists of {role, content}: each turn of the assistant's is an answer
     # over a batch: the mean over all target tokens, or over rows of the mean over a row's own tokens
     loss: Literal["token_mean", "example_mean"] = "token_mean"
     score: str | None = None  # with example_mean: the column of what a row's answer is worth in training
@@ -61,13 +65,31 @@ class FileTask(Section):
     labels: tuple[str, ...] | None = None  # the classes; None: those of the training rows
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None  # of METRICS, or one's own as module:function
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that stand before an answer."""
+        if self.source is not None:
+            return self.source
+        return tuple(column for column in (self.prompt or self.messages,) if column is not None)
+
+    @model_validator(mode="after")
+    def _a_row_is_said_in_one_way(self) -> FileTask:
+        ways = ((self.source, self.target), (self.prompt, self.completion), (self.messages,))
+        begun = [way for way in ways if any(columns is not None for columns in way)]
+        if len(begun) != 1 or None in begun[0]:
+            raise ValueError("a row is source and target, or prompt and completion, or messages: write one of the three, whole")
+        for key in ("prefix", "template", "target_prefix"):
+            if self.source is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} goes with source and target: remove it, and write what it says into {self.text_columns[0]}")
+        return self
+
     @model_validator(mode="after")
     def _template_names_the_source(self) -> FileTask:
         if self.template is None:
             return self
-        named = set(fields_in(self.template))
-        if named != set(self.source):
-            wrong = sorted(named ^ set(self.source))
+        named, source = set(fields_in(self.template)), set(self.text_columns)
+        if named != source:
+            wrong = sorted(named ^ source)
             raise ValueError(f"template and source must name the same fields, but {wrong[0]!r} is only in one of them")
         if self.prefix is not None:
             raise ValueError("prefix has no effect beside template: write it into the template")
@@ -95,11 +117,14 @@ class FileTask(Section):
     def _columns_are_told_apart(self) -> FileTask:
         if self.score is not None and self.loss != "example_mean":
             raise ValueError(f"score has no effect on loss {self.loss}: remove it or write loss: example_mean")
-        if self.target in self.source:
-            raise ValueError(f"source holds {self.target!r}, which is the target: the answer would stand in the question; remove it there")
-        if wrong := {self.target, *self.source} & set(self.images or ()):
+        answer, source = self.target or self.completion, self.text_columns
+        if answer in source:
+            named = "source holds" if self.source else "prompt is"
+            what = "target" if self.source else "completion"
+            raise ValueError(f"{named} {answer!r}, which is the {what}: the answer would stand in the question; remove it there")
+        if wrong := {column for column in (answer, *source) if column is not None} & set(self.images or ()):
             raise ValueError(f"images holds {min(wrong)!r}, which is read as text: name columns of pictures there")
-        twice = [field for field in self.source if self.source.count(field) > 1]
+        twice = [field for field in source if source.count(field) > 1]
         if twice:
             raise ValueError(f"source names {twice[0]!r} twice: write each field once (template may repeat it)")
         return self

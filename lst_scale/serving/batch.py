@@ -95,7 +95,7 @@ def _answers(
     engine: Engine, network: Network, run: ScoredRun, rows: Sequence[files.Found], tokenizer: Any, probabilities: bool
 ) -> Callable[[int], dict[str, Any]]:
     """Ask one run about some rows; return what gives the columns of each, and waits for them."""
-    prompts = [network.prompt(text_of_row(run, row.record, row.path, row.number)) for row in rows]
+    prompts = [network.prompt(text_of_row(run, row, network.chat)) for row in rows]
     likely = run.evaluation.method == "likelihood"
     scored = [_score(engine, network, prompt) for prompt in prompts] if likely or (probabilities and network.labels) else None
     most = run.evaluation.max_new_tokens or run.longest or 1

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lst_scale.backbone.taps import Backbone, BackboneSpec
+from lst_scale.data.chat import Chat
 from lst_scale.data.context import Reading, reading_after, reading_of
 from lst_scale.data.encode import target_text
-from lst_scale.data.prompts import chat_text, going_on
+from lst_scale.data.files import Found
+from lst_scale.data.prompts import chat_text, going_on, in_way
+from lst_scale.data.tasks import way_of
 from lst_scale.errors import ArgumentError, LadderError
 from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
@@ -40,6 +43,7 @@ class Network:
     labels: tuple[str, ...] | None = None
     targets: tuple[tuple[int, ...], ...] = ()  # the token ids of each label
     run: ScoredRun | None = None
+    chat: Chat | None = None  # of a run on conversations
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -73,11 +77,11 @@ class Network:
         """Return the prompt of a row of fields, by the template of the run.
 
         Raises:
-            LstScaleError: the run has none, or a field is missing, empty, or no text.
+            LstScaleError: the run has none, or a field is missing, empty, or can't be meant.
         """
         if self.run is None or not isinstance(self.run.task, FileTask):
             raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
-        return text_of_row(self.run, record, f"a row for {self.name}", 1)
+        return text_of_row(self.run, Found(record, f"a row for {self.name}", 1), self.chat)
 
     def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of labels as targets are in training."""
@@ -176,14 +180,17 @@ class Networks:
         side = SideNetwork(self._backbone.spec, replace(saved.config, recompute=False))
         files.load_weights(side, saved)
         side = side.to(self._backbone.device).eval().requires_grad_(False)
-        reading = self._reading(run, saved)
-        network = Network(name=name, side=side, reading=reading, labels=None if run is None else run.labels, run=run)
+        chat = None
+        if run is not None and run.conversational:
+            chat = Chat(self._tokenizer, run.recipe.backbone.checkpoint, run.recipe.backbone.context)
+        reading = self._reading(run, saved, chat)
+        network = Network(name=name, side=side, reading=reading, labels=None if run is None else run.labels, run=run, chat=chat)
         return replace(network, targets=network.label_ids(network.labels or ()))
 
-    def _reading(self, run: ScoredRun | None, saved: files.Saved) -> Reading:
+    def _reading(self, run: ScoredRun | None, saved: files.Saved, chat: Chat | None) -> Reading:
         if run is None:
             return reading_of(saved.identity.context, self._tokenizer)
-        return reading_after(run.context, self._tokenizer, beside_backbone=True)
+        return reading_after(run.context, in_way(self._tokenizer, way_of(run.task, chat)), beside_backbone=True)
 
     def _refuse_misfit(self, saved: files.Saved) -> None:
         mine, theirs = self._backbone.identity, saved.identity

@@ -34,7 +34,7 @@ def answer_tasks(
         texts = yield from predict_split(
             model,
             split,
-            shared.tokenizer,
+            rows.tokenizer,
             rows.evaluation,
             task.labels,
             shared.world,

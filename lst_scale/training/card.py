@@ -47,7 +47,9 @@ def card_of_run(recipe: Recipe, result: dict[str, Any], backbone: Backbone, fold
         lines += card.code_block(code + card.prediction_code(identity.checkpoint, identity.revision, _text(recipe), answer, source))
         lines += ["", "Or for a file of rows, at the command line:", ""]
     task = recipe.each_task[0]
-    row = json.dumps(dict.fromkeys([*_columns(task), *images_of(task)], "..."), ensure_ascii=False)
+    turns = result["conversational"] if len(recipe.each_task) == 1 else result["conversational"][name_of(task)]
+    cell: Any = [{"role": "user", "content": "..."}] if turns else "..."
+    row = json.dumps(dict.fromkeys(_columns(task), cell) | dict.fromkeys(images_of(task), "..."), ensure_ascii=False)
     which = "" if len(recipe.each_task) == 1 else f" task={name_of(task)}"
     predict = f"lst-scale predict {shlex.quote(str(folder.resolve()))} rows.jsonl{which} --output answers.jsonl"
     lines += card.code_block([f"echo {shlex.quote(row)} > rows.jsonl", predict], "sh")
@@ -108,10 +110,12 @@ def _template(task: Task) -> str:
     if isinstance(task, ReleaseTask):
         prompt = task.of.prompt if task.prompt is None else task.prompt
         return prompt + "".join(f"{{{column}}}" for column in _columns(task))
+    if not isinstance(task, str) and task.source is None:
+        return "".join(f"{{{column}}}" for column in task.text_columns)
     if not isinstance(task, str) and task.template is not None:
         return str(task.template)
     prefix = task if isinstance(task, str) else task.prefix
-    pairs = GLUE[task].fields if isinstance(task, str) else [(f"{field}:", field) for field in task.source]
+    pairs = GLUE[task].fields if isinstance(task, str) else [(f"{field}:", field) for field in task.text_columns]
     written = " ".join([*([prefix] if prefix else []), *(f"{name}\0{column}\0" for name, column in pairs)])
     pieces = written.replace("{", "{{").replace("}", "}}").split("\0")
     return "".join(f" {{{piece}}}" if number % 2 else piece for number, piece in enumerate(pieces))
@@ -120,7 +124,7 @@ def _template(task: Task) -> str:
 def _columns(task: Task) -> list[str]:
     if isinstance(task, ReleaseTask):
         return [] if task.format == "caption" else ["sent"]
-    return [column for _, column in GLUE[task].fields] if isinstance(task, str) else list(task.source)
+    return [column for _, column in GLUE[task].fields] if isinstance(task, str) else list(task.text_columns)
 
 
 def _text(recipe: Recipe) -> str:

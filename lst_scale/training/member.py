@@ -168,6 +168,7 @@ def _stream(recipe: Recipe, plan: Plan, shared: Shared) -> Stream | None:
         seed=recipe.seed if data.shuffle_seed is None else data.shuffle_seed,
         rank=shared.world.rank,
         world_size=shared.world.size,
+        chat=rows.task.chat,
     )
 
 

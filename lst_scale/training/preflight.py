@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from lst_scale.backbone.spec import refuse_placement
+from lst_scale.data.chat import Unwritten, refuse_missing_template
 from lst_scale.data.files import HUB
+from lst_scale.data.own_rows import is_conversational
 from lst_scale.data.release import endings_of, release_rows
 from lst_scale.data.tasks import FILE_SPLITS, file_rows, labels_of, refuse_unknown_labels
 from lst_scale.data.tokenizer import refuse_missing_tokenizer
@@ -19,7 +21,7 @@ from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
-from lst_scale.recipe.task import FileTask
+from lst_scale.recipe.task import FileTask, Task
 from lst_scale.runs.folder import check_folder, folder_of
 from lst_scale.side.count import shape_of, trainable_of
 from lst_scale.system.assets import load_ds_config
@@ -76,20 +78,29 @@ def _check_folder(recipe: Recipe, problems: list[str], *, resume: bool, overwrit
 
 def _check_files(task: FileTask, problems: list[str]) -> None:
     """Look at each file, its columns and its first rows, and at the labels as far as they are known from these."""
+    chat = Unwritten() if _is_conversational(task) else None
     found = {}
     for split in FILE_SPLITS:
         path = getattr(task, split)
         if path is not None and not path.startswith(HUB):
             with _gathering(problems):
-                found[split] = file_rows(task, split, FIRST_ROWS)
+                found[split] = file_rows(task, split, FIRST_ROWS, chat)
     whole = 0 < len(found.get("train", ())) < FIRST_ROWS
-    if not task.labels and not whole:
+    if (not task.labels and not whole) or chat is not None:  # how a template writes labels is not known yet
         return
     with _gathering(problems):
         labels = labels_of(task, found.get("train", ()))
         for split, rows in found.items() if labels is not None else ():
             with _gathering(problems):
                 refuse_unknown_labels(split, rows, labels or ())
+
+
+def _is_conversational(task: Task) -> bool:
+    """Whether rows are conversations; no, where their file can't be read, of which `_check_files` tells."""
+    try:
+        return isinstance(task, FileTask) and is_conversational(task)
+    except LstScaleError:
+        return False
 
 
 def _check_checkpoints(recipes: Sequence[Recipe], problems: list[str]) -> None:
@@ -100,6 +111,11 @@ def _check_checkpoints(recipes: Sequence[Recipe], problems: list[str]) -> None:
             shapes[checkpoint] = shape_of(checkpoint)
         with _gathering(problems):
             refuse_missing_tokenizer(checkpoint)
+    for checkpoint in dict.fromkeys(
+        recipe.backbone.checkpoint for recipe in recipes for task in recipe.each_task if _is_conversational(task)
+    ):
+        with _gathering(problems):
+            refuse_missing_template(checkpoint)
     for recipe in recipes:
         shape = shapes.get(recipe.backbone.checkpoint)
         if shape is not None:

@@ -28,6 +28,7 @@ from lst_scale.data.answers import cuts, refuse_unanswerable, unmatchable_share
 from lst_scale.data.batches import collate, evaluation_batches
 from lst_scale.data.context import Context, Reading, reading_after, sentence_of, with_context
 from lst_scale.data.encode import EncodedSplit, encode, for_training
+from lst_scale.data.prompts import in_way
 from lst_scale.data.rows import images_of
 from lst_scale.data.scores import try_own_metrics
 from lst_scale.data.tasks import TaskData, load_tasks
@@ -54,6 +55,7 @@ class TaskRows:
     splits: dict[str, EncodedSplit]
     batch_size: int  # rows of a step
     evaluation: EvaluationRecipe
+    tokenizer: Any  # as its rows are tokenized
 
     @property
     def train(self) -> EncodedSplit:
@@ -104,16 +106,16 @@ def load_data(recipe: Recipe) -> Data:
     for task in tasks:
         try_own_metrics(task)
     tokenizer = load_tokenizer_of(recipe.backbone.checkpoint, recipe.backbone.revision)
-    reading = _reading(recipe, tokenizer, context)
+    readings = [_reading(recipe, tokenizer, task, context) for task in tasks]
     reader = None if recipe.vision is None else image_reader(recipe.vision)
     loaded, said = [], []
-    for asked, task in zip(recipe.each_task, tasks, strict=True):
-        unknown = refuse_misfits(tokenizer, recipe, task, recipe.evaluation_of(asked))
+    for asked, task, reading in zip(recipe.each_task, tasks, readings, strict=True):
+        unknown = refuse_misfits(reading.tokenizer, recipe, task, recipe.evaluation_of(asked))
         loaded.append(_encoded_task(recipe, asked, task, reading, reader))
-        sentences = (unknown, cuts(loaded[-1].splits, _limits(recipe, task)), unmatchable_share(task, tokenizer))
+        sentences = (unknown, cuts(loaded[-1].splits, _limits(recipe, task)), unmatchable_share(task, reading.tokenizer))
         said += [sentence if len(tasks) == 1 else f"{task.name}: {sentence}" for sentence in sentences if sentence is not None]
-    said += [] if context is None else [sentence_of(context, reading)]
-    return Data(tasks=tuple(loaded), tokenizer=tokenizer, sentences=tuple(said), reading=reading, context=context)
+    said += [] if context is None else [sentence_of(context, readings[0])]
+    return Data(tasks=tuple(loaded), tokenizer=tokenizer, sentences=tuple(said), reading=readings[0], context=context)
 
 
 def _after_context(recipe: Recipe, tasks: Sequence[TaskData]) -> tuple[Sequence[TaskData], Context | None]:
@@ -129,7 +131,17 @@ def _encoded_task(recipe: Recipe, asked: Task, task: TaskData, reading: Reading,
     if reader is not None:
         splits = {name: replace(split, images=reader.read(images_of(split.rows), f"{task.name}, {name}")) for name, split in splits.items()}
     splits["train"] = for_training(splits["train"], task.loss, scored=task.scored)
-    return TaskRows(task=task, splits=splits, batch_size=recipe.rows_a_step(asked), evaluation=recipe.evaluation_of(asked))
+    return _task_rows(recipe, asked, task, splits, reading)
+
+
+def _task_rows(recipe: Recipe, asked: Task, task: TaskData, splits: dict[str, EncodedSplit], reading: Reading) -> TaskRows:
+    return TaskRows(
+        task=task,
+        splits=splits,
+        batch_size=recipe.rows_a_step(asked),
+        evaluation=recipe.evaluation_of(asked),
+        tokenizer=reading.tokenizer,
+    )
 
 
 def load_shared(recipes: Sequence[Recipe], world: World, logger: Logger, data: Data | None = None) -> Shared:
@@ -183,11 +195,12 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
     with Logger(None) as logger:
         tokenizer = load_tokenizer_of(recipe.backbone.checkpoint, recipe.backbone.revision)
         found, context = _after_context(recipe, load_tasks(recipe))
-        reading = _reading(recipe, tokenizer, context)
-        for asked, task in zip(recipe.each_task, found, strict=True):
-            refuse_misfits(tokenizer, recipe, task, recipe.evaluation_of(asked))
-        text = [_text_to_train_on(recipe, asked, task, reading) for asked, task in zip(recipe.each_task, found, strict=True)]
-        backbone, tasks = _remembering([recipe], text, world, logger, reading.run_once)
+        readings = [_reading(recipe, tokenizer, task, context) for task in found]
+        each = list(zip(recipe.each_task, found, readings, strict=True))
+        for asked, task, reading in each:
+            refuse_misfits(reading.tokenizer, recipe, task, recipe.evaluation_of(asked))
+        text = [_text_to_train_on(recipe, asked, task, reading) for asked, task, reading in each]
+        backbone, tasks = _remembering([recipe], text, world, logger, readings[0].run_once)
         splits = [task.train for task in tasks]
         request = _taps_of([recipe], backbone.spec)
         if not backbone.lock.held():
@@ -216,7 +229,7 @@ def build_cache(recipe: Recipe) -> tuple[int, Path]:
 def _text_to_train_on(recipe: Recipe, asked: Task, task: TaskData, reading: Reading) -> TaskRows:
     """Return a task's training rows as text alone: what a tap cache holds."""
     splits = {"train": _encode(task.train, reading, recipe, task)}
-    return TaskRows(task=task, splits=splits, batch_size=recipe.rows_a_step(asked), evaluation=recipe.evaluation_of(asked))
+    return _task_rows(recipe, asked, task, splits, reading)
 
 
 def refuse_misfits(tokenizer: Any, recipe: Recipe, task: TaskData, evaluation: EvaluationRecipe) -> str | None:
@@ -264,8 +277,9 @@ def _taps_of(recipes: Sequence[Recipe], spec: BackboneSpec) -> TapRequest:
     return request
 
 
-def _reading(recipe: Recipe, tokenizer: Any, context: Context | None) -> Reading:
-    return reading_after(None if context is None else context.text, tokenizer, beside_backbone=recipe.method.beside_backbone)
+def _reading(recipe: Recipe, tokenizer: Any, task: TaskData, context: Context | None) -> Reading:
+    text = None if context is None else context.text
+    return reading_after(text, in_way(tokenizer, task.way), beside_backbone=recipe.method.beside_backbone)
 
 
 def _encode(rows: Any, reading: Reading, recipe: Recipe, task: TaskData) -> EncodedSplit:
