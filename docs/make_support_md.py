@@ -17,6 +17,7 @@ TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py
 PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone"
 PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
 PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
+MESSAGES = "test_messages_runs.py"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
 TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
@@ -79,6 +80,16 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
         ),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
         ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
+        (
+            "prompts with completions",
+            f"{MESSAGES}::test_methods_inside_the_model_and_encoder_decoders_take_them_too",
+            f"{MESSAGES}::test_a_finished_run_answers_a_file_as_it_was_scored",
+        ),
+        (
+            "conversations",
+            "no: their tokenizers have no chat template",
+            f"{MESSAGES}::test_conversations_from_the_tap_cache_after_a_context_end_as_the_live_run",
+        ),
         ("pictures beside the text", "test_vision_runs.py::test_every_method_trains_on_pictures_and_resumes_bit_for_bit", "not yet"),
         (
             "designs `cross_attention`, `adapter`",

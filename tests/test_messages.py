@@ -104,8 +104,8 @@ def test_a_completion_follows_its_prompt_as_it_is_written(prompt_and_completion:
     data = data_of(tmp_path, [{"prompt": prompt, "completion": completion}], model, prompt="prompt", completion="completion")
     tokenizer = chat_tokenizer()
     (ids,) = ids_of(data)
-    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == prompt + completion
-    assert ids[:-1] == [*tokenizer(prompt).input_ids, *tokenizer(completion).input_ids]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == f"<s>{prompt}{completion}"
+    assert ids[:-1] == [*tokenizer(prompt).input_ids, *tokenizer(completion, add_special_tokens=False).input_ids]
 
 
 def test_tokenizers_that_put_a_space_before_texts_write_completions_without_it() -> None:

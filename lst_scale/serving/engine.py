@@ -227,7 +227,7 @@ class Engine:
         chosen = row.chooser.choose(logits_V, likeliest)
         row.count, row.last = row.count + 1, chosen.token
         self.counts.tokens += 1
-        if chosen.token in self._ends and not row.job.sampling.past_the_end:
+        if (chosen.token in self._ends or chosen.token == row.job.network.end) and not row.job.sampling.past_the_end:
             row.job.tell(Ended("stop"))
             return False
         row.job.tell(chosen)

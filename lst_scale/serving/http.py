@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from lst_scale.errors import LstScaleError
+from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.serving import answers
 from lst_scale.serving.answers import Failed, Piece, Reply
 from lst_scale.serving.engine import Engine
@@ -295,13 +295,15 @@ def _labels_of(network: Network, asked: Classification) -> tuple[tuple[str, ...]
         return tuple(asked.labels), network.label_ids(asked.labels)
     if network.labels is None:
         raise HTTPException(400, f"{network.name} was not trained on labels: write labels")
-    return network.labels, network.targets
+    return tuple(map(str.strip, network.labels)), network.targets
 
 
 def _text(network: Network, given: str | dict[str, Any]) -> str:
-    if isinstance(given, str):
+    if isinstance(given, str) and network.chat is None:
         return given
     try:
+        if isinstance(given, str):
+            raise ArgumentError(f"{network.name} reads conversations: give a row whose field is a list of messages, and no text")
         return network.text_of(given)
     except LstScaleError as error:
         raise HTTPException(400, str(error)) from None

@@ -55,6 +55,12 @@ class Network:
         """What networks have in common that answer together; None for the backbone itself."""
         return None if self.side is None else shape_of(self.side)
 
+    @property
+    def end(self) -> int:
+        """The token that ends an answer; that of a chat template may be another than what ends a text."""
+        found: int = self.reading.tokenizer.eos_token_id
+        return found
+
     def prompt(self, text: str, *, is_begun: bool = False) -> tuple[int, ...]:
         """Return the token ids of a prompt, written, and cut where it is too long, as sources are in training.
 
@@ -66,12 +72,13 @@ class Network:
         return (*self.reading.before, *tokenizer([text], truncation=most is not None, max_length=most).input_ids[0])
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the token ids of a conversation, up to the answer that it asks for.
+        """Return the token ids of a conversation up to the answer that it asks for, as in training where that was on conversations.
 
         Raises:
-            ArgumentError: the tokenizer has no chat template, or that refuses these messages.
+            LstScaleError: the tokenizer has no chat template, or that refuses these messages.
         """
-        return self.prompt(chat_text(self.reading.tokenizer, messages), is_begun=True)
+        asked = chat_text(self.reading.tokenizer, messages) if self.chat is None else self.chat.asked(messages, "the request")
+        return self.prompt(asked, is_begun=True)
 
     def text_of(self, record: Mapping[str, Any]) -> str:
         """Return the prompt of a row of fields, by the template of the run.

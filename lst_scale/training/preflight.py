@@ -96,9 +96,11 @@ def _check_files(task: FileTask, problems: list[str]) -> None:
 
 
 def _is_conversational(task: Task) -> bool:
-    """Whether rows are conversations; no, where their file can't be read, of which `_check_files` tells."""
+    """Whether rows are conversations; no, where that is not known yet: on the hub, or in a file that `_check_files` tells is wrong."""
+    if not isinstance(task, FileTask) or (task.prompt is not None and task.train.startswith(HUB)):
+        return False
     try:
-        return isinstance(task, FileTask) and is_conversational(task)
+        return is_conversational(task)
     except LstScaleError:
         return False
 

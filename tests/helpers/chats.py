@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from helpers.llama_runs import ENDS, make_tokenizer
@@ -23,7 +24,9 @@ MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that begins texts with <s>, as the template does: whoever lets both do so has it twice."""
     tokenizer = make_tokenizer(**ENDS)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     tokenizer.chat_template = template
     return tokenizer
