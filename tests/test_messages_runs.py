@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lst_scale
 from helpers.chats import save_chat_model, turns, write_rows
 from helpers.llama_runs import METHOD, trained
 from helpers.models import make_t5
@@ -24,7 +25,7 @@ from lst_scale.data.answers import answer_in
 from lst_scale.data.batches import evaluation_batches
 from lst_scale.data.prompts import in_way
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.errors import DataError, NotReady
+from lst_scale.errors import ArgumentError, DataError, NotReady
 from lst_scale.inference.predict import predict_file
 from lst_scale.recipe.schema import EvaluationRecipe, load_recipe
 from lst_scale.runs.logs import Logger
@@ -128,6 +129,22 @@ def test_a_served_side_network_reads_a_conversation_as_it_was_trained(write: Cal
     bare = networks.bare
     text = bare.chat_text(talk[:1], tokenizer)
     assert bare.prompt(text, begun=True) == tuple(tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False))
+
+
+def test_a_pipeline_answers_conversations_as_predict_does(write: Callable[..., Path], tmp_path: Path) -> None:
+    task = {"task__kind": "text", "task__labels": None, "evaluation__method": "generation"}
+    folder = trained(write("said", training__epochs=6, backbone__context={"text": SYSTEM}, data__max_source_length=120, **task))
+    talks = [talk["messages"][:3] for talk in as_talks(wordnet("validation", 12))]
+    write_rows(tmp_path / "in.jsonl", [{"messages": talk} for talk in talks])
+    predict_file([folder], tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    expected = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    with lst_scale.pipeline(folder) as answer:
+        assert answer(talks) == answer([{"messages": talk} for talk in talks]) == expected and answer(talks[0]) == expected[0]
+        assert "".join(answer.stream(talks[1])) == expected[1]
+        with pytest.raises(ArgumentError, match="this run reads conversations: give a list of messages, or a dictionary with messages"):
+            answer("a text")
+        with pytest.raises(DataError, match="inputs: row 2 begins with the assistant's turn"):
+            answer([talks[0], talks[0][1:]])
 
 
 def test_members_on_conversations_share_the_pass(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lst_scale.inference.predict import reply_to
 from lst_scale.inference.prompts import Given, Prompts, is_one
 from lst_scale.inference.streaming import answer_of, pieces
 from lst_scale.system import hub
+from lst_scale.training.evaluation import ends_of
 from lst_scale.training.sessions import EVALUATION, Moment, run_alone
 
 
@@ -142,6 +143,7 @@ class Pipeline:
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=way.evaluation.max_new_tokens or way.longest,
+                **ends_of(self.model, self.tokenizer),
                 **options,
             )
 

@@ -97,7 +97,6 @@ def generated(
     source = (yield BackboneRequest(at=at, batch=batch, want=Want.SOURCE)).prepared
     if batch is None:
         return []
-    ends = {} if tokenizer.eos_token_id == model.spec.eos_token_id else {"eos_token_id": [model.spec.eos_token_id, tokenizer.eos_token_id]}
     with torch.no_grad():
         output_BT = family_of(model.spec.model_type, "this model").answers(
             model.generate,
@@ -107,10 +106,16 @@ def generated(
             do_sample=False,
             max_new_tokens=recipe.max_new_tokens or longest,
             source=source,
-            **ends,
+            **ends_of(model, tokenizer),
             **({} if batch.images is None else {"image_features": moved(batch.images.features_BIGF, model.device)}),
         )
     return [answer_in(text, target_prefix) for text in tokenizer.batch_decode(output_BT, skip_special_tokens=True)]
+
+
+def ends_of(model: Predictor, tokenizer: Any) -> dict[str, list[int]]:
+    """Return what `generate` is told of the tokens that end an answer, where these are more than the one that ends a text."""
+    ends = [model.spec.eos_token_id, tokenizer.eos_token_id]
+    return {} if ends[0] == ends[1] else {"eos_token_id": ends}
 
 
 def likeliest(
