@@ -228,7 +228,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(damage: Any, message: str, t
         ("google-t5/t5-nowhere", "fp32", "download it first where there is a network"),
         ("./nowhere", "fp32", "is no folder"),
         ("embedded:tiny-t6", "fp32", "Did you mean 'embedded:tiny-t5'?"),
-        ("embedded:tiny-t5", "fp16", "T5 overflows in fp16"),
+        ("embedded:tiny-t5", "fp16", "T5 overflows in it"),
         ("embedded:tiny-t5", "int9", "Did you mean 'int8'?"),
     ],
 )

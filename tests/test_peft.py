@@ -145,7 +145,14 @@ def test_disabled_is_the_plain_model(kind: str, base: Path) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), mine) and not torch.equal(mine, expected)
-    assert torch.equal(logits(model.unload().eval()), expected)
+    unloaded = model.unload().eval()
+    assert torch.equal(logits(unloaded), expected) and "peft_config" not in vars(unloaded)
+
+
+def test_embeddings_in_place_of_ids_are_refused(kind: str, base: Path) -> None:
+    model = get_peft_model(plain(kind, base), config(kind))
+    with pytest.raises(LadderError, match=r"^a ladder reads input_ids, .*: give those in place of inputs_embeds$"):
+        model(inputs_embeds=model.get_input_embeddings()(batch()["input_ids"]))
 
 
 def test_merging_is_refused(kind: str, base: Path) -> None:

@@ -52,7 +52,7 @@ MISTAKES = [
     ("method.dropout=1.0", "method.dropout: 1.0 should be less than 1"),
     (
         "backbone.precision=fp16",
-        "backbone.precision: T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32",
+        "backbone.precision: fp16 is refused, since T5 overflows in it (past 65504): write bf16, which has the range of fp32",
     ),
     ("backbone.precision=int9", "backbone.precision: 'int9' is not valid. Did you mean 'int8'?"),
     (

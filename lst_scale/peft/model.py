@@ -65,10 +65,15 @@ class LadderTuner(BaseTuner):  # type: ignore[misc]
 
         TRL puts a forward pass of its own on the plain model object, whose loss makes no logits: asked in a way that only it knows, it
         runs with the ladder in the plain model's place, so that last states and head are the ladder's.
+
+        Raises:
+            LadderError: embeddings in place of token ids.
         """
         ladder = self.answering
         if ladder is None:
             return self.model(*args, **kwargs)
+        if kwargs.get("inputs_embeds") is not None:
+            raise LadderError("a ladder reads input_ids, which it knows rows by: give those in place of inputs_embeds")
         given = {name: value for name, value in kwargs.items() if value is not None}
         replaced = vars(self.model).get("forward")
         if replaced is not None and not given.keys() <= KNOWN:
@@ -110,6 +115,7 @@ class LadderTuner(BaseTuner):  # type: ignore[misc]
     def unload(self) -> nn.Module:
         """Return the plain model, without the adapters."""
         del self.model._modules[CHILD]
+        self.model.__dict__.pop("peft_config", None)  # put there by peft
         plain: nn.Module = self.model
         return plain
 

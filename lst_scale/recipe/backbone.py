@@ -12,7 +12,7 @@ from lst_scale.recipe.decode import Count, Section
 from lst_scale.system.names import PathText
 
 QUANTIZED = ("int8", "nf4")  # precisions in which layers run forward only
-FP16_REASON = "T5 overflows in fp16 (its feed-forward exceeds 65504): write bf16, which has the range of fp32"
+FP16_REASON = "fp16 is refused, since T5 overflows in it (past 65504): write bf16, which has the range of fp32"
 
 
 def _refuse_fp16(value: Any) -> Any:
