@@ -69,6 +69,15 @@ def test_every_zero_stage_checkpoints_the_moments_of_stage_0(trained: dict[tuple
         torch.testing.assert_close(found[name], moment, rtol=1e-2, atol=1e-3 * float(moment.abs().max()) + 1e-12, msg=name)
 
 
+def test_an_odd_number_of_parameters_trains(tmp_path: Path) -> None:
+    """ZeRO 1 and 2 refuse buffers of an odd number of elements."""
+    make = recipe_writer(tmp_path, make_t5(tmp_path / "t5", dropout_rate=0.0))
+    short = {"method__side_layers": [2], "method__merge_last": True, "training__max_steps": 1, "training__epochs": 1}
+    train(make("odd", training__deepspeed="zero2", **short))
+    run = tmp_path / "runs" / "odd-kind-seed0"
+    assert sum(weight.numel() for weight in final_weights(run).values()) % 2 == 1
+
+
 def test_training_lowers_the_loss_and_moves_every_weight(trained: dict[tuple[int, str], Path]) -> None:
     folder = trained[2, "zero2"]
     assert losses(folder)[-1] < losses(folder)[0] - 0.2

@@ -127,9 +127,12 @@ def _forget_in_zero3(module: nn.Module) -> None:
 
 
 def _size_buckets(config: dict[str, Any], trained: int) -> None:
-    """Let ZeRO's communication buffers hold what trains, where the file does not say: DeepSpeed's own 5e8 elements are 2 GB in float32."""
+    """Let ZeRO's communication buffers hold what trains, where the file does not say: DeepSpeed's own 5e8 elements are 2 GB in float32.
+
+    An even number of elements: DeepSpeed refuses others.
+    """
     zero = dict(config.get("zero_optimization", {}))
-    largest = max(min(trained, 500_000_000), 1)
+    largest = max(min(trained + trained % 2, 500_000_000), 2)
     names = ("reduce_bucket_size", *(("stage3_prefetch_bucket_size",) if zero.get("stage") == 3 else ("allgather_bucket_size",)))
     config["zero_optimization"] = {name: largest for name in names} | zero
 
