@@ -150,6 +150,12 @@ def try_deepspeed(words: list[str]) -> None:
     try_train(written_out(words[script + 1 :]))
 
 
+def try_torchrun(words: list[str]) -> None:
+    assert words.pop(0).replace("_", "-") == "--nproc-per-node" and words.pop(0).isdigit()
+    assert words[:2] == ["-m", "lst_scale.cli"], "torchrun starts lst_scale.cli"
+    try_command(get_command(app), words[2:])
+
+
 def try_curl(words: list[str]) -> None:
     assert any(word.endswith("/v1/classify") for word in words)
     Classification.model_validate(json.loads(words[words.index("-d") + 1]))
@@ -170,6 +176,7 @@ PARSED: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "lst-scale": lambda words, _: try_command(get_command(app), words),
     "python": try_python,
     "deepspeed": lambda words, _: try_deepspeed(words),
+    "torchrun": lambda words, _: try_torchrun(words),
     "make": lambda words, _: try_make(words),
     "pip": lambda words, _: try_pip(words),
     "curl": lambda words, _: try_curl(words),
