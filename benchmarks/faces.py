@@ -34,7 +34,7 @@ from transformers import (AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForS
                           Seq2SeqTrainer, Seq2SeqTrainingArguments)
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 def ids(row):
-    return tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=64)
+    return tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=96)
 rows = load_dataset("json", data_files={{"train": "train.jsonl", "test": "test.jsonl"}}).map(ids)
 model = AutoModelForSeq2SeqLM.from_pretrained("{model}")
 model = get_peft_model(model, {config})
