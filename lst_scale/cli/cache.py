@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lst_scale.cli.as_json import AsJson, print_json
 from lst_scale.cli.cache_rows import rows_command
+from lst_scale.cli.complete import recipe_names
 from lst_scale.errors import ArgumentError, BackboneError, LstScaleError, fence
 from lst_scale.system import preemption
 from lst_scale.system.assets import cache_folder
@@ -22,25 +24,34 @@ Folder = Annotated[Path | None, typer.Option("--folder", help="where the caches 
 
 
 @app.command("list")
-def list_command(folder: Folder = None) -> None:
+def list_command(folder: Folder = None, as_json: AsJson = False) -> None:
     """List the caches: backbone, precision, layers, storage, payloads, size. What can't be read is named and skipped."""
+    found = []
     for path in _caches(folder):
         with _or_skipped(path):
-            typer.echo(_described(path))
+            found.append(_described(path))
+            if not as_json:
+                typer.echo(_line(found[-1]))
+    if as_json:
+        print_json(found)
 
 
 @app.command("verify")
-def verify_command(folder: Folder = None) -> None:
+def verify_command(folder: Folder = None, as_json: AsJson = False) -> None:
     """Read every payload and compare its checksum; exit with 1 when one is damaged. Damaged ones are never used."""
     from lst_scale.backbone.cache.store import damaged_payloads
 
-    damaged = 0
+    damaged = []
     for path in _caches(folder):
         with _or_skipped(path):
             for line in damaged_payloads(path):
-                typer.echo(f"damaged: {line}")
-                damaged += 1
-    typer.echo(f"{damaged} damaged payloads")
+                damaged.append(line)
+                if not as_json:
+                    typer.echo(f"damaged: {line}")
+    if as_json:
+        print_json({"damaged": damaged})
+    else:
+        typer.echo(f"{len(damaged)} damaged payloads")
     raise typer.Exit(1 if damaged else 0)
 
 
@@ -66,7 +77,7 @@ def remove_command(
 
 @app.command("build")
 def build_command(
-    recipe: Annotated[str, typer.Option("--recipe", help="a shipped recipe's name or a YAML file")],
+    recipe: Annotated[str, typer.Option("--recipe", help="a shipped recipe's name or a YAML file", autocompletion=recipe_names)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
 ) -> None:
     """Run a recipe's training rows through its backbone, ahead of the first epoch; with several processes by torchrun -m lst_scale.cli."""
@@ -113,16 +124,27 @@ def _skip(error: LstScaleError) -> None:
     typer.echo(f"skipped {error}", err=True)
 
 
-def _described(path: Path) -> str:
+def _described(path: Path) -> dict[str, Any]:
     from lst_scale.backbone.cache.key import files_of, read_key
     from lst_scale.backbone.cache.store import RECORD
 
     key = read_key(path)
     sizes = {file: file.lstat().st_size for file in files_of(path)}
-    payloads = sum(size // RECORD.size for file, size in sizes.items() if file.suffix == ".index")
+    return {
+        "name": path.name,
+        "backbone": key.fingerprint,
+        "precision": key.precision,
+        "layers": key.layers,
+        "dtype": key.dtype,
+        "payloads": sum(size // RECORD.size for file, size in sizes.items() if file.suffix == ".index"),
+        "bytes": sum(sizes.values()),
+    }
+
+
+def _line(found: dict[str, Any]) -> str:
     return (
-        f"{path.name}  backbone {key.fingerprint[:12]} {key.precision}  layers {','.join(map(str, key.layers))}  "
-        f"{key.dtype}  {payloads:,} payloads  {sum(sizes.values()) / 1e9:.3f} GB"
+        f"{found['name']}  backbone {found['backbone'][:12]} {found['precision']}  layers {','.join(map(str, found['layers']))}  "
+        f"{found['dtype']}  {found['payloads']:,} payloads  {found['bytes'] / 1e9:.3f} GB"
     )
 
 

@@ -14,8 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from lst_scale import __version__, train
+from lst_scale.cli.as_json import AsJson, print_json
 from lst_scale.cli.cache import app as cache_app
+from lst_scale.cli.chat import chat_command
+from lst_scale.cli.complete import recipe_names
 from lst_scale.cli.plan import plan_command
+from lst_scale.cli.runs import runs_command
 from lst_scale.cli.serve import serve_command
 from lst_scale.cli.slurm import app as slurm_app
 from lst_scale.errors import ArgumentError, LstScaleError, print_error
@@ -24,7 +28,6 @@ from lst_scale.system import assets
 app = typer.Typer(
     help="Fine-tune large pretrained transformers with a small side network and a backbone that runs forward only.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -43,8 +46,11 @@ def common(
 
 
 @app.command("recipes")
-def list_recipes() -> None:
+def list_recipes(as_json: AsJson = False) -> None:
     """List the recipes and DeepSpeed files that ship with the package."""
+    if as_json:
+        print_json({"recipes": assets.available_recipes(), "ds_configs": assets.available_ds_configs()})
+        return
     typer.echo("recipes:    " + ", ".join(assets.available_recipes()))
     typer.echo("ds_configs: " + ", ".join(assets.available_ds_configs()))
 
@@ -53,9 +59,15 @@ def list_recipes() -> None:
 def train_command(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE] [key=value]...", help="a shipped recipe's name or a YAML file, and changes to it"),
+        typer.Argument(
+            metavar="[RECIPE] [key=value]...",
+            help="a shipped recipe's name or a YAML file, and changes to it",
+            autocompletion=recipe_names,
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="the recipe, where it does not stand first")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the recipe, where it does not stand first", autocompletion=recipe_names)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest whole checkpoint, or start")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away what the run's folder holds")] = False,
     print_recipe: Annotated[
@@ -127,16 +139,20 @@ def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="folders with finished runs, at any depth")],
     style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
     plot: Annotated[Path | None, typer.Option(help="also draw score against memory into this .png or .svg")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make the table of finished runs: score over seeds, trainable share, peak memory, time, size on disk."""
-    from lst_scale.runs.compare import compare, find_results
+    from lst_scale.runs.compare import compare, find_results, values
     from lst_scale.runs.compare import plot as draw
     from lst_scale.runs.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
     folders, odd = find_results(runs), list[str]()
-    typer.echo(compare(folders, style, odd))
+    if as_json:
+        print_json(values(folders, odd))
+    else:
+        typer.echo(compare(folders, style, odd))
     for line in odd:
         typer.echo(line, err=True)
     if plot is not None:
@@ -155,6 +171,8 @@ def from_gguf_command(
 
 
 app.command("plan")(plan_command)
+app.command("runs")(runs_command)
+app.command("chat")(chat_command)
 app.command("serve")(serve_command)
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(cache_app, name="cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -11,17 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
+from lst_scale.cli.as_json import AsJson, print_json
+from lst_scale.cli.complete import recipe_names
 from lst_scale.cli.job_options import AGAIN, Given, as_written, asks_for_a_job
+from lst_scale.cli.submitting import end, submit_or_run, submit_prediction
 from lst_scale.errors import ArgumentError, LstScaleError, fence
 from lst_scale.recipe.grid import expand
 from lst_scale.recipe.members import expand_members, load_members, read_list, share_passes
 from lst_scale.recipe.schema import Recipe, load_recipe
-from lst_scale.runs.compare import compare
+from lst_scale.runs.compare import compare, values
 from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.slurm import runs
 from lst_scale.slurm.options import CODE, ClusterOptions, load_options
 from lst_scale.system.names import shown
-from lst_scale.training.preflight import check_before_start
 
 app = typer.Typer(
     help="Submit recipes to Slurm, watch them, resubmit what failed, collect the table.",
@@ -30,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeOption = Annotated[str, typer.Option("--recipe", help="a shipped recipe's name or a YAML file")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="a shipped recipe's name or a YAML file", autocompletion=recipe_names)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")]
 Cluster = Annotated[Path | None, typer.Option("--cluster", help="a site's defaults (YAML); ~/.config/lst_scale/slurm.yaml when it exists")]
 Names = Annotated[list[str] | None, typer.Argument(help="parts of run names; all runs when none is given")]
@@ -48,7 +51,9 @@ AtMost = Annotated[int, typer.Option("--at-most", min=1, help="how many may run 
 @asks_for_a_job()
 def submit_command(
     given: Given,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="a shipped recipe's name or a YAML file")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="a shipped recipe's name or a YAML file", autocompletion=recipe_names)
+    ] = None,
     overrides: Overrides = None,
     predict: Annotated[
         Path | None, typer.Option("--predict", help="a finished run that is to answer --inputs, in place of --recipe")
@@ -59,6 +64,7 @@ def submit_command(
     local: Local = False,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
+    as_json: AsJson = False,
 ) -> None:
     """Submit one recipe, its members in one job: one Slurm task a GPU, resumed after preemption, time limits and node failures.
 
@@ -70,13 +76,12 @@ def submit_command(
             raise ArgumentError(
                 "--predict RUN stands beside --inputs FILE, without --recipe and --local: on this machine it is lst-scale predict"
             )
-        _submit_prediction(predict, inputs, output, overrides or [], options, dry_run=dry_run, snapshot=snapshot)
+        submit_prediction(predict, inputs, output, overrides or [], options, dry_run=dry_run, snapshot=snapshot, as_json=as_json)
         return
     if recipe is None:
         raise ArgumentError("what is to be submitted? write --recipe NAME, or --predict RUN --inputs FILE")
-    _submit_or_run(
-        [expand_members(load_recipe(recipe, overrides or ()))], options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot
-    )
+    groups = [expand_members(load_recipe(recipe, overrides or ()))]
+    end(submit_or_run(groups, options, at_most=1, local=local, dry_run=dry_run, snapshot=snapshot, as_json=as_json), as_json)
 
 
 @app.command("sweep")
@@ -92,6 +97,7 @@ def sweep_command(
     local: Local = False,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
+    as_json: AsJson = False,
 ) -> None:
     """Submit every combination of `key=a,b key2=c,d` as a job array. What is finished or in the queue is left alone.
 
@@ -105,7 +111,7 @@ def sweep_command(
     if together > 1 and any(each.members for each in loaded):
         raise ArgumentError(f"--together {together}: the recipe has members of its own, which train in one job: leave one of the two out")
     groups = share_passes(loaded, together) if together > 1 else [expand_members(each) for each in loaded]
-    _submit_or_run(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot)
+    end(submit_or_run(groups, options, at_most=at_most, local=local, dry_run=dry_run, snapshot=snapshot, as_json=as_json), as_json)
 
 
 def _read_list(path: Path) -> list[list[str]]:
@@ -134,6 +140,7 @@ def status_command(
     output_dir: Output = Path("runs"),
     watch: Annotated[float | None, typer.Option("--watch", help="look again every so many seconds")] = None,
     logs: Annotated[bool, typer.Option("--logs", help="show where each run's log is")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show every run: state, step, loss, score, time left, node, and why it failed."""
     from rich.console import Console
@@ -141,11 +148,20 @@ def status_command(
 
     from lst_scale.slurm.status import look, printable, table
 
+    if as_json and watch is not None:
+        raise ArgumentError("--json prints once, and --watch goes on: leave one of the two out")
     folders, odd = runs.find_runs(output_dir, names or []), list[str]()
     if logs:
-        for folder in folders:
-            job = runs.last_job(folder, odd)
-            typer.echo(f"{printable(folder.name)}\t{printable(job['log'] if job else str(folder / 'log.txt'))}")
+        jobs = {folder: runs.last_job(folder, odd) for folder in folders}
+        paths = {folder: str(job["log"] if job else folder / "log.txt") for folder, job in jobs.items()}
+        if as_json:
+            print_json([{"run": folder, "log": path} for folder, path in paths.items()])
+        for folder, path in () if as_json else paths.items():
+            typer.echo(f"{printable(folder.name)}\t{printable(path)}")
+        _tell_odd(odd)
+        return
+    if as_json:
+        print_json([dataclasses.asdict(status) for status in look(folders, odd)])
         _tell_odd(odd)
         return
     # Piped into a file or another program, lines must not be cut at 80 columns.
@@ -170,6 +186,7 @@ def resubmit_command(
     cluster: Cluster = None,
     dry_run: DryRun = False,
     snapshot: Snapshot = True,
+    as_json: AsJson = False,
 ) -> None:
     """Submit again what failed, ran out of time or was lost; it continues from its newest checkpoint. Options can be changed.
 
@@ -193,9 +210,13 @@ def resubmit_command(
         groups.setdefault(options, {}).setdefault(job["job"], []).append(recipe)
     _tell_odd(odd)
     if not groups:
-        typer.echo("nothing to resubmit")
+        typer.echo("nothing to resubmit", err=as_json)
+    told: list[dict[str, Any]] = []
     for options, by_job in groups.items():
-        _submit_or_run(list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot)
+        told += submit_or_run(
+            list(by_job.values()), options, at_most=at_most, local=False, dry_run=dry_run, snapshot=snapshot, as_json=as_json
+        )
+    end(told, as_json)
 
 
 def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | None, run: Path) -> ClusterOptions:
@@ -236,11 +257,15 @@ def collect_command(
     names: Names = None,
     output_dir: Output = Path("runs"),
     style: Annotated[str, typer.Option("--format", help="text, markdown or csv")] = "text",
+    as_json: AsJson = False,
 ) -> None:
     """Make the table of all finished runs: mean and deviation over seeds."""
     odd: list[str] = []
     folders = [run for run in runs.find_runs(output_dir, names or []) if (run / RESULT).exists()]
-    typer.echo(compare(folders, style, odd))
+    if as_json:
+        print_json(values(folders, odd))
+    else:
+        typer.echo(compare(folders, style, odd))
     _tell_odd(odd)
 
 
@@ -248,51 +273,6 @@ def _tell_odd(odd: list[str]) -> None:
     """Name on stderr what was left out of a table, and why."""
     for line in dict.fromkeys(odd):
         typer.echo(line, err=True)
-
-
-def _submit_or_run(
-    groups: Sequence[Sequence[Recipe]], options: ClusterOptions, *, at_most: int, local: bool, dry_run: bool, snapshot: bool
-) -> None:
-    from lst_scale.slurm import local as local_jobs
-    from lst_scale.slurm import submission
-
-    plan = submission.plan(groups)
-    for recipe, why in plan.skipped:
-        typer.echo(f"{recipe.run_name}: {why}")
-    check_before_start([recipe for group in plan.new for recipe in group], resume=True, together=False)
-    if not plan.new:
-        typer.echo("nothing to submit")
-    elif dry_run:
-        typer.echo("\n".join(f"# {', '.join(recipe.run_name for recipe in group)}" for group in plan.new))
-        typer.echo(submission.script(plan.new, options, at_most=at_most, use_snapshot=snapshot))
-    elif local:
-        failed = local_jobs.run(plan.new, options, at_most=at_most)
-        for folder in failed:
-            typer.echo(f"{folder.name}: {runs.first_failure(folder) or 'failed'}", err=True)
-        raise typer.Exit(1 if failed else 0)
-    else:
-        jobs = submission.submit(plan.new, options, at_most=at_most, use_snapshot=snapshot)
-        for group, job in zip(plan.new, jobs, strict=True):
-            for recipe in group:
-                typer.echo(f"{recipe.run_name}: job {job}")
-
-
-def _submit_prediction(
-    run: Path, inputs: Path, output: Path, overrides: Sequence[str], options: ClusterOptions, *, dry_run: bool, snapshot: bool
-) -> None:
-    from lst_scale.inference.scored_run import read_scored_run
-    from lst_scale.slurm import prediction
-
-    read_scored_run(run, overrides)  # what is wrong with it is told now, and not by the job
-    if not inputs.is_file():
-        raise ArgumentError(f"--inputs {inputs}: there is no such file")
-    place, source, answers = (str(path.resolve()) for path in (run, inputs, output))
-    job = prediction.PredictJob(place, source, answers, overrides, cpu=options.gpus_per_node == 0, threads=options.cpus_per_task)
-    if dry_run:
-        typer.echo(prediction.script(job, options))
-        return
-    number, log = prediction.submit(job, options, use_snapshot=snapshot)
-    typer.echo(f"{output}: job {number}, which says how it goes in {log}")
 
 
 def main(command: str | None = None) -> None:

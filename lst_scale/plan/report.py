@@ -291,10 +291,15 @@ def _rows_of(task: Task, most: int | None) -> int | None:
     rows = most
     if isinstance(task, FileTask) and task.messages is None:  # a conversation is as many rows as it has answers
         path = Path(resolve(task.train))
-        rows = sum(1 for _ in path.open("rb")) if path.suffix == ".jsonl" and path.is_file() else most
+        rows = _lines_of(path) if path.suffix == ".jsonl" and path.is_file() else most
     elif isinstance(task, str):
         rows = GLUE_ROWS[task]
     return rows if most is None or rows is None else min(rows, most)
+
+
+def _lines_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def as_table(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list[list[str]]:
@@ -312,6 +317,25 @@ def as_table(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list
             cells += ["yes" if needed <= memory else f"no: {_gb(needed)}", str(line.largest)]
         table.append(cells)
     return table
+
+
+def as_values(found: Sequence[Line], memory: int | None, gpu: Gpu | None) -> list[dict[str, Any]]:
+    """Return the same table's rows in bytes and counts, with every part of the peak."""
+    rows = []
+    for line in found:
+        peak = line.found.peak
+        row = {
+            "method": line.name,
+            "trainable": line.found.trainable,
+            "parts": line.found.parts,
+            "peak_bytes": peak,
+            "where": line.found.where,
+        }
+        if memory is not None:
+            needed = peak if gpu is None else gpu.needed(peak)
+            row |= {"needed_bytes": needed, "fits": needed <= memory, "largest_batch": line.largest}
+        rows.append(row)
+    return rows
 
 
 def parse_memory(text: str) -> int:

@@ -67,7 +67,12 @@ def compare(folders: Sequence[Path], style: str = "text", odd: list[str] | None 
 
 def rows(folders: Sequence[Path], odd: list[str] | None = None) -> list[dict[str, str]]:
     """Return the table's rows, best score first within a task."""
-    return [_row(name, task, group) for (task, name), group in _groups(read_all(folders, odd))]
+    return [_row(found) for found in values(folders, odd)]
+
+
+def values(folders: Sequence[Path], odd: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the same rows with numbers as they are; None: there is none."""
+    return [_values(name, task, group) for (task, name), group in _groups(read_all(folders, odd))]
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:
@@ -165,25 +170,37 @@ def _peak_gb(group: Sequence[Finished]) -> float:
     return max(run.peak_memory_bytes for run in group) / 1e9
 
 
-def _row(name: str, task: str, group: Sequence[Finished]) -> dict[str, str]:
-    first, deviation = group[0], _deviation(group)
+def _values(name: str, task: str, group: Sequence[Finished]) -> dict[str, Any]:
+    first = group[0]
     a_step = [run.seconds_per_step for run in group if run.seconds_per_step is not None]
     return {
         "run": name,
         "method": first.method,
         "task": task,
-        "seeds": str(len(group)),
-        "score": f"{_mean([run.score for run in group]):.2f}",
-        "deviation": "" if deviation is None else f"{deviation:.2f}",
+        "seeds": len(group),
+        "score": _mean([run.score for run in group]),
+        "deviation": _deviation(group),
         "metric": "+".join(first.metrics) or "score",
-        "trainable_percent": f"{first.trainable_share_percent:.3f}",
-        "peak_gb": f"{_peak_gb(group):.2f}",
-        "seconds_per_step": f"{_mean(a_step):.4f}" if a_step else "",
-        "train_seconds": f"{_mean([run.train_seconds for run in group]):.1f}",
-        "saved_mb": f"{first.saved_bytes / 1e6:.2f}",
-        "trainable": str(first.trainable_parameters),
-        "total": str(first.backbone_parameters),
+        "trainable_percent": first.trainable_share_percent,
+        "peak_gb": _peak_gb(group),
+        "seconds_per_step": _mean(a_step) if a_step else None,
+        "train_seconds": _mean([run.train_seconds for run in group]),
+        "saved_mb": first.saved_bytes / 1e6,
+        "trainable": first.trainable_parameters,
+        "total": first.backbone_parameters,
     }
+
+
+_DIGITS = {"trainable_percent": 3, "seconds_per_step": 4, "train_seconds": 1}  # after the point; of other numbers 2
+
+
+def _row(found: dict[str, Any]) -> dict[str, str]:
+    def cell(column: str, value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.{_DIGITS.get(column, 2)}f}" if isinstance(value, float) else str(value)
+
+    return {column: cell(column, value) for column, value in found.items()}
 
 
 def _text(found: Sequence[dict[str, str]]) -> str:

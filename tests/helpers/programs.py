@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import runpy
 import sys
+import termios
 
 from lst_scale import train as entry
 from lst_scale.cli import main as cli
@@ -21,6 +24,16 @@ def command(arguments: list[str]) -> None:
     """The command `lst-scale`."""
     sys.argv = ["lst-scale", *arguments]
     cli.main()
+
+
+def at_terminal(arguments: list[str]) -> None:
+    """The command `lst-scale` at a terminal; arguments: the terminal's path, and its own."""
+    descriptor = os.open(arguments[0], os.O_RDWR)
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)  # its Ctrl-C is a signal to this process
+    for number in range(3):
+        os.dup2(descriptor, number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    command(arguments[1:])
 
 
 def script(arguments: list[str]) -> None:
