@@ -7,6 +7,7 @@ tasks have their sections in `backbone.py`, `method.py`, `task.py` and `release.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
@@ -21,7 +22,7 @@ from lst_scale.recipe.grid import grid_as_lines
 from lst_scale.recipe.marks import KEPT_BY_RESUME, ONE_FOR_MEMBERS
 from lst_scale.recipe.method import METHODS, LstRecipe, Method, ProbeRecipe
 from lst_scale.recipe.release import FORMATS, LONGEST_ANSWER, ReleaseTask
-from lst_scale.recipe.task import GLUE, FileTask, Task, images_of, name_of, rows_a_step, which_task, written_out
+from lst_scale.recipe.task import GLUE, FileTask, OwnName, Task, beside, images_of, name_of, rows_a_step, which_task, written_out
 from lst_scale.recipe.vision import VisionRecipe
 from lst_scale.system.assets import find_recipe
 from lst_scale.system.names import Name, PathText, checked_name
@@ -119,9 +120,33 @@ class CacheRecipe(Section):
 
 
 class LoggingRecipe(Section):
-    tensorboard: bool = False  # needs pip install 'lst_scale[tensorboard]'
+    # trackers that are told the numbers, each needs its package: pip install 'lst_scale[wandb]'
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    project: str | None = None  # under which trackers file the run; None: as their environment says, or lst_scale
+    callbacks: tuple[OwnName, ...] = ()  # classes of one's own that are told them, as module:Class or a file beside the recipe
+    tensorboard: bool = False  # the same as report_to: [tensorboard]
     log_every_steps: Count = 10  # a line of loss, learning rate and time
     profile_steps: tuple[Count, Count] | None = None  # first and last step, counted from 1, that are traced into the run's folder
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """All trackers."""
+        return ("tensorboard", *self.report_to) if self.tensorboard else self.report_to
+
+    @model_validator(mode="after")
+    def _each_once(self) -> LoggingRecipe:
+        for key, names in (("report_to", self.report_to), ("callbacks", self.callbacks)):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key} names {twice[0]} twice: write it once")
+        if self.tensorboard and "tensorboard" in self.report_to:
+            raise ValueError("tensorboard: true says what report_to says too: remove it")
+        if self.project is not None and not set(self.report_to) - {"tensorboard"}:
+            raise ValueError("project has no effect without wandb, trackio or mlflow in report_to: remove it")
+        return self
+
+    def with_code_of(self, folder: Path) -> LoggingRecipe:
+        """Return the same with each class of one's own that is a file in `folder` named by that file's whole path."""
+        return self.model_copy(update={"callbacks": tuple(beside(folder, name) for name in self.callbacks)})
 
     @model_validator(mode="after")
     def _check_steps(self) -> LoggingRecipe:
@@ -299,7 +324,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name_or_path)
     recipe = parse_recipe(decode.read_text(path), str(path.name), overrides)
     found = [task.with_metrics_of(path.parent) if isinstance(task, FileTask) else task for task in recipe.each_task]
-    return recipe.model_copy(update={"task": found[0]} if recipe.tasks is None else {"tasks": tuple(found)})
+    told = recipe.logging.with_code_of(path.parent)
+    return recipe.model_copy(update={"logging": told} | ({"task": found[0]} if recipe.tasks is None else {"tasks": tuple(found)}))
 
 
 def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:

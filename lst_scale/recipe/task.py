@@ -24,17 +24,24 @@ OF_TEXTS = ("accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rouge_l", 
 OF_THE_RELEASE = ("vqa_accuracy", "gqa_accuracy", "consistency", "cider")  # of files that hold more than a target a row
 METRICS = (*OF_CLASSES, *OF_NUMBERS, *OF_TEXTS)
 POSITIVE = "1"  # the label that F1 looks for
-_OWN_METRIC = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|.+\.py):[A-Za-z_]\w*")
+_OWN = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|.+\.py):[A-Za-z_]\w*")
 
 
 def _known_metric(name: str) -> str:
-    if name in METRICS or _OWN_METRIC.fullmatch(name):
+    if name in METRICS or _OWN.fullmatch(name):
         return name
     own = " One's own is written module:function." if ":" in name else did_you_mean(name, METRICS)
     raise ValueError(f"{name!r} is not valid.{own}")
 
 
+def _own_class(name: str) -> str:
+    if not _OWN.fullmatch(name):
+        raise ValueError(f"{name!r} names no class: write module:Class, or a file beside the recipe as file.py:Class")
+    return name
+
+
 Metric = Annotated[str, AfterValidator(_known_metric)]
+OwnName = Annotated[str, AfterValidator(_own_class)]
 
 
 class FileTask(Section):
@@ -140,7 +147,7 @@ class FileTask(Section):
         """Return the task with each metric of one's own that is a file in `folder` named by that file's whole path."""
         if self.metrics is None:
             return self
-        return self.model_copy(update={"metrics": tuple(_metric_in(folder, metric) for metric in self.metrics)})
+        return self.model_copy(update={"metrics": tuple(beside(folder, metric) for metric in self.metrics)})
 
 
 def which_task(value: Any) -> str:
@@ -223,7 +230,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _metric_in(folder: Path, metric: str) -> str:
+def beside(folder: Path, metric: str) -> str:
     module, colon, function = metric.rpartition(":")
     if not colon:
         return metric

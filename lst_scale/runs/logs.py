@@ -1,4 +1,4 @@
-"""What a run says: numbers to metrics.jsonl (and TensorBoard), sentences to the console and log.txt. Rank 0 only writes.
+"""What a run says: numbers to metrics.jsonl and to its callbacks, sentences to the console and log.txt. Rank 0 only writes.
 
 On a terminal there is a progress bar; in a file, or when the output is piped, there are plain lines and no control characters.
 """
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from lst_scale.errors import StorageError, fence
+from lst_scale.runs.callbacks import Callbacks
 from lst_scale.runs.folder import METRICS
 from lst_scale.system.durable import append_line, write_file, writing
 
@@ -32,25 +33,15 @@ class Logger:
         speaker: stands before each line on the console, where several runs speak; they have no bar.
     """
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = False, speaker: str | None = None) -> None:
+    def __init__(self, folder: Path | None, *, speaker: str | None = None) -> None:
         self._folder, self._speaker = folder, speaker
         self._console = Console(file=sys.stderr, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._board: Any = None
+        self.callbacks = Callbacks(self.say)
         if folder is not None:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                with writing(self._board_folder):
-                    self._board = SummaryWriter(str(self._board_folder))
-
-    @property
-    def _board_folder(self) -> Path:
-        assert self._folder is not None
-        return self._folder / "tensorboard"
 
     def __enter__(self) -> Logger:
         return self
@@ -58,10 +49,7 @@ class Logger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            # What its thread could not write comes out here; an error that is on its way already says more.
-            with contextlib.suppress(StorageError) if error is not None else contextlib.nullcontext(), writing(self._board_folder):
-                self._board.close()
+        self.callbacks.on_end(None, error)  # nobody is left to tell where the end was told
 
     def say(self, sentence: str) -> None:
         """Print a sentence and append it, with the time, to log.txt."""
@@ -78,11 +66,17 @@ class Logger:
             return
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values)
         append_line(self._folder / METRICS, line, flushed=True)
-        if self._board is not None:
-            with writing(self._board_folder):
-                for name, value in values.items():
-                    if isinstance(value, int | float):
-                        self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Record the numbers of a training step, and tell them."""
+        self.record("train", step, values)
+        self.callbacks.on_step(step, values)
+
+    def evaluated(self, step: int, scores: dict[str, Any], openings: dict[str, float]) -> None:
+        """Record what an evaluation found and how far gates are open, and tell both."""
+        self.record("validation", step, scores)
+        self.record("gates", step, openings)
+        self.callbacks.on_evaluate(step, scores | {f"gates/{name}": value for name, value in openings.items()})
 
     def truncate_after(self, step: int, evaluated_at: int) -> None:
         """Drop the numbers of steps past `step`, and of evaluations past `evaluated_at`: a resumed run will write them again."""

@@ -26,8 +26,8 @@ _FOLDERS = re.compile(rf"checkpoints|best|{_STEP}|{_TRAINED}|tensorboard|slurm|s
 _FILES = re.compile(
     "|".join(
         (
-            r"recipe\.yaml|result\.json|start\.json|metrics\.(jsonl|partial)|log\.txt",
-            r"\.(recipe\.yaml|result\.json|start\.json|metrics\.jsonl)\.[0-9a-f]{8}\.partial",
+            r"recipe\.yaml|result\.json|start\.json|trackers\.json|metrics\.(jsonl|partial)|log\.txt",
+            r"\.(recipe\.yaml|result\.json|start\.json|trackers\.json|metrics\.jsonl)\.[0-9a-f]{8}\.partial",
             rf"{_STEP}/(weights\.safetensors|moments\.safetensors|state\.json)",
             rf"{_TRAINED}/(side_network\.safetensors|ladder_config\.json|config\.json|trained\.safetensors|method\.json|README\.md)",
             rf"{_TRAINED}/(adapter_model\.safetensors|adapter_config\.json)",

@@ -106,7 +106,7 @@ class Talk:
         if self._opened.chat is not None and not isinstance(record, dict):
             record = [{"role": "user", "content": line}]
         given = record if isinstance(record, dict | list) else line
-        return list(self._prompts.encoded([given]).sources[0])
+        return list(self._prompts.encoded([given]).input_ids[0])
 
     def _generate(self, ids: Sequence[int], show: Callable[[str], None]) -> str:
         if not ids:

@@ -275,14 +275,13 @@ class Trainer:
             norm = self._gradient_norm()
             if norm is not None:
                 values["gradient_norm"] = norm
-            self.logger.record("train", progress.step, values)
+            self.logger.step(progress.step, values)
 
     def _evaluate(self, progress: Progress) -> Session[Progress]:
         """Score the validation split; remember the best weights; count evaluations without progress towards `patience`."""
         weights = full_weights(self.engine)
         scores, seconds = yield from timed(self.evaluate(weights, progress.step))
-        self.logger.record("validation", progress.step, scores | {"seconds": round(seconds, 3)})
-        self.logger.record("gates", progress.step, self.trainee.openings(weights))
+        self.logger.evaluated(progress.step, scores | {"seconds": round(seconds, 3)}, self.trainee.openings(weights))
         self.logger.say(f"step {progress.step}: validation " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         if progress.best_score is None or scores["score"] > progress.best_score or self.recipe.training.result == "last":
             self.save_best(weights, progress.step)

@@ -93,10 +93,13 @@ class Member:
             if self.recipe.evaluation.score_start and self._start.step == 0:
                 yield from self._score_start()
             progress = yield from self._trainer.session(self._start)
-            return (yield from self._finish(progress))
+            result = yield from self._finish(progress)
+            self.logger.callbacks.on_end(result, None)
+            return result
         except LstScaleError as error:
             if not isinstance(error, Interrupted):
                 self.logger.say(f"failed: {error}")
+            self.logger.callbacks.on_end(None, error)
             raise
         finally:
             release(self._engine)

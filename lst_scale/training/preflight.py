@@ -22,10 +22,10 @@ from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
 from lst_scale.recipe.task import FileTask, Task
+from lst_scale.runs.callbacks import check_callbacks
 from lst_scale.runs.folder import check_folder, folder_of
 from lst_scale.side.count import shape_of, trainable_of
 from lst_scale.system.assets import load_ds_config
-from lst_scale.system.extras import require
 from lst_scale.training.warm_start import start_folder
 
 FIRST_ROWS = 2000  # of each file: some hundredths of a second
@@ -51,8 +51,7 @@ def check_before_start(recipes: Sequence[Recipe], *, resume: bool, overwrite: bo
         with _gathering(problems):
             start_folder(recipe)
         with _gathering(problems):
-            if recipe.logging.tensorboard:
-                require("tensorboard", "tensorboard", asked_by="logging.tensorboard")
+            check_callbacks(recipe.logging)
     for name in dict.fromkeys(recipe.training.deepspeed for recipe in recipes):
         with _gathering(problems):
             load_ds_config(name)

@@ -24,12 +24,12 @@ from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable, expand_members
 from lst_scale.recipe.method import ProbeRecipe
 from lst_scale.recipe.schema import Recipe
+from lst_scale.runs.callbacks import check_callbacks
 from lst_scale.runs.folder import check_folder, folder_of, prepare_folder
 from lst_scale.runs.lock import locked
 from lst_scale.runs.logs import Logger
 from lst_scale.system import distributed
 from lst_scale.system.assets import load_ds_config
-from lst_scale.system.extras import require
 from lst_scale.training.engine import check_ds_config
 from lst_scale.training.fitted import FittedMember
 from lst_scale.training.member import Member
@@ -66,8 +66,7 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     for each in recipes:
         check_method(each)
         start_folder(each)
-        if each.logging.tensorboard:
-            require("tensorboard", "tensorboard", asked_by="logging.tensorboard")
+        check_callbacks(each.logging)
     world = distributed.connect()
     check_ds_config(ds_config, recipes[0].training.deepspeed)
     folders = [folder_of(each) for each in recipes]
@@ -87,12 +86,17 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
             stack.enter_context(
                 Logger(
                     folder if world.is_main else None,
-                    tensorboard=each.logging.tensorboard,
                     speaker=each.run_name if len(recipes) > 1 else None,
                 )
             )
             for each, folder in zip(recipes, folders, strict=True)
         ]
+
+        def start_callbacks() -> None:
+            for logger, each, folder in zip(loggers, recipes, folders, strict=True):
+                logger.callbacks.start(each, folder, resume=resume)
+
+        distributed.on_main_rank(world, start_callbacks)
         for logger, sentence in zip(loggers, said, strict=True):
             if sentence is not None:
                 logger.say(sentence)
