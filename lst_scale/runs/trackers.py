@@ -41,18 +41,18 @@ class TensorBoard:
         self._board: Any = None
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        self._write(step, _named("train", values))
+        self._write(step, _named("train", values), lost_from=step)
 
     def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
-        self._write(step, _named("validation", values))
+        self._write(step, _named("validation", values), lost_from=step + 1)  # the step itself was kept
 
     def on_end(self, result: Mapping[str, Any] | None, error: BaseException | None) -> None:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, step: int, values: Mapping[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, float], *, lost_from: int) -> None:
         if self._board is None:
-            self._board = self._make(self._folder, purge_step=step if self._resumed else None)
+            self._board = self._make(self._folder, purge_step=lost_from if self._resumed else None)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
