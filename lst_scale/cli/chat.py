@@ -32,7 +32,7 @@ def chat_command(
     system: Annotated[str | None, typer.Option(help="a message that begins a conversation")] = None,
     conversation: Annotated[
         bool | None,
-        typer.Option("--conversation/--single", help="lines that are one conversation, or questions of their own (default: as in training)"),
+        typer.Option("--conversation/--single", help="lines are one conversation, or questions of their own (default: as in training)"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="of a conversation; beyond, its oldest turns are forgotten")] = 4096,
 ) -> None:
