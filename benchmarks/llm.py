@@ -255,7 +255,7 @@ def averaged(folder: Path, runs: Sequence[Recipe]) -> float:
     rows = [json.loads(row) for row in (folder / runs[0].task_name / "test.jsonl").read_text().splitlines()]
     mean = [{label: sum(one[label] for one in each) for label in each[0]} for each in zip(*chances, strict=True)]
     right = sum(max(one, key=lambda label: one[label]) == row["target"] for one, row in zip(mean, rows, strict=True))
-    return 100 * right / len(rows)
+    return 100 * float(right) / len(rows)
 
 
 TIMED: dict[str, dict[str, Any]] = {
