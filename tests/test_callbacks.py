@@ -20,8 +20,7 @@ from lst_scale.runs.callbacks import IDS, About, check_callbacks
 from lst_scale.runs.trackers import TRACKERS
 from lst_scale.training.preflight import check_before_start
 
-# Tested where they are installed; the first two always are, with the packages that tests need.
-THERE = ["tensorboard", "wandb", *(name for name in ("trackio", "mlflow") if importlib.util.find_spec(name))]
+THERE = ["tensorboard", "wandb", "trackio", "mlflow"]
 OWN = "helpers.own_callbacks"
 
 

@@ -124,11 +124,11 @@ def test_a_served_side_network_reads_a_conversation_as_it_was_trained(write: Cal
     for number, part in enumerate((talk[:1], talk[:3])):
         expected = tuple(split.input_ids[number].tolist())
         assert network.prompt(network.text_of({"messages": part})) == expected
-        assert network.prompt(network.chat_text(part, tokenizer), begun=True) == expected
+        assert network.conversation(part) == expected
     assert network.context == data.reading.run_once and network.end == tokenizer.convert_tokens_to_ids("<|end|>")
-    bare = networks.bare
-    text = bare.chat_text(talk[:1], tokenizer)
-    assert bare.prompt(text, begun=True) == tuple(tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False))
+    assert networks.bare.conversation(talk[:1]) == tuple(
+        tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    )
 
 
 def test_a_pipeline_answers_conversations_as_predict_does(write: Callable[..., Path], tmp_path: Path) -> None:
