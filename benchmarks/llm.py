@@ -17,7 +17,8 @@
 
 Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0; the ladder's context, and the
 probe's, is chosen in the same way, out of none and three draws of eight examples from the training rows. Then three seeds, and the test
-once. Side networks that share a context train on one pass, from taps in int8. What is finished is not done again; start it once a core and
+once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the
+backbone, from taps in int8. What is finished is not done again; start it once a core and
 the processes share out the runs. Times are measured by themselves, on a machine that does nothing else.
 """
 
@@ -38,9 +39,10 @@ from typing import Any
 
 from methods import claim, movies, run_all, vader
 
-from lst_scale.inference.ensemble import score_together
+from lst_scale.data.measures import MEASURES
 from lst_scale.inference.predict import predict_file
 from lst_scale.recipe.schema import Recipe
+from lst_scale.serving.batch import answer_file
 from lst_scale.training.run import run_together
 
 SEEDS = (0, 1, 2)
@@ -136,7 +138,7 @@ def hedges(packages: Path) -> list[dict[str, Any]]:
 
 def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: int, context: str = "none") -> Recipe:
     """Return one run; its name tells method, context and learning rate."""
-    files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation")}
     own = TASKS[task]
     written = own.get("kind") in ("regression", "text")
     tree = {
@@ -219,43 +221,58 @@ def study_rival(folder: Path, model: str, task: str, method: str) -> list[tuple[
     return [(method, seeds)]
 
 
-def line(task: str, title: str, seeds: Sequence[Recipe]) -> str:
+def line(folder: Path, task: str, title: str, seeds: Sequence[Recipe]) -> str:
     """Return a row of the table."""
-    results = [result for each in seeds if (result := found(each)) is not None]
-    scores = [result["scores"]["score"] for result in results]
-    first = results[0]
-    each = " ".join(f"{score:.1f}" for score in scores)
+    answer(folder, seeds)
+    scores = [score(folder, [each]) for each in seeds]
+    first = found(seeds[0])
+    assert first is not None
     rate = "" if seeds[0].method.name == "probe" else f"{seeds[0].optimizer.learning_rate:g}"
+    each = " ".join(f"{one:.1f}" for one in scores)
+    together = f"{score(folder, seeds):.1f}" if len(seeds) > 1 and TASKS[task].get("kind") is None else ""
     return (
-        f"| {task} | {title} | {rate} | {first['validation_score']:.1f} | {statistics.mean(scores):.1f} ({each}) | "
+        f"| {task} | {title} | {rate} | {first['validation_score']:.1f} | {statistics.mean(scores):.1f} ({each}) | {together} | "
         f"{first['trainable_parameters']:,} |"
     )
 
 
-def together(folder: Path, seeds: Sequence[Recipe]) -> float:
-    """Return the test score of three side networks that answer as one."""
-    name = f"together-{seeds[0].name}"
-    path = folder / "runs" / f"{name}-{seeds[0].task_name}-seed0" / "result.json"
-    if not path.exists():
-        score_together([Path(each.output_dir) / each.run_name for each in seeds], name, overwrite=True)
-    score: float = json.loads(path.read_text())["scores"]["score"]
-    return score
+def answers_of(folder: Path, run: Recipe) -> Path:
+    return folder / "answers" / f"{run.run_name}.jsonl"
 
 
-def averaged(folder: Path, runs: Sequence[Recipe]) -> float:
-    """Return the test accuracy of runs that answer each by itself, where their probabilities are averaged."""
-    chances: list[list[dict[str, float]]] = []
-    for each in runs:
-        answers = folder / "answers" / f"{each.run_name}.jsonl"
-        if not answers.exists():
-            answers.parent.mkdir(exist_ok=True)
-            test = folder / each.task_name / "test.jsonl"
-            predict_file([Path(each.output_dir) / each.run_name], test, answers, [], probabilities=True)
-        chances.append([json.loads(row)["probabilities"] for row in answers.read_text().splitlines()])
-    rows = [json.loads(row) for row in (folder / runs[0].task_name / "test.jsonl").read_text().splitlines()]
-    mean = [{label: sum(one[label] for one in each) for label in each[0]} for each in zip(*chances, strict=True)]
-    right = sum(max(one, key=lambda label: one[label]) == row["target"] for one, row in zip(mean, rows, strict=True))
-    return 100 * float(right) / len(rows)
+def answer(folder: Path, runs: Sequence[Recipe]) -> None:
+    """Answer the test rows; side networks after one context on one pass."""
+    missing = [each for each in runs if not answers_of(folder, each).exists()]
+    if not missing:
+        return
+    task = missing[0].task_name
+    labelled = TASKS[task].get("kind") is None
+    test, folders = folder / task / "test.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
+    answers_of(folder, missing[0]).parent.mkdir(exist_ok=True)
+    if missing[0].method.name != "lst" or not labelled:
+        for each, run in zip(missing, folders, strict=True):
+            predict_file([run], test, answers_of(folder, each), probabilities=labelled)
+        return
+    all_of_them = folder / "answers" / f"{missing[0].run_name}-and-others.jsonl"
+    answer_file(folders, test, all_of_them, probabilities=True)
+    rows = [json.loads(row) for row in all_of_them.read_text().splitlines()]
+    for each in missing:
+        own = [{"probabilities": row[f"probabilities_{each.run_name}"]} for row in rows]
+        answers_of(folder, each).write_text("".join(json.dumps(row) + "\n" for row in own))
+
+
+def score(folder: Path, runs: Sequence[Recipe]) -> float:
+    """Return the test score of a run, or of several whose probabilities are averaged."""
+    task = runs[0].task_name
+    each = [[json.loads(row) for row in answers_of(folder, run).read_text().splitlines()] for run in runs]
+    targets = [json.loads(row)["target"] for row in (folder / task / "test.jsonl").read_text().splitlines()]
+    (metric,) = TASKS[task].get("metrics", ("accuracy",))
+    if metric == "accuracy":
+        chances = [[one["probabilities"] for one in row] for row in zip(*each, strict=True)]
+        said = [max(row[0], key=lambda label: sum(one[label] for one in row)) for row in chances]
+    else:
+        said = [str(row["prediction"]) for row in each[0]]
+    return 100 * MEASURES[metric](said, targets)
 
 
 TIMED: dict[str, dict[str, Any]] = {
@@ -305,26 +322,25 @@ def main() -> None:
     if options.times:
         times(folder, options.model)
         return
-    lines, ensembles = list[str](), list[str]()
+    lines = list[str]()
     for task in options.tasks:
         labelled = TASKS[task].get("kind", "classification") == "classification"
         draws = list[Recipe]()
         for title, seeds in study_ladder(folder, options.model, task, draws):
-            lines.append(line(task, title, seeds))
-            if labelled:
-                ensembles.append(f"{task}, {title}, three seeds together: {together(folder, seeds):.1f}")
-            print(lines[-1], *ensembles[-1:], sep="\n", flush=True)
+            lines.append(line(folder, task, title, seeds))
+            print(lines[-1], flush=True)
         if labelled:
-            ensembles.append(f"{task}, ladder, three draws of the context together: {averaged(folder, draws):.1f}")
+            for each in draws:
+                answer(folder, [each])
+            lines.append(f"| {task} | ladder, three draws of the context together | | | {score(folder, draws):.1f} | | |")
+            print(lines[-1], flush=True)
         studies = [study_probe(folder, options.model, task)]
         studies += [study_rival(folder, options.model, task, method) for method in options.rivals if task != "more"]
         for title, seeds in (each for study in studies for each in study):
-            lines.append(line(task, title, seeds))
+            lines.append(line(folder, task, title, seeds))
             print(lines[-1], flush=True)
-            if labelled and title == "lora":
-                ensembles.append(f"{task}, lora, three seeds together: {averaged(folder, seeds):.1f}")
-    print("| task | method | learning rate | validation, seed 0 | test, mean (seeds) | trained |", "| --- " * 6 + "|", sep="\n")
-    print(*lines, *ensembles, sep="\n")
+    head = ("task", "method", "learning rate", "validation, seed 0", "test, mean (seeds)", "three seeds together", "trained")
+    print(f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *lines, sep="\n")
 
 
 if __name__ == "__main__":
