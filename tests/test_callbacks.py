@@ -16,7 +16,8 @@ from helpers.runs import metrics, result
 from helpers.training import train
 from lst_scale.errors import ArgumentError, NotReady, RecipeError
 from lst_scale.recipe.schema import load_recipe
-from lst_scale.runs.callbacks import IDS, About, check_callbacks
+from lst_scale.runs.callback import About
+from lst_scale.runs.callbacks import IDS, check_callbacks
 from lst_scale.runs.trackers import TRACKERS
 from lst_scale.training.preflight import check_before_start
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import load_state_dict
 
 from lst_scale.errors import LadderError, fence
-from lst_scale.images.model import digest_of_weights
+from lst_scale.images.made import digest_of_weights
 
 # expand, kernel, stride, channels, how many blocks of it
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1))

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lst_scale.data.pictures import PictureError
-from lst_scale.errors import DataError, LadderError
+from lst_scale.errors import DataError
+from lst_scale.images.made import refuse_other_features
 from lst_scale.images.model import load_image_model
+from lst_scale.images.rows import numbers_of, row_called
 from lst_scale.images.store import FeatureStore, digest_of_file
 from lst_scale.inputs.images import Images
-from lst_scale.inputs.keys import FILLER
 from lst_scale.recipe.vision import STORED, VisionRecipe
 
 
@@ -64,17 +64,6 @@ class ImagesOfRows:
         return Images(features_BIGF=torch.from_numpy(features))
 
 
-def row_called(where: str, number: int) -> str:
-    """Return what a message calls a row, counted from 1."""
-    return f"{where}: row {number}" if where else f"row {number}"
-
-
-def numbers_of(numbers: NDArray[np.int32], rows: Sequence[int]) -> NDArray[np.int32]:
-    """Return the images' numbers of some rows; a filler row has the first row's."""
-    chosen: NDArray[np.int32] = numbers[[0 if row == FILLER else row for row in rows]]
-    return chosen
-
-
 class ImageReader:
     """Gives rows the features of their pictures; those that are not on disk yet are made.
 
@@ -107,22 +96,3 @@ class ImageReader:
         refuse_other_features(self._recipe, self._store[order[0]].shape)
         place = {digest: number for number, digest in enumerate(order)}
         return ImagesOfRows(self._store, order, [[place[self._digests[file]] for file in row] for row in files])
-
-
-def refuse_other_features(recipe: VisionRecipe, shape: tuple[int, ...]) -> None:
-    """Compare what an image model makes of an image (G, F) with what the recipe says.
-
-    Raises:
-        LadderError: names the key and the value to write.
-    """
-    positions, channels = shape
-    if channels != recipe.feature_dim:
-        raise LadderError(
-            f"vision.feature_dim is {recipe.feature_dim}, but {recipe.image_model} makes {channels} channels: write {channels}"
-        )
-    grid = round(positions**0.5)
-    if grid < recipe.pooled_grid:
-        size = "" if recipe.image_size is None else ", or a larger vision.image_size"
-        raise LadderError(
-            f"vision.pooled_grid {recipe.pooled_grid} is finer than the {grid} x {grid} features of an image: write {grid} or less{size}"
-        )

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from lst_scale.errors import DataError, fence
-from lst_scale.images.features import numbers_of, refuse_other_features, row_called
-from lst_scale.images.model import refuse_no_grid
+from lst_scale.images.made import refuse_no_grid, refuse_other_features
+from lst_scale.images.rows import numbers_of, row_called
 from lst_scale.inputs.images import Images
 from lst_scale.recipe.vision import VisionRecipe
 from lst_scale.system.extras import require

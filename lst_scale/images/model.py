@@ -5,12 +5,10 @@ Shapes: B pictures, G grid positions, row by row, F channels.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lst_scale.errors import LadderError
 from lst_scale.recipe.vision import FROM_TIMM, FROM_TRANSFORMERS, OWN, VisionRecipe
 from lst_scale.system.extras import require
 
@@ -49,18 +47,3 @@ def load_image_model(recipe: VisionRecipe) -> ImageModel:
         require("timm", "timm", asked_by="vision.image_model=timm:...")
         return pretrained.OfTimm(name.removeprefix(FROM_TIMM), size)
     return pretrained.OfTransformers(name.removeprefix(FROM_TRANSFORMERS), size)
-
-
-def digest_of_weights(model: nn.Module, *said: object) -> str:
-    """Return what changes when a weight does, or what is said beside."""
-    digest = hashlib.sha256(repr(said).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def refuse_no_grid(name: str, positions: int) -> None:
-    """Raise LadderError unless an image model's positions make a square."""
-    if round(positions**0.5) ** 2 != positions:
-        raise LadderError(f"vision.image_model={name} makes {positions} features of an image, which is no square grid: choose another")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lst_scale.errors import LadderError, fence
-from lst_scale.images.model import digest_of_weights, refuse_no_grid
+from lst_scale.images.made import digest_of_weights, refuse_no_grid
 
 
 class OfTimm:

@@ -16,7 +16,8 @@ from lst_scale.backbone import as_backbone
 from lst_scale.errors import LadderError
 from lst_scale.peft.layer import MERGE_REASON, LadderLayer
 from lst_scale.peft.register import PREFIX
-from lst_scale.side.model import Ladder, LadderModel
+from lst_scale.side.ladder import Ladder
+from lst_scale.side.model import LadderModel
 
 CHILD = "ladder"
 KNOWN = frozenset(inspect.signature(Ladder.forward).parameters)  # arguments that a ladder has

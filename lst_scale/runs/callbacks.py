@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lst_scale.errors import ArgumentError, LstScaleError, RecipeError, fence, reason_of
 from lst_scale.recipe.schema import LoggingRecipe, Recipe
+from lst_scale.runs.callback import About, Callback
+from lst_scale.runs.trackers import TRACKERS
 from lst_scale.system.durable import write_file
 from lst_scale.system.extras import require
 from lst_scale.system.own_code import own
@@ -22,35 +23,6 @@ from lst_scale.system.own_code import own
 IDS = "trackers.json"  # in a run's folder: by what name each tracker knows the run
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}  # what is imported, by tracker
 METHODS = ("on_step", "on_evaluate", "on_end")
-
-
-class Callback(Protocol):
-    """What is told how a run goes. It is made with an `About`, on rank 0, before the backbone is loaded."""
-
-    def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        """A step was taken whose numbers are logged (logging.log_every_steps): loss, learning_rate, seconds, gradient_norm where known."""
-        ...
-
-    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
-        """The validation rows were scored: score, each metric, seconds, and how far each gate is open as gates/NAME."""
-        ...
-
-    def on_end(self, result: Mapping[str, Any] | None, error: BaseException | None) -> None:
-        """The run has ended: with what result.json holds, or with an error, such as a signal after which --resume goes on."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a callback is made with."""
-
-    name: str  # of the run
-    project: str | None  # logging.project
-    folder: Path
-    recipe: Mapping[str, Any]  # resolved, as JSON has it
-    resumed: bool  # --resume: it may have been told of earlier steps
-    id: str  # the same when a run is resumed
-    keep_id: Callable[[str], None]  # for a tool that gives names itself: `id` is then that name
 
 
 def check_callbacks(recipe: LoggingRecipe) -> None:
@@ -132,8 +104,6 @@ class Callbacks:
 
 
 def _makers(recipe: LoggingRecipe) -> Iterator[tuple[str, Callable[[About], Callback]]]:
-    from lst_scale.runs.trackers import TRACKERS
-
     for name in recipe.reports:
         yield name, TRACKERS[name]
     for name in recipe.callbacks:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lst_scale.runs.callbacks import About
+from lst_scale.runs.callback import About
 from lst_scale.system.preemption import Interrupted
 
 PROJECT = "lst_scale"

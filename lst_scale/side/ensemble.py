@@ -23,7 +23,8 @@ from lst_scale.inputs.images import Images
 from lst_scale.side.cache import part_of
 from lst_scale.side.designs.one_stack import SidePrefix
 from lst_scale.side.designs.parts import SideEncoderState
-from lst_scale.side.model import Ladder, LadderModel
+from lst_scale.side.ladder import Ladder
+from lst_scale.side.model import LadderModel, form_of
 from lst_scale.side.network import SideNetwork
 from lst_scale.side.vision import beside_images
 
@@ -84,7 +85,7 @@ class LadderEnsemble(Ladder):
         if not sides:
             raise LadderError("an ensemble needs at least one side network")
         frozen = as_backbone(backbone)
-        super().__init__(frozen, (OneStackNetworks if frozen.spec.one_stack else SideNetworks)(sides).eval())
+        super().__init__(frozen, (OneStackNetworks if frozen.spec.one_stack else SideNetworks)(sides).eval(), form_of(frozen))
 
     @classmethod
     def from_pretrained(cls, folders: Sequence[str | Path], backbone: Any = None, *, allow_other_backbone: bool = False) -> LadderEnsemble:

@@ -6,7 +6,7 @@ goes on in the same way, token by token, with one cache for backbone and side ne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from lst_scale.inputs.images import Images
 from lst_scale.inputs.keys import IGNORED
 from lst_scale.side.cache import cache_beside
 from lst_scale.side.designs.one_stack import SidePrefix
-
-if TYPE_CHECKING:
-    from lst_scale.side.model import Call, Ladder
+from lst_scale.side.ladder import Call, Ladder
 
 
 class OneStack:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from lst_scale.backbone.cache_argument import CACHE, cache_argument
 from lst_scale.backbone.taps import SourceState, StackTaps
 from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
 from lst_scale.side.cache import new_cache
+from lst_scale.side.ladder import Call, Ladder, LadderEncoderOutput
 from lst_scale.side.loss import shift_right
 from lst_scale.side.network import SideEncoderState
 from lst_scale.side.vision import beside_images
-
-if TYPE_CHECKING:
-    from lst_scale.side.model import Call, Ladder
-
-
-@dataclass
-class LadderEncoderOutput(ModelOutput):  # type: ignore[misc]
-    """What generation carries from the encoders to the decoders, as plain tensors that beam search can repeat row by row."""
-
-    last_hidden_state: Tensor | None = None  # the backbone's final state (B, S, D)
-    side_state: Tensor | None = None  # the side encoder's (B, S, R)
 
 
 class TwoStacks:
