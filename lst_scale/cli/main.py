@@ -18,6 +18,7 @@ from lst_scale.cli.as_json import AsJson, print_json
 from lst_scale.cli.cache import app as cache_app
 from lst_scale.cli.chat import chat_command
 from lst_scale.cli.complete import recipe_names
+from lst_scale.cli.eval import eval_command
 from lst_scale.cli.plan import plan_command
 from lst_scale.cli.runs import runs_command
 from lst_scale.cli.serve import serve_command
@@ -173,6 +174,7 @@ def from_gguf_command(
 app.command("plan")(plan_command)
 app.command("runs")(runs_command)
 app.command("chat")(chat_command)
+app.command("eval")(eval_command)
 app.command("serve")(serve_command)
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(cache_app, name="cache")

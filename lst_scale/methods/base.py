@@ -46,6 +46,10 @@ class Predictor(Protocol):
 
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> Scoring: ...
 
+    def text_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Return logits (B, T, V) of whole texts, padded after their last token, of a model that goes on with a text."""
+        ...
+
 
 class Method(Protocol):
     """One method on one backbone: what it needs of it, a model that answers, and its file."""

@@ -165,6 +165,11 @@ class WholeModel:
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> WholeModelScoring:
         return WholeModelScoring(self, input_ids_BS, attention_mask_BS, images)
 
+    def text_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Return logits (B, T, V) of whole texts, of a model that goes on with a text."""
+        logits_BTV: Tensor = self.run(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).logits
+        return logits_BTV[:, -input_ids_BT.shape[1] :]  # without those of trained vectors before it
+
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several targets (B, T) of one source, which runs once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)

@@ -150,6 +150,9 @@ class ProbeModel:
     def scoring(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, images: Images | None = None) -> NoReturn:
         raise ArgumentError("a probe knows its own labels alone: ask `label_head`")
 
+    def text_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> NoReturn:
+        raise ArgumentError("a probe knows its own labels alone: ask `label_head`")
+
 
 def request_of(recipe: ProbeRecipe, layers: tuple[int, ...]) -> TapRequest:
     """Return what a probe of these blocks reads."""

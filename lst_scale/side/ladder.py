@@ -239,6 +239,12 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
         """Return what gives the logits of several targets of these rows."""
         return LadderScoring(self, images)
 
+    @torch.no_grad()
+    def text_logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Return logits (B, T, V) of whole texts, beside a model that goes on with a text."""
+        logits_BTV: Tensor = self(input_ids=input_ids_BT, attention_mask=attention_mask_BT).logits
+        return logits_BTV
+
     def logits_for_targets(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, targets: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield logits (B, T, V) for each of several decoder inputs (B, T) of one source, whose encoders run once."""
         scoring = self.scoring(input_ids_BS, attention_mask_BS)
