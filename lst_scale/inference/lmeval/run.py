@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lst_scale.errors import ArgumentError, LstScaleError, reason_of
+from lst_scale.errors import ArgumentError
 from lst_scale.inference.json_lines import as_json, lines_file
 from lst_scale.inference.lmeval.subject import open_subject, refuse_before, refuse_without_template
 
@@ -62,7 +60,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     from lst_scale.inference.lmeval.model import SubjectLM
-    from lst_scale.inference.lmeval.tasks import code_of_the_hub_refused, load_tasks
+    from lst_scale.inference.lmeval.tasks import code_of_the_hub_refused, load_tasks, mistakes_of_tasks
 
     refuse_before(asked.folder, asked.overrides)
     _seed(DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED)
@@ -76,7 +74,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
         if not 1 < most <= max(there, 2):
             raise ArgumentError(f"--max-length {most}: prompt and answer have 2 to {there} tokens beside this backbone")
         model = SubjectLM(subject, batch_size=batch_size, most_tokens=most, with_end=asked.with_end, chat=asked.chat)
-        with _mistakes_of_tasks(model):
+        with mistakes_of_tasks("a task can't be asked or scored", asked.include, lambda: model.is_asked):
             found = lm_eval.evaluate(
                 model,
                 tasks,
@@ -135,25 +133,6 @@ def _seed(first: int, other: int) -> None:
     random.seed(first)
     np.random.seed(other)
     torch.manual_seed(other)
-
-
-@contextlib.contextmanager
-def _mistakes_of_tasks(model: Any) -> Iterator[None]:
-    """Turn what a task's templates and functions get wrong into one line; what goes wrong in the model is no task's mistake.
-
-    Raises:
-        ArgumentError: says where it happened.
-    """
-    try:
-        yield
-    except LstScaleError:
-        raise
-    except Exception as error:
-        if model.is_asked:
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}, line {place.lineno}"
-        raise ArgumentError(f"a task can't be asked or scored: {type(error).__name__}: {reason_of(error)} ({where})") from error
 
 
 def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
-from lst_scale.errors import ArgumentError, fence, printable
+from lst_scale.errors import ArgumentError, LstScaleError, fence, printable, reason_of
 
 NEAR = 5  # names that a message offers
 
@@ -37,7 +37,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], num_fewshot: int |
             raise ArgumentError(f"--include {folder} is no folder: give one with YAML files of tasks")
     manager = _manager(names, folders)
     with code_of_the_hub_refused() as refused:
-        with fence(ArgumentError, f"--tasks {printable(','.join(names))} can't be loaded"):
+        with mistakes_of_tasks(f"--tasks {printable(','.join(names))} can't be loaded", folders):
             loaded: dict[str, Any] = manager.load(list(names))
         if refused:
             raise ArgumentError(
@@ -56,10 +56,10 @@ def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     own = TaskManager(include_path=paths, include_defaults=False) if paths else None
     if own is not None and not _unknown(names, own) and not _leads_outside(names, own):
         return own
+    for folder in folders:
+        _refuse_unreadable(folder)
     manager = TaskManager(include_path=paths or None)
     for name in _unknown(names, manager):
-        for folder in folders:
-            _refuse_unreadable(folder)
         near = difflib.get_close_matches(name, [] if own is None else own.all_tasks, n=NEAR)
         near = near or difflib.get_close_matches(name, manager.all_tasks, n=NEAR)
         there = near or ([] if own is None else own.all_tasks[:NEAR])
@@ -87,6 +87,10 @@ def _refuse_unreadable(folder: Path) -> None:
     Raises:
         ArgumentError: names the file, and what is wrong.
     """
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError:  # it is no public name, and what it does here is to say more
+        return
     for path in sorted(folder.rglob("*.yaml")):
         with fence(ArgumentError, f"{path} can't be read as a task"):
             load_yaml(path, resolve_func=False)
@@ -105,6 +109,34 @@ def _set_examples(task: Any, num_fewshot: int | None, seed: int) -> None:
     if said is None or (num_fewshot is not None and said != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+
+
+@contextlib.contextmanager
+def mistakes_of_tasks(what: str, folders: Sequence[Path], is_ours: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what a task's rows, templates and functions get wrong into the line "what: reason", with the place in these folders' code.
+
+    Args:
+        is_ours: whether a mistake is none of the task's; asked when there is one.
+
+    Raises:
+        ArgumentError: something went wrong.
+    """
+    try:
+        yield
+    except LstScaleError:
+        raise
+    except Exception as error:
+        if is_ours():
+            raise
+        inside = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if any(map(Path(frame.filename).is_relative_to, _whole(folders)))
+        ]
+        place = f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""
+        raise ArgumentError(f"{what}: {reason_of(error)}{place}") from error
+
+
+def _whole(folders: Sequence[Path]) -> list[Path]:
+    return [folder.resolve() for folder in folders]
 
 
 @contextlib.contextmanager
