@@ -190,7 +190,7 @@ def test_a_bare_t5_says_what_lm_eval_s_own_does(runs: dict[str, Path]) -> None:
     assert any(found) and all(theirs.startswith(mine) for mine, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["lst", "after", "lora", "lora-after", "prompt", "t5"])
+@pytest.mark.parametrize("name", ["lst", "after", "lora", "lora-after", "t5"])
 def test_labels_are_as_likely_as_predict_says(name: str, runs: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     task = "kinds_of_two" if name == "t5" else "kinds"
     labels = ["artifact", "food"] if name == "t5" else LABELS

@@ -7,6 +7,7 @@ Shapes: B rows, T target tokens, M targets, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lst_scale.data.batches import Batch, collate
 from lst_scale.data.columns import Ids
 from lst_scale.data.encode import EncodedSplit
 from lst_scale.data.rows import Row as TextRow
+from lst_scale.inputs.batch import Inputs
 from lst_scale.inputs.keys import IGNORED
 from lst_scale.methods.base import Predictor
 from lst_scale.methods.lst import SharedPasses, inputs_of
@@ -105,7 +107,7 @@ class Judge:
         """Return how likely the targets of prompts are. Each prompt runs once; where a method changes the backbone, if that can be."""
         sources = [row.source for row in rows]
         columns = list(zip(*(row.stems for row in rows), strict=True))
-        several = [inputs_of(self._batch(sources, stems), self._model.spec).to(self._model.device) for stems in columns]
+        several = [self._inputs(sources, stems).to(self._model.device) for stems in columns]
         request = self._passes.request
         each = itertools.repeat(None) if request is None else self._passes.backbone.each_target(several, request)
         scoring = self._model.scoring(several[0].source_BS, several[0].source_mask_BS)
@@ -117,11 +119,23 @@ class Judge:
             found |= _judged(logits_BTV, sources, stems)
         return found
 
+    def _inputs(self, sources: Sequence[Tokens], stems: Sequence[Stem]) -> Inputs:
+        inputs = inputs_of(self._batch(sources, stems), self._model.spec)
+        return _without_padding_between(inputs) if self._model.spec.one_stack else inputs
+
     def _batch(self, sources: Sequence[Tokens], stems: Sequence[Stem]) -> Batch:
         labels = Ids.of(stem[0] for stem in stems)
         rows = [TextRow("", "")] * len(sources)
         split = EncodedSplit(rows=rows, input_ids=Ids.of(sources), labels=labels, pad_token_id=self._model.spec.pad_token_id)
         return collate(split, range(len(rows)))
+
+
+def _without_padding_between(inputs: Inputs) -> Inputs:
+    """Return sources with their padding before them: where a window of tokens is seen, a target must follow its source at once."""
+    width = inputs.source_BS.shape[1]
+    places = (torch.arange(width)[None] + inputs.source_mask_BS.sum(1, keepdim=True)) % width
+    source_BS, mask_BS = (each.gather(1, places) for each in (inputs.source_BS, inputs.source_mask_BS))
+    return dataclasses.replace(inputs, source_BS=source_BS, source_mask_BS=mask_BS)
 
 
 def _grouped(pairs: Sequence[Pair]) -> dict[Tokens, dict[Tokens, Stem]]:
