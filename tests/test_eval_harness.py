@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from typer.testing import CliRunner, Result
 
+from helpers.chats import save_chat_model, turns, write_rows
 from helpers.finished import VALIDATION, finished_runs
 from helpers.llama_runs import ENDS, METHOD, TEMPLATE, make_tokenizer, save_with_tokenizer
+from helpers.llamas import make_llama
 from helpers.recipes import recipe_writer
+from lst_scale import LadderConfig, LadderModel
 from lst_scale.cli.main import app
 from lst_scale.data.files import load_records
 from lst_scale.errors import ArgumentError, LstScaleError
@@ -70,6 +74,7 @@ def runs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "lora": {"method": lora},
         "lora-after": {"method": lora} | context,
         "prompt": {"method": {"name": "prompt", "num_vectors": 5}},
+        "pointwise": {"method": METHOD | {"design": "pointwise"}},
     }.items():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")
@@ -149,6 +154,16 @@ def assert_equally_likely(found: list[tuple[float, bool]], expected: list[tuple[
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=EQUAL)
 
 
+def assert_shares(samples: Path, expected: list[dict[str, float]], labels: list[str]) -> None:
+    """Assert that labels are as likely beside one another as `lst-scale predict --probabilities` says of each row."""
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    assert len(lines) == len(ROWS)
+    for line, shares in zip(lines, expected, strict=True):
+        nats = [float(answers[0][0]) for answers in line["resps"]]
+        whole = math.log(sum(map(math.exp, nats)))
+        assert [each - whole for each in nats] == pytest.approx([math.log(shares[label]) for label in labels], abs=EQUAL)
+
+
 PAIRS: list[tuple[str, str]] = [
     *((f"{row['word']}: {row['definition']} It is a kind of", f" {label}") for row in ROWS for label in LABELS[:3]),
     ("", "a text without a prompt"),
@@ -179,6 +194,24 @@ def test_a_bare_language_model_says_what_lm_eval_s_own_does(kind: str, checkpoin
         assert found == expected and any(found) and not any("e" in text for text in found[:4])
 
 
+def test_windows_of_attention_see_no_padding(tmp_path: Path) -> None:
+    """Of six tokens here, so that prompts of unlike length would push one another out of sight."""
+    tokenizer = make_tokenizer(**ENDS)
+    options = {"vocab_size": len(tokenizer) + 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 256}
+    make_llama("gemma3_text", **options).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    theirs = HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=4)
+    pairs = requests("loglikelihood", *PAIRS)
+    assert_equally_likely(ours(None, tmp_path / "model").loglikelihood(pairs), theirs.loglikelihood(pairs))
+    model = LadderModel(str(tmp_path / "model"), LadderConfig(reduction_factor=4, side_layers=[1, 3]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "side")
+    together, alone = (ours(tmp_path / "side", batch_size=size).loglikelihood(pairs) for size in (8, 1))
+    assert_equally_likely(together, alone)
+
+
 def test_a_bare_t5_says_what_lm_eval_s_own_does(runs: dict[str, Path]) -> None:
     folder = Path(load_recipe(str(runs["t5"] / "recipe.yaml")).backbone.checkpoint)
     theirs, mine = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4), ours(None, folder)
@@ -190,7 +223,7 @@ def test_a_bare_t5_says_what_lm_eval_s_own_does(runs: dict[str, Path]) -> None:
     assert any(found) and all(theirs.startswith(mine) for mine, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["lst", "after", "lora", "lora-after", "t5"])
+@pytest.mark.parametrize("name", ["lst", "after", "pointwise", "lora", "lora-after", "t5"])
 def test_labels_are_as_likely_as_predict_says(name: str, runs: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     task = "kinds_of_two" if name == "t5" else "kinds"
     labels = ["artifact", "food"] if name == "t5" else LABELS
@@ -205,16 +238,27 @@ def test_labels_are_as_likely_as_predict_says(name: str, runs: dict[str, Path], 
     expected = [json.loads(line)["probabilities"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     samples = tmp_path / "samples.jsonl"
     record = evaluate(Asked(folder=runs[name], tasks=[task], include=[tasks], with_end=True, samples=samples))
-    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
-    assert len(lines) == len(ROWS)
-    for line, shares in zip(lines, expected, strict=True):
-        nats = [float(answers[0][0]) for answers in line["resps"]]
-        whole = math.log(sum(map(math.exp, nats)))
-        assert [each - whole for each in nats] == pytest.approx([math.log(shares[label]) for label in labels], abs=EQUAL)
+    assert_shares(samples, expected, labels)
     if name != "t5":
         right = sum(max(shares, key=shares.__getitem__) == row["kind"] for shares, row in zip(expected, ROWS, strict=True))
         assert record["results"]["kinds"]["acc,none"] == pytest.approx(right / len(ROWS))
     assert (record["model"]["context_tokens"] > 0) == ("after" in name)
+
+
+def test_conversations_are_written_as_a_run_on_some_was_trained(own: Any, tmp_path: Path) -> None:
+    model = save_chat_model(tmp_path / "chat")
+    talks = [{"messages": turns(row["definition"], row["kind"])} for row in ROWS]
+    files = {split: str(write_rows(tmp_path / f"{split}.jsonl", talks)) for split in ("train", "validation")}
+    task = {"name": "kind", "kind": "classification", "labels": LABELS, "messages": "messages"} | files
+    common: dict[str, Any] = {"task": task, "method": METHOD, "evaluation__method": "likelihood", "training__max_steps": 2}
+    common |= {"data__max_source_length": 100, "backbone__context": {"text": "Say what kind of thing it is."}}
+    run(load_recipe(str(recipe_writer(tmp_path, model)("talks", **common))))
+    folder, samples = tmp_path / "runs" / "talks-kind-seed0", tmp_path / "samples.jsonl"
+    predict_file([folder], write_rows(tmp_path / "rows.jsonl", talks), tmp_path / "answers.jsonl", probabilities=True)
+    expected = [json.loads(line)["probabilities"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    include = own(doc_to_text="{{definition}}")
+    evaluate(Asked(folder=folder, tasks=["mine"], include=[include], with_end=True, chat=True, samples=samples))
+    assert_shares(samples, expected, LABELS)
 
 
 def test_a_prompt_is_read_once_for_all_of_its_continuations(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +281,7 @@ def test_a_prompt_is_read_once_for_all_of_its_continuations(runs: dict[str, Path
     assert_equally_likely([(each.nats, each.is_greedy) for each in found], [(each.nats, each.is_greedy) for each in alone])
 
 
-@pytest.mark.parametrize("name", ["lst", "after", "lora", "prompt"])
+@pytest.mark.parametrize("name", ["lst", "after", "pointwise", "lora", "prompt"])
 def test_a_text_is_as_likely_whole_as_in_two_parts(name: str, runs: dict[str, Path]) -> None:
     """The prompt's last token alone, or all of it: two ways through the model, and one answer."""
     model = ours(runs[name])
