@@ -16,6 +16,7 @@ GEMMA_TAPS, GEMMA_RUNS = "test_t5gemma.py", "test_t5gemma_runs.py"
 TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py", "test_context.py", "test_placement.py"
 PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone"
 PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
+INSIDE = "test_inside_llms.py"
 PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
 MESSAGES = "test_messages_runs.py"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
@@ -79,7 +80,7 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
         ),
         ("`full`, `lora`", EVERY, f"{RUNS}::test_methods_inside_the_model_train_too"),
-        ("`adapters`, `bitfit`, `prompt`", EVERY, "not yet"),
+        ("`adapters`, `bitfit`, `prompt`", EVERY, f"{INSIDE}::test_a_finished_run_answers_a_file_as_it_was_scored"),
         (
             "prompts with completions",
             f"{MESSAGES}::test_methods_inside_the_model_and_encoder_decoders_take_them_too",
@@ -144,6 +145,7 @@ OF_T5GEMMA: dict[str, Cell] = {
     "`probe`": f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
     "design `pointwise`": "refused: write `transformer`",
     "`full`, `lora`": f"{GEMMA_RUNS}::test_methods_inside_the_model_train_too",
+    "`adapters`, `bitfit`, `prompt`": f"{INSIDE}::test_a_finished_run_answers_a_file_as_it_was_scored",
     "members on one pass": f"{GEMMA_RUNS}::test_members_on_one_pass_end_as_each_would_alone",
     "generation with a cache": f"{GEMMA_TAPS}::test_a_cache_changes_no_answer",
     "`lst-scale predict`": f"{GEMMA_RUNS}::test_a_finished_run_answers_a_file_as_it_was_scored",

@@ -115,7 +115,6 @@ def test_a_side_network_that_was_carved_out_of_the_backbone_trains(initializatio
             "4 heads, 2 heads of keys and values and 96 feed-forward channels can't be divided over 4 ranks: "
             "backbone.placement.size can be 1, 2",
         ),
-        ({"method": {"name": "bitfit"}}, "method.name: bitfit trains inside encoder-decoders alone so far: write lst, lora or full"),
         ({"method": {"name": "lora", "targets": ["wo"]}}, r"blocks of this backbone have no matrix 'wo'"),
     ],
     ids=lambda value: str(value)[:30],

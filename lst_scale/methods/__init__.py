@@ -104,7 +104,7 @@ def method_of(recipe: Recipe, backbone: Any, labels: Sequence[str] | None) -> Me
 def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Trainee:
     from lst_scale.methods.full import WholeModelTrainee
     from lst_scale.methods.images import vision_config
-    from lst_scale.methods.peft import PeftTrainee
+    from lst_scale.methods.peft import LoraTrainee, PromptTrainee
 
     method = recipe.method
     assert not isinstance(method, LstRecipe | ProbeRecipe)
@@ -118,7 +118,7 @@ def _inside(recipe: Recipe, backbone: LocalBackbone, *, in_step: bool) -> Traine
         model = changed_with_images(method, model, family, vision, checkpoint, recipe.seed, recipe.vision.vocab_size)
     else:
         model = changed(method, model, family, checkpoint, recipe.seed)
-        kind = PeftTrainee if isinstance(method, LoraRecipe | PromptRecipe) else WholeModelTrainee
+        kind = LoraTrainee if isinstance(method, LoraRecipe) else PromptTrainee if isinstance(method, PromptRecipe) else kind
     if method.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts = {"method": method.model_dump(mode="json"), "backbone": backbone.identity.as_json()}

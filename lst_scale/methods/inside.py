@@ -74,12 +74,17 @@ def add_adapters(model: Any, family: Family, recipe: AdaptersRecipe, seed: int) 
         elif recipe.train_norms and family.is_norm(module):
             assert isinstance(module.weight, Tensor)
             module.weight = nn.Parameter(module.weight.detach().float())
+            module.register_forward_hook(_in_the_input_s_dtype)
+
+
+def _in_the_input_s_dtype(_norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def add_biases(model: Any, family: Family) -> None:
-    """Give every linear map, norm and the head a trained bias of zeros, where it has none."""
+    """Give every linear map, norm and the head a trained bias of zeros, beside one that it may have: their sum is what trains."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None and module.bias.requires_grad:
             continue
         if (isinstance(module, nn.Linear) or family.is_norm(module)) and not path.endswith(".inner") and "lora_" not in path:
             replace(model, path, WithBias(module))

@@ -96,10 +96,10 @@ class LoraRecipe(_InsideRecipe):
 
 
 class PromptRecipe(_InsideRecipe):
-    """Vectors before the encoder's input, by peft (the paper: 100, learning rate 3e-1)."""
+    """Vectors before an encoder's input or a language model's prompt, by peft (the paper: 100, learning rate 3e-1)."""
 
     name: Literal["prompt"]  # prompt tuning
-    num_vectors: Width = 100  # before the encoder's input
+    num_vectors: Width = 100  # before the source; they start as the first words are embedded
     hidden: Width = 800  # with images: the width of the network that makes them
 
 
@@ -108,13 +108,13 @@ class AdaptersRecipe(_InsideRecipe):
 
     name: Literal["adapters"]  # adapters
     bottleneck: Width = 48  # their inner width
-    cross_attention: bool = False  # one after the attention to the source, too (the release's vision half)
+    cross_attention: bool = False  # one after a T5's attention to the source, too (the release's vision half)
     train_norms: bool = True  # the backbone's norms train, too (in the release's vision half they don't)
     start_small: bool = True  # from N(0, 0.01^2), or as torch makes a linear map (the release's vision half)
 
 
 class BitfitRecipe(_InsideRecipe):
-    """Biases, which T5 lacks: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
+    """Biases, which most backbones lack: zero ones are added to every linear map, norm and the head (the paper: learning rate 3e-4)."""
 
     name: Literal["bitfit"]  # biases alone
 

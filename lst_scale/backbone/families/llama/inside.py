@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lst_scale.backbone.families.llama.numbers import NO_SOURCE_ATTENTION
 from lst_scale.errors import BackboneError
 
 
@@ -27,6 +28,8 @@ class LlamaInside:
         return output.logits, None
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
+        if after_source_attention:
+            raise BackboneError(NO_SOURCE_ATTENTION)
         for index in range(len(model.model.layers)):
             yield f"model.layers.{index}.self_attn.o_proj"
             yield f"model.layers.{index}.mlp.down_proj"

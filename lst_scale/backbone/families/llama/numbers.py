@@ -8,7 +8,9 @@ from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.llama.config import problem_of
 from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
 from lst_scale.errors import BackboneError
-from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
+
+NO_SOURCE_ATTENTION = "blocks of a decoder-only model have one attention: remove method.cross_attention"
 
 
 class LlamaNumbers:
@@ -30,10 +32,16 @@ class LlamaNumbers:
             return backbone_parameters(spec, own_head)
         if isinstance(method, LoraRecipe):
             widths, names = _matrices(spec), self.lora_targets(spec)
-            return spec.num_layers * method.rank * sum(sum(widths[name]) for name in {names[target] for target in method.targets})
-        if isinstance(method, LstRecipe):
-            return _ladder(spec, method)
-        raise BackboneError(f"method.name: {method.name} trains inside encoder-decoders alone so far: write lst, lora or full")
+            updates = spec.num_layers * method.rank * sum(sum(widths[name]) for name in {names[target] for target in method.targets})
+            return updates + (_biases(spec) if method.bitfit else 0)
+        if isinstance(method, PromptRecipe):
+            return method.num_vectors * spec.d_model
+        if isinstance(method, BitfitRecipe):
+            return _biases(spec)
+        if isinstance(method, AdaptersRecipe):
+            return _adapters(spec, method)
+        assert isinstance(method, LstRecipe), "a probe is counted without its family"
+        return _ladder(spec, method)
 
     def backbone_parameters(self, spec: LlamaSpec, own_head: bool) -> int:
         return backbone_parameters(spec, own_head)
@@ -47,18 +55,37 @@ def _matrices(spec: LlamaSpec) -> dict[str, tuple[int, int]]:
     return (fused if spec.model_type == "phi3" else plain) | {"o_proj": (q, d), "down_proj": (f, d)}
 
 
+def _norms(spec: LlamaSpec) -> int:
+    """Return the weights of a block's norms."""
+    d, q, kv = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    norms = {"gemma2": 4 * d, "gemma3_text": 4 * d + 2 * spec.head_dim, "qwen3": 2 * d + 2 * spec.head_dim}
+    norms |= dict.fromkeys(("olmo2", "olmo3"), 2 * d + q + kv)
+    return norms.get(spec.model_type, 2 * d)
+
+
+def _biases(spec: LlamaSpec) -> int:
+    """Return those that are added: one for each output of a linear map, a norm and the head."""
+    outputs = sum(wide for _, wide in _matrices(spec).values())
+    return spec.num_layers * (outputs + _norms(spec)) + spec.d_model + spec.vocab_size
+
+
+def _adapters(spec: LlamaSpec, method: AdaptersRecipe) -> int:
+    if method.cross_attention:
+        raise BackboneError(NO_SOURCE_ATTENTION)
+    adapter = 2 * spec.d_model * method.bottleneck + method.bottleneck + spec.d_model
+    return spec.num_layers * (2 * adapter + (_norms(spec) if method.train_norms else 0)) + (spec.d_model if method.train_norms else 0)
+
+
 def backbone_parameters(spec: LlamaSpec, own_head: bool) -> int:
     """Return the weights of the backbone; a tied head counts once."""
     d, q, kv = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     matrices = sum(inputs * outputs for inputs, outputs in _matrices(spec).values())
-    norms = {"gemma2": 4 * d, "gemma3_text": 4 * d + 2 * spec.head_dim, "qwen3": 2 * d + 2 * spec.head_dim}
-    norms |= dict.fromkeys(("olmo2", "olmo3"), 2 * d + q + kv)
     biases = q + 2 * kv if spec.model_type == "qwen2" else 0  # on queries, keys and values alone
     if spec.setting("attention_bias"):
         biases = q + 2 * kv + d
     if spec.setting("mlp_bias"):
         biases += 2 * spec.d_ff + d
-    block = matrices + norms.get(spec.model_type, 2 * d) + biases
+    block = matrices + _norms(spec) + biases
     return spec.num_layers * block + spec.vocab_size * d * (2 if own_head else 1) + d
 
 

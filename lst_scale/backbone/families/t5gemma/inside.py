@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RMSNorm
 
+from lst_scale.backbone.families.t5gemma.numbers import NO_SOURCE_ATTENTION
 from lst_scale.errors import BackboneError
 
 
@@ -17,6 +18,8 @@ class T5GemmaInside:
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         """Attention to the source is part of the decoder's self-attention."""
+        if after_source_attention:
+            raise BackboneError(NO_SOURCE_ATTENTION)
         for path in ("encoder.text_model", "decoder"):
             for index in range(len(model.model.get_submodule(path).layers)):
                 yield f"model.{path}.layers.{index}.self_attn.o_proj"

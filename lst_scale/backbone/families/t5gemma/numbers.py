@@ -8,7 +8,9 @@ from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.t5gemma.config import problem_of
 from lst_scale.backbone.families.t5gemma.spec import T5GemmaSpec, spec_from
 from lst_scale.errors import BackboneError
-from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
+
+NO_SOURCE_ATTENTION = "a T5Gemma 2 attends to the source in its decoder's one attention: remove method.cross_attention"
 
 
 class T5GemmaNumbers:
@@ -29,10 +31,15 @@ class T5GemmaNumbers:
         if isinstance(method, LoraRecipe):
             widths, names = _matrices(spec), self.lora_targets(spec)
             per_block = method.rank * sum(sum(widths[name]) for name in {names[target] for target in method.targets})
-            return (spec.num_layers + spec.num_decoder_layers) * per_block
-        if isinstance(method, LstRecipe):
-            return _ladder(spec, method)
-        raise BackboneError(f"method.name: {method.name} trains inside a T5 alone so far: write lst, lora or full")
+            return (spec.num_layers + spec.num_decoder_layers) * per_block + (_biases(spec) if method.bitfit else 0)
+        if isinstance(method, PromptRecipe):
+            return method.num_vectors * spec.d_model
+        if isinstance(method, BitfitRecipe):
+            return _biases(spec)
+        if isinstance(method, AdaptersRecipe):
+            return _adapters(spec, method)
+        assert isinstance(method, LstRecipe), "a probe is counted without its family"
+        return _ladder(spec, method)
 
     def backbone_parameters(self, spec: T5GemmaSpec, own_head: bool) -> int:
         return backbone_parameters(spec, own_head)
@@ -45,11 +52,30 @@ def _matrices(spec: T5GemmaSpec) -> dict[str, tuple[int, int]]:
     return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
 
 
+def _norms(spec: T5GemmaSpec) -> int:
+    """Return the weights of a block's norms."""
+    return 4 * spec.d_model + 2 * spec.head_dim
+
+
+def _biases(spec: T5GemmaSpec) -> int:
+    """Return those that are added: one for each output of a linear map, a norm and the head."""
+    block = sum(wide for _, wide in _matrices(spec).values()) + _norms(spec)
+    return (spec.num_layers + spec.num_decoder_layers) * block + 2 * spec.d_model + spec.vocab_size
+
+
+def _adapters(spec: T5GemmaSpec, method: AdaptersRecipe) -> int:
+    if method.cross_attention:
+        raise BackboneError(NO_SOURCE_ATTENTION)
+    adapter = 2 * spec.d_model * method.bottleneck + method.bottleneck + spec.d_model
+    block = 2 * adapter + (_norms(spec) if method.train_norms else 0)
+    return (spec.num_layers + spec.num_decoder_layers) * block + (2 * spec.d_model if method.train_norms else 0)
+
+
 def backbone_parameters(spec: T5GemmaSpec, own_head: bool) -> int:
     """Return the weights of what reads and writes text; a tied head counts once."""
     d, q, kv = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     biases = q + 2 * kv + d if spec.setting("attention_bias") else 0
-    block = sum(inputs * outputs for inputs, outputs in _matrices(spec).values()) + 4 * d + 2 * spec.head_dim + biases
+    block = sum(inputs * outputs for inputs, outputs in _matrices(spec).values()) + _norms(spec) + biases
     ends = spec.vocab_size * d * (2 if own_head else 1) + 3 * d  # two final norms, and what stands after an image
     return (spec.num_layers + spec.num_decoder_layers) * block + ends
 
