@@ -1,11 +1,13 @@
 """Every command that the README and the documentation show is carried out, or goes through the parser that would carry it out.
 
-Neither happens to those in EXCUSED, each with its reason. A new command that is none of the three fails here.
+Neither happens to those in EXCUSED, each with its reason. A new command that is none of the three fails here. CARRIED_OUT and ON_A_RUN are
+carried out here, those of examples/ in test_examples.py, the others in short by the tests of what they are about.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -35,6 +37,7 @@ from lst_scale.recipe.schema import load_recipe
 from lst_scale.serving.schemas import Classification
 
 SHOWN = commands()
+LINES = {shlex.join(shown.words) for shown in SHOWN}
 EXCUSED = {  # what a command begins with: why it is not tried
     "jupyter nbconvert": "tests/test_examples.py carries the notebook out",
     "python -m lst_scale.data.easy_vqa": "tests/test_vision_runs.py writes that data set",
@@ -44,6 +47,7 @@ EXCUSED = {  # what a command begins with: why it is not tried
     "git -C": "git's, and of an older commit",
     "git worktree": "git's, and of an older commit",
     "cd ": "a shell's; what follows it is tried",
+    "echo ": "a shell's; what reads it is tried",
     "python benchmarks/pictures.py": "has no options: two paths",
     "python benchmarks/paper_memory.py": "has no options",
     "python docs/make_": "has no options; tests/test_recipe_reference.py and tests/test_docs_site.py run them",
@@ -52,7 +56,18 @@ EXCUSED = {  # what a command begins with: why it is not tried
 CARRIED_OUT = {  # and what it says
     "lst-scale train --recipe t5-3b --print-recipe": "normalize_taps",
     "lst-scale cache list": "",
+    "lst-scale cache rows": "",
+    "lst-scale plan --recipe qwen3-8b": "QLoRA, nf4, checkpointed",
+    "python slurm/submit.py --recipe t5-base task=rte --dry-run": "#SBATCH --nodes=1",
 }
+ON_A_RUN = {  # after the two commands of the README, in their folder
+    "lst-scale runs": "done",
+    "lst-scale runs --json": '"state": "done"',
+    "lst-scale compare runs": "trainable_percent",
+    "lst-scale compare runs --plot score-memory.png": "trainable_percent",
+    "lst-scale chat runs/kinds-person-or-food-seed0": "",
+}
+PLANNED = "lst-scale plan --recipe t5-3b backbone.precision=int8 --gpu-memory 16GB --plot plan.png"
 NEEDED = {"sweep": ["--recipe", "smollm2-135m"], "plan": ["--recipe", "quickstart"]}  # where a page shows what matters, and leaves it out
 NAMES = {"RECIPE": "quickstart", "NAME": "quickstart"}
 
@@ -61,15 +76,22 @@ class Parsed(Exception):
     """The options were understood."""
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Work in a folder that holds the recipes that pages show, and nothing else; keep this process as it was."""
-    monkeypatch.chdir(folder_of_recipes(tmp_path / "here"))
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    before = dict(os.environ)
-    yield tmp_path
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Work in a folder, and keep this process's path and environment as they were."""
+    path, environment = sys.path.copy(), dict(os.environ)
+    with contextlib.chdir(folder):
+        yield
+    sys.path[:] = path
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path) -> Iterator[None]:
+    """Work in a folder that holds the recipes that pages show, and nothing else."""
+    with inside(folder_of_recipes(tmp_path / "here")):
+        yield
 
 
 def written_out(words: list[str]) -> list[str]:
@@ -95,6 +117,9 @@ def try_command(group: Any, words: list[str]) -> None:
     while isinstance(command, TyperGroup):
         assert rest, "which command?"
         name = rest.pop(0)
+        if name.startswith("-"):
+            assert not rest and any(name in option.opts for option in command.params), f"there is no option {name!r}"
+            return
         assert name in command.commands, f"there is no command {name!r}, but {', '.join(command.commands)}"
         command = command.commands[name]
     if not rest and any(option.required for option in command.params):
@@ -195,18 +220,51 @@ def test_a_command_that_is_shown_is_understood(shown: Shown, monkeypatch: pytest
     PARSED[shown.program](list(shown.words[1:]), monkeypatch)
 
 
+def carried_out(line: str, *more: str, given: str = "") -> str:
+    """Carry out a command of ours in this process; return what it printed, on stderr too."""
+    program, *words = shlex.split(line)
+    if program == "python":
+        path = Path(words.pop(0))
+        assert path.parent.name == "slurm"
+        words = ["slurm", path.stem, *words]
+    done = CliRunner().invoke(app, [*words, *more], input=given)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    return done.output
+
+
 @pytest.mark.parametrize("line", CARRIED_OUT)
 def test_a_command_that_costs_nothing_is_carried_out(line: str) -> None:
-    assert line in {shlex.join(shown.words) for shown in SHOWN}, "no page shows it any more"
-    done = CliRunner().invoke(app, shlex.split(line)[1:])
-    assert done.exit_code == 0, done.output
-    assert CARRIED_OUT[line] in done.output
+    assert line in LINES, "no page shows it any more"
+    assert CARRIED_OUT[line] in carried_out(line)
 
 
 @pytest.mark.slow
-def test_the_two_commands_of_the_readme_train_on_a_table_and_answer_it(elsewhere: Path) -> None:
-    """The recipe as it is printed there, in short, on the tables of examples/own_csv, whose columns it names."""
-    here = elsewhere / "here"
+def test_the_plan_that_pages_show_is_what_its_command_says() -> None:
+    """Four pages name peaks of T5-3B by method and precision; all are the planner's own."""
+    assert PLANNED in LINES
+    planned = json.loads(CliRunner().invoke(app, [*shlex.split(PLANNED)[1:], "--json"]).stdout)["methods"]
+    peaks = {each["method"]: each["peak_bytes"] / 1e9 for each in planned}
+    assert Path("plan.png").is_file()
+    for page, rows in (("README.md", 5), ("docs/index.md", 5), ("docs/plan.md", 7)):
+        text = (ROOT / page).read_text()
+        table = re.search(r"^\| T5-3B, 100 rows of 128 tokens.*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+        assert table is not None, page
+        shown = re.findall(r"^\| (\w.*?) \| (\w+) \| ([\d.]+) GB \|$", table[1], flags=re.MULTILINE)
+        assert len(shown) == rows, page
+        for method, precision, peak in shown:
+            assert f"{peaks[name_of(method, precision)]:{'.1f' if '.' in peak else '.0f'}}" == peak, (page, method)
+
+
+def name_of(method: str, precision: str) -> str:
+    """Return what the planner calls a line of these tables."""
+    kind = "lst" if method.startswith("side network") else method.split()[0]
+    return f"{kind}, {precision}{', checkpointed' if 'checkpointing' in method else ''}" if "LoRA" in kind else kind
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the README's two commands were carried out, shortened, on tables of examples/own_csv, whose columns it names."""
+    here = folder_of_recipes(tmp_path_factory.mktemp("trained"))
     for split in ("train", "validation", "test"):
         lines = (ROOT / "examples" / "own_csv" / f"{split}.csv").read_text().splitlines(keepends=True)
         (here / f"{split}.csv").write_text("".join(lines[:33]))
@@ -214,15 +272,27 @@ def test_the_two_commands_of_the_readme_train_on_a_table_and_answer_it(elsewhere
         block for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL) if "kinds.yaml" in block
     )
     first, second = block.strip().splitlines()
-    for line in (f"{first} training.max_steps=2 training.evaluate_every=2 data.max_eval_rows=8", second):
-        done = CliRunner().invoke(app, shlex.split(line)[1:])
-        assert done.exit_code == 0, done.output + repr(done.exception)
-    assert len((here / "answers.jsonl").read_text().splitlines()) == 32
+    with inside(here):
+        carried_out(first, "training.max_steps=2", "training.evaluate_every=2", "data.max_eval_rows=8")
+        carried_out(second)
+    return here
+
+
+@pytest.mark.slow
+def test_the_two_commands_of_the_readme_train_on_a_table_and_answer_it(trained: Path) -> None:
+    assert len((trained / "answers.jsonl").read_text().splitlines()) == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ON_A_RUN)
+def test_a_command_on_a_run_is_carried_out(trained: Path, line: str) -> None:
+    assert line in LINES, "no page shows it any more"
+    with contextlib.chdir(trained):
+        assert ON_A_RUN[line] in carried_out(line, given="a large bird that can not fly\n")
 
 
 def test_every_excuse_is_of_a_command_that_is_shown_and_each_program_is_looked_at() -> None:
-    lines = [shlex.join(shown.words) + " " for shown in SHOWN]
-    assert [start for start in EXCUSED if not any(line.startswith(start) for line in lines)] == []
+    assert [start for start in EXCUSED if not any(f"{line} ".startswith(start) for line in LINES)] == []
     assert len(SHOWN) > 60 and {"lst-scale", "python", "deepspeed", "make"} <= {shown.program for shown in SHOWN}
 
 
@@ -237,6 +307,7 @@ def test_every_excuse_is_of_a_command_that_is_shown_and_each_program_is_looked_a
         "python examples/with_peft.py --step 3 --nothing",
         "make quickstrat",
         "pip install 'lst_scale[serv]'",
+        "lst-scale --instal-completion",
         "rm -rf runs",
     ],
 )

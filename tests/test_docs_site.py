@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 import subprocess
@@ -51,6 +52,14 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(site: Path) -> None:
             if not target.exists() or (place and target in pages and place not in pages[target].names):
                 broken.append(f"{path.relative_to(site)} -> {link}")
     assert len(pages) >= 25 and not broken
+
+
+@pytest.mark.slow
+def test_the_page_of_examples_shows_their_files(site: Path) -> None:
+    text = html.unescape(re.sub(r"<[^>]*>", "", (site / "examples.html").read_text()))
+    for name in ("with_trainer.py", "with_peft.py", "with_trl.py", "plain_pytorch.py", "own_csv/kinds.yaml"):
+        lines = (ROOT / "examples" / name).read_text().strip().splitlines()
+        assert "\n".join(lines[-12:]) in text, name
 
 
 @pytest.mark.slow

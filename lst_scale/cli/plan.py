@@ -112,7 +112,7 @@ def _print(report: Any, loaded: Any, shape: Any, setting: Any, found: Sequence[A
     if isinstance(loaded.method, LstRecipe):
         rows, size, known = report.cache_bytes(loaded, shape, setting)
         typer.echo(
-            f"tap cache: at most {size / 1e9:.2f} GB on disk for {rows:,} {'training' if known else ''} rows in {loaded.cache.dtype}; "
+            f"tap cache: at most {size / 1e9:.2f} GB on disk for {rows:,}{' training' if known else ''} rows in {loaded.cache.dtype}; "
             + report.where_a_cache_pays(loaded, shape, setting)
         )
     if loaded.backbone.context is not None:

@@ -6,11 +6,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import dropwhile, groupby
 from pathlib import Path
 
 from helpers.paths import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "lst_scale" / "embedded").rglob("*.md")),
+]
 PROGRAMS = "lst-scale|python|deepspeed|torchrun|make|bash|pip|jupyter|curl|git|cd|sbatch|OMP_NUM_THREADS=\\d"
 SETTING = re.compile(r"[A-Z_]+=\S*")
 
@@ -27,19 +32,22 @@ class Shown:
 
 
 def commands() -> list[Shown]:
-    """Return each command once, from the first page that shows it. Of `a && b` both; without settings of the environment."""
+    """Return each command once, from the first page that shows it. Of `a && b` and `a | b` both; without settings of the environment."""
     found: dict[str, Shown] = {}
     for page in PAGES:
-        for text in lines_of(page.read_text()):
-            for part in text.split("&&"):
-                line = part.strip(" ()")
-                words = shlex.split(line, comments=True)
-                while words and SETTING.fullmatch(words[0]):
-                    words.pop(0)
-                if words:
-                    name = page.relative_to(ROOT).as_posix()
-                    found.setdefault(shlex.join(words), Shown(page=name, line=line, words=tuple(words)))
+        for line in lines_of(page.read_text()):
+            for words in parts_of(line):
+                name = page.relative_to(ROOT).as_posix()
+                found.setdefault(shlex.join(words), Shown(page=name, line=line, words=words))
     return list(found.values())
+
+
+def parts_of(line: str) -> Iterator[tuple[str, ...]]:
+    """Yield the words of each command in a line of shell."""
+    for joined, group in groupby(shlex.split(line.strip(" ()"), comments=True), key=lambda word: word in ("&&", "|")):
+        words = list(dropwhile(SETTING.fullmatch, group))
+        if words and not joined:
+            yield tuple(words)
 
 
 def lines_of(text: str) -> Iterator[str]:
