@@ -18,6 +18,7 @@ PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_
 PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
 INSIDE = "test_inside_llms.py"
 PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
+EVAL = "test_eval_harness.py"
 MESSAGES = "test_messages_runs.py"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
 Cell = str  # FILE::NAME of a test, or a sentence
@@ -126,6 +127,7 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "test_predict.py::test_predictions_are_the_answers_that_were_scored",
             f"{RUNS}::test_a_finished_run_answers_a_file_as_it_was_scored",
         ),
+        ("`lst-scale eval`", f"{EVAL}::test_labels_are_as_likely_as_predict_says", f"{EVAL}::test_labels_are_as_likely_as_predict_says"),
         ("`lst-scale plan`", "test_plan.py::test_a_real_step_needs_what_was_planned", f"{RUNS}::test_a_real_step_needs_what_was_planned"),
         (
             "save and load",
@@ -149,6 +151,7 @@ OF_T5GEMMA: dict[str, Cell] = {
     "members on one pass": f"{GEMMA_RUNS}::test_members_on_one_pass_end_as_each_would_alone",
     "generation with a cache": f"{GEMMA_TAPS}::test_a_cache_changes_no_answer",
     "`lst-scale predict`": f"{GEMMA_RUNS}::test_a_finished_run_answers_a_file_as_it_was_scored",
+    "`lst-scale eval`": f"{EVAL}::test_a_bare_model_of_two_stacks_says_what_lm_eval_s_own_does",
     "`lst-scale plan`": "test_plan.py::test_recipes_of_language_models_say_what_was_planned",
     "save and load": f"{GEMMA_TAPS}::test_what_is_saved_reads_back_and_fits_its_own_backbone_alone",
 }

@@ -54,7 +54,7 @@ def eval_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a finished run on tasks of lm-evaluation-harness: its prompts and metrics, our model. Needs lst_scale[eval]."""
+    """Evaluate a finished run on tasks of lm-evaluation-harness: its prompts and metrics, our model. Needs the extra eval."""
     from lst_scale.system.extras import require
 
     require("lm_eval", "eval", asked_by="lst-scale eval")

@@ -63,7 +63,7 @@ def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
         near = difflib.get_close_matches(name, [] if own is None else own.all_tasks, n=NEAR)
         near = near or difflib.get_close_matches(name, manager.all_tasks, n=NEAR)
         there = near or ([] if own is None else own.all_tasks[:NEAR])
-        where = "lm_eval has no task" + (f", and {', '.join(paths)} none," if paths else "")
+        where = f"no task of lm_eval{' or in ' + ', '.join(paths) if paths else ''} is"
         hint = f"near it are {', '.join(there)}" if near else f"there are {', '.join(there)}" if there else "lm-eval ls tasks lists them"
         raise ArgumentError(f"{where} called {printable(repr(name))}: {printable(hint)}")
     return manager
