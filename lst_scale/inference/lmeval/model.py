@@ -71,7 +71,7 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _asked(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        self.is_asked = True
+        self.is_asked = True  # and stays so where that fails: it was no task's mistake then
         with progress_of(total, 0, shown=True, what=what) as advance:
             yield advance
         self.is_asked = False
