@@ -358,6 +358,9 @@ def test_mistakes_are_one_line_before_a_backbone_is_loaded(
     assert "--include" in said(lst, "--tasks", "kinds", "--include", tmp_path / "none")
     assert "is no place for a file" in said(lst, "--tasks", "kinds", *include, "--output", tmp_path)
     assert "data.max_source_length has no effect" in said(lst, "data.max_source_length=9", "--tasks", "kinds", *include)
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        assert "is one process: start it without a launcher" in said(lst, "--tasks", "kinds", *include)
     assert "task has no effect" in said("--backbone", "x", "task=a", "--tasks", "kinds", *include)
 
 

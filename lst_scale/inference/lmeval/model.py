@@ -89,11 +89,7 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
             return [(found.nats, found.is_greedy) for found in self._judge(pairs, advance)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        if self.backend != "causal":
-            raise ArgumentError(
-                f"{requests[0].task_name} asks how likely a text is by itself, which a model that answers a source can't say: "
-                "choose a task with questions"
-            )
+        assert self.backend == "causal", "tasks of texts alone are refused before"
         windows = [list(self._windows(*request.args)) for request in requests]
         with self._asked(sum(map(len, windows)), "window") as advance:
             found = iter(self._judge(list(itertools.chain.from_iterable(windows)), advance))

@@ -60,7 +60,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     from lst_scale.inference.lmeval.model import SubjectLM
-    from lst_scale.inference.lmeval.tasks import code_of_the_hub_refused, load_tasks, mistakes_of_tasks
+    from lst_scale.inference.lmeval.tasks import code_of_the_hub_refused, load_tasks, mistakes_of_tasks, refuse_texts_alone
 
     refuse_before(asked.folder, asked.overrides)
     _seed(DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED)
@@ -69,6 +69,8 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
     with subject.closing, code_of_the_hub_refused():
         if asked.chat:
             refuse_without_template(subject)
+        if not subject.model.spec.one_stack:
+            refuse_texts_alone(tasks)
         there, batch_size = subject.most_tokens, asked.batch_size or subject.batch_size
         most = there if asked.most_tokens is None else asked.most_tokens
         if not 1 < most <= max(there, 2):

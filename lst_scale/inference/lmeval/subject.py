@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,8 @@ def refuse_before(folder: Path | None, overrides: Sequence[str]) -> None:
     Raises:
         LstScaleError: says what to do instead.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("lst-scale eval is one process: start it without a launcher")
     for override in overrides:
         key = override.partition("=")[0]
         if not key.startswith("backbone.") and (key != "task" or folder is None):

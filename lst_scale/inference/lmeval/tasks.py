@@ -103,6 +103,19 @@ def _refuse(name: str, task: Any) -> None:
         raise ArgumentError(f"{name} shows pictures or sound, and text alone is read here: leave it out")
 
 
+def refuse_texts_alone(loaded: dict[str, Any]) -> None:
+    """Refuse tasks without questions, for a model that answers a source.
+
+    Raises:
+        ArgumentError: names one.
+    """
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise ArgumentError(
+                f"{name} asks how likely a text is by itself, which a model that answers a source can't say: choose a task with questions"
+            )
+
+
 def _set_examples(task: Any, num_fewshot: int | None, seed: int) -> None:
     """Say how many examples stand before a question, as lm_eval does: a task that says 0 itself keeps that."""
     said = task.get_config("num_fewshot")
