@@ -331,6 +331,17 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(runs: dict[str, 
     assert json.loads(alone.stdout)["results"] == record["results"]
 
 
+def test_a_group_is_its_tasks_and_their_mean(runs: dict[str, Path], tasks: Path, own: Any) -> None:
+    folder = own(doc_to_text="!function code.asked")
+    (folder / "code.py").write_text("def asked(row):\n    print('a function of a task prints')\n    return row['word']\n")
+    (folder / "both.yaml").write_text(
+        yaml.safe_dump({"group": "both", "task": ["mine", "kinds"], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]})
+    )
+    done = command(runs["lst"], "--tasks", "both", "--include", folder, "--include", tasks, "--limit", "4", "--json")
+    results = json.loads(done.stdout)["results"]
+    assert results["both"]["acc,none"] == pytest.approx((results["mine"]["acc,none"] + results["kinds"]["acc,none"]) / 2)
+
+
 def test_examples_and_conversations_stand_before_questions(checkpoint: Path, runs: dict[str, Path], own: Any, tmp_path: Path) -> None:
     folder = own(fewshot_split="test")
     samples = tmp_path / "samples.jsonl"

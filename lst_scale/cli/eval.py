@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -80,7 +81,8 @@ def eval_command(
         chat=chat,
         samples=samples,
     )
-    record = evaluate(asked, lambda sentence: typer.echo(sentence, err=True))
+    with contextlib.redirect_stdout(sys.stderr):  # what functions of tasks print
+        record = evaluate(asked, lambda sentence: typer.echo(sentence, err=True))
     if output is not None:
         _write(output, record)
     if as_json:

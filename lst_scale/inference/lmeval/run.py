@@ -78,8 +78,8 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
         model = SubjectLM(subject, batch_size=batch_size, most_tokens=most, with_end=asked.with_end, chat=asked.chat)
         with mistakes_of_tasks("a task can't be asked or scored", asked.include, lambda: model.is_asked):
             found = lm_eval.evaluate(
-                model,
-                tasks,
+                lm=model,
+                task_dict=tasks,
                 limit=asked.limit,
                 log_samples=asked.samples is not None,
                 bootstrap_iters=BOOTSTRAP,
@@ -94,7 +94,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = lambda sentence: None) -
     settings |= {"max_length": most, "cut_prompts": model.cut, "with_end": asked.with_end, "chat": asked.chat}
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
     record = {key: found[key] for key in kept if key in found}
-    for numbers in record["results"].values():
+    for numbers in (*record["results"].values(), *record.get("groups", {}).values()):
         numbers |= {key: None for key, value in numbers.items() if value == "N/A"}  # a standard error that there is none of
     whole: dict[str, Any] = _in_json({"model": subject.about, "settings": settings, "lm_eval": lm_eval.__version__, **record})
     return whole
