@@ -160,7 +160,7 @@ INTRODUCTION = f"""# What works with what
 Made by `python docs/make_support_md.py`: each cell is the test that proves it. "{T5}" are T5, T5 v1.1, Flan-T5, mT5, ByT5 and UL2;
 "{LLAMA}" are Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3 (text), Phi-3, SmolLM3, OLMo 2 and 3 and Granite, of which the
 tests of taps run all twelve.
-Everything runs on the CPU in the tests; on a GPU none of it has been run yet.
+Everything runs on the CPU in the tests; what has been run on a GPU is [told with its measurements](benchmarks.md#on-a-gpu).
 """
 
 
