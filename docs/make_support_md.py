@@ -140,8 +140,13 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
 OF_T5GEMMA: dict[str, Cell] = {
     "fp32, bf16": f"{GEMMA_TAPS}::test_taps_are_what_blocks_return",
     "int8, nf4": f"{GEMMA_RUNS}::test_a_packed_backbone_trains_a_side_network",
-    "`tensor_parallel`, `zero3`, `streamed`": f"{GEMMA_TAPS}::test_blocks_that_come_and_go_give_the_same_taps",
-    "the same in int8 and nf4": f"{GEMMA_TAPS}::test_blocks_that_come_and_go_give_the_same_taps",
+    "`tensor_parallel`, `zero3`, `streamed`": PLACED_TAPS,
+    "the same, trained": PLACED_RUNS,
+    "the same in int8 and nf4": PLACED_TAPS,
+    "the same, writing answers": PLACED_RUNS,
+    "the same, in `lst-scale predict`": f"{PLACED}::test_predictions_are_the_same_under_every_placement",
+    "the same, in `lst-scale plan`": f"{PLACED}::test_a_plan_knows_what_each_rank_holds",
+    "`tensor_parallel` of Phi-3, OLMo 2 and 3": "-",
     "the tap cache": f"{GEMMA_RUNS}::test_a_run_from_the_tap_cache_ends_as_the_live_one",
     "`lst`": f"{GEMMA_TAPS}::test_a_step_moves_the_side_network_alone",
     "`probe`": f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
@@ -184,9 +189,8 @@ def shown(cell: Cell) -> str:
     return f"yes: `{name}`"
 
 
-def _of_t5gemma(what: str) -> str:
-    found = shown(OF_T5GEMMA.get(what, "not yet"))
-    return found + " (`streamed`)" if "come_and_go" in found else found
+def _row(what: str, first: Cell, second: Cell) -> str:
+    return f"| {what} | {shown(first)} | {shown(second)} | {shown(OF_T5GEMMA.get(what, 'not yet'))} |"
 
 
 def page() -> str:
@@ -194,7 +198,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for title, rows in TABLES.items():
         lines = [f"| | {T5} | {LLAMA} | {T5GEMMA} |", "| --- | --- | --- | --- |"]
-        lines += [f"| {what} | {shown(first)} | {shown(second)} | {_of_t5gemma(what)} |" for what, first, second in rows]
+        lines += [_row(*row) for row in rows]
         parts.append(f"## {title}\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 

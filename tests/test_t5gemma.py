@@ -155,7 +155,7 @@ def test_closed_forms_count_what_there_is(model: Any, tmp_path: Path) -> None:
     assert shape.spec == family_of("t5gemma2", "it").spec(model.config)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
 @pytest.mark.parametrize("placement", [{"name": "streamed", "source": "host"}, {"name": "streamed", "source": "disk"}], ids=str)
 def test_blocks_that_come_and_go_give_the_same_taps(model: Any, placement: dict[str, Any], precision: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
@@ -173,10 +173,11 @@ def test_blocks_that_come_and_go_give_the_same_taps(model: Any, placement: dict[
     assert found[0].final_BTD is not None and torch.equal(found[0].final_BTD, found[1].final_BTD)
 
 
-def test_matrices_are_not_divided(model: Any) -> None:
-    placement = TensorParallel(name="tensor_parallel", size=2)
-    with pytest.raises(BackboneError, match=r"^a t5gemma2 can't be divided over ranks \(.*write backbone.placement=zero3 or"):
-        refuse_placement(as_backbone(model).spec, placement)
+def test_matrices_are_divided_by_what_divides_their_heads(model: Any) -> None:
+    spec = as_backbone(model).spec
+    refuse_placement(spec, TensorParallel(name="tensor_parallel", size=2))
+    with pytest.raises(BackboneError, match=r"^4 heads, 2 heads of keys and values and 96 feed-forward channels can't be divided over 4"):
+        refuse_placement(spec, TensorParallel(name="tensor_parallel", size=4))
 
 
 def test_what_does_not_fit_is_one_line(model: Any) -> None:

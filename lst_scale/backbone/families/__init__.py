@@ -272,6 +272,10 @@ class Family(Protocol):
         """Yield the matrices of a block that Fisher information is summed over, by their names in it."""
         ...
 
+    def config_of_blocks(self, config: Any) -> Any:
+        """Return the part of a configuration that says how many heads a block has, in which AutoTP looks for them."""
+        ...
+
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         """Return the linear maps of a block whose inputs tensor parallelism divides, and whose outputs are sums over ranks."""
         ...

@@ -56,8 +56,8 @@ def load_grouped(opened: MetaBackbone, placement: TensorParallel, size: int, wor
         block = ref.get(model)
         assemble.fill_block(block, ref.path, checkpoint, whole, world.device)
         if size > 1:
-            summed = checkpoint.family.summed(ref)
-            block = tensor_parallel.shard_block(block, checkpoint.config, group, options, dtype, summed)
+            config, summed = checkpoint.family.config_of_blocks(checkpoint.config), checkpoint.family.summed(ref)
+            block = tensor_parallel.shard_block(block, config, group, options, dtype, summed)
         if identity.precision in precisions.QUANTIZED:
             tensor_parallel.quantize_shards(block, group, identity.precision)
         ref.put(model, block)

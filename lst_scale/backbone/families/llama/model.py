@@ -306,6 +306,9 @@ class LlamaBlocks:
     def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in block.named_parameters() if p.ndim == 2)
 
+    def config_of_blocks(self, config: Any) -> Any:
+        return config
+
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         return ("self_attn.o_proj", "mlp.down_proj")
 

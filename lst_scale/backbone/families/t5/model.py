@@ -185,6 +185,9 @@ class T5Blocks:
     def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in block.named_parameters() if p.ndim == 2 and POSITION_TABLE not in name)
 
+    def config_of_blocks(self, config: Any) -> Any:
+        return config
+
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         return ("SelfAttention.o", *(("EncDecAttention.o",) if ref.stack == DECODER else ()), "DenseReluDense.wo")
 

@@ -234,5 +234,9 @@ class T5GemmaBlocks:
     def matrices(self, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in block.named_parameters() if p.ndim == 2)
 
+    def config_of_blocks(self, config: Any) -> Any:
+        """Both stacks have the same heads, by `problem_of`."""
+        return config.decoder
+
     def summed(self, ref: BlockRef) -> tuple[str, ...]:
         return ("self_attn.o_proj", "mlp.down_proj")

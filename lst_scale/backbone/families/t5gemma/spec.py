@@ -71,8 +71,8 @@ class T5GemmaSpec(BackboneSpec):
         return max(8, 8 * round(self.d_model / reduction_factor / 8))
 
     @property
-    def indivisible(self) -> str | None:
-        return "nobody has tried it: its decoder attends to two kinds of keys at once"
+    def divided(self) -> Mapping[str, int]:
+        return {"heads": self.num_heads, "heads of keys and values": self.num_kv_heads, "feed-forward channels": self.d_ff}
 
     @property
     def architecture(self) -> Mapping[str, Any]:
