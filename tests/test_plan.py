@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from helpers import programs, ranks
+from helpers.llamas import FAMILIES, make_llama
 from helpers.paths import ROOT
 from helpers.ranks import Finished
+from helpers.t5gemmas import make_t5gemma
+from lst_scale.backbone import load_backbone
 from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.weights.precision import quantized_linear, sized_quantized_linear
 from lst_scale.errors import ArgumentError
@@ -26,7 +29,7 @@ from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting,
 from lst_scale.plan.live import LiveBytes
 from lst_scale.recipe.method import LoraRecipe
 from lst_scale.recipe.schema import Recipe, load_recipe
-from lst_scale.side.count import shape_of
+from lst_scale.side.count import shape_of, trainable_parameters
 from lst_scale.system import distributed
 
 SMALL = Setting(rows=4, source=32, target=8, on_gpu=False)
@@ -300,3 +303,18 @@ def test_sizes_of_memory_are_read_with_their_units() -> None:
     for wrong in ("16", "GB", "-1GB", "0GB", "infGB", "nanGB", "1e400GB", "1e300GB", "0.0000000001MB"):
         with pytest.raises(ArgumentError):
             report.parse_memory(wrong)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("model_type", [*FAMILIES, "t5gemma2"])
+def test_a_plan_of_every_family_knows_its_weights_and_what_trains(model_type: str, precision: str, tmp_path: Path) -> None:
+    (make_t5gemma() if model_type == "t5gemma2" else make_llama(model_type)).save_pretrained(tmp_path)
+    method = ["method.side_layers=[1,3]", "method.initialization=random", "method.start_as_backbone=true", "method.merge_last=true"]
+    recipe = load_recipe("quickstart", [f"backbone.checkpoint={tmp_path}", f"backbone.precision={precision}", *method])
+    shape, backbone = shape_of(str(tmp_path)), load_backbone(str(tmp_path), revision=None, precision=precision)
+    assert shape is not None
+    few, many = (footprint(recipe, shape, Setting(rows=rows, source=12, target=4, on_gpu=False)) for rows in (2, 8))
+    assert (
+        few.parts[WEIGHTS] == many.parts[WEIGHTS] == pytest.approx(backbone.weight_bytes(), abs=2)
+    )  # in what a Gemma's embedding's scale is
+    assert few.trainable == trainable_parameters(shape, recipe.method) and few.peak < many.peak

@@ -91,7 +91,8 @@ def test_padding_of_a_source_changes_nothing(model: Any) -> None:
             mask = (padded != 0).long()
             torch.testing.assert_close(made(input_ids=padded, attention_mask=mask, labels=labels).logits, expected, rtol=1e-4, atol=1e-4)
     answers = made.generate(source, max_new_tokens=10, do_sample=False)
-    assert torch.equal(made.generate(right, attention_mask=(right != 0).long(), max_new_tokens=10, do_sample=False), answers)
+    for padded in (right, left):
+        assert torch.equal(made.generate(padded, attention_mask=(padded != 0).long(), max_new_tokens=10, do_sample=False), answers)
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}], ids=["greedy", "beams"])
