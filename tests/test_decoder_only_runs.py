@@ -19,10 +19,11 @@ from helpers.runs import assert_same_weights, final_weights, result
 from helpers.training import train
 from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.data.tokenizer import load_tokenizer
-from lst_scale.errors import NotReady
+from lst_scale.errors import DataError, NotReady
 from lst_scale.inference.predict import predict_file
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.training.preflight import check_before_start
+from lst_scale.training.shared import load_data
 
 tokenizer, checkpoint, write = llama_runs.tokenizer, llama_runs.checkpoint, llama_runs.write
 
@@ -122,6 +123,11 @@ def test_a_side_network_that_was_carved_out_of_the_backbone_trains(initializatio
 def test_what_is_not_there_yet_is_said_before_anything_starts(changes: dict[str, Any], message: str, write: Callable[..., Path]) -> None:
     with pytest.raises(NotReady, match=message):
         check_before_start([load_recipe(str(write("no", **changes)))], resume=False)
+
+
+def test_a_limit_that_leaves_no_answer_is_one_line_before_the_backbone_is_loaded(write: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"^data\.max_target_length=1 leaves nothing of the target '\w+' but its end: write 2 or more"):
+        load_data(load_recipe(str(write("no", task__kind="text", task__labels=None, evaluation={}, data__max_target_length=1))))
 
 
 @pytest.mark.parametrize(
