@@ -153,11 +153,13 @@ def test_blocks_that_can_not_be_divided_are_refused_before_anything_is_loaded(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("method", ["lst", "lora"])
-def test_a_real_step_needs_what_was_planned(method: str, model_type: str, write: Callable[..., Path]) -> None:
-    path = write(
-        "planned", model_type, **({} if method == "lst" else {"method": {"name": "lora", "rank": 4, "gradient_checkpointing": True}})
-    )
+@pytest.mark.parametrize(
+    "method",
+    [METHOD, {"name": "lora", "rank": 4, "gradient_checkpointing": True}, {"name": "prompt", "num_vectors": 20}],
+    ids=lambda method: method["name"],
+)
+def test_a_real_step_needs_what_was_planned(method: dict[str, Any], model_type: str, write: Callable[..., Path]) -> None:
+    path = write("planned", model_type, method=method)
     for rows in ("2", "16"):
         done = ranks.run(programs.script, "benchmarks/planned.py", "--one", path, rows)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -314,7 +314,6 @@ def test_a_plan_of_every_family_knows_its_weights_and_what_trains(model_type: st
     shape, backbone = shape_of(str(tmp_path)), load_backbone(str(tmp_path), revision=None, precision=precision)
     assert shape is not None
     few, many = (footprint(recipe, shape, Setting(rows=rows, source=12, target=4, on_gpu=False)) for rows in (2, 8))
-    assert (
-        few.parts[WEIGHTS] == many.parts[WEIGHTS] == pytest.approx(backbone.weight_bytes(), abs=2)
-    )  # in what a Gemma's embedding's scale is
+    assert few.parts[WEIGHTS] == many.parts[WEIGHTS]
+    assert few.parts[WEIGHTS] == pytest.approx(backbone.weight_bytes(), abs=2)  # a Gemma's one scale of its embedding may be in 16 bits
     assert few.trainable == trainable_parameters(shape, recipe.method) and few.peak < many.peak
