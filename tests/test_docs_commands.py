@@ -291,6 +291,18 @@ def test_a_command_on_a_run_is_carried_out(trained: Path, line: str) -> None:
         assert ON_A_RUN[line] in carried_out(line, given="a large bird that can not fly\n")
 
 
+@pytest.mark.slow
+def test_the_pipeline_that_a_page_shows_answers_for_that_run(trained: Path) -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    [shown] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "runs/kinds-person-or-food-seed0" in block]
+    one, two = "\n    first = pipe(", "\n    both = pipe("
+    names: dict[str, Any] = {}
+    with inside(trained):
+        exec(shown.replace("\n    pipe(", one, 1).replace("\n    pipe(", two, 1), names)
+    alone, beside = (answer["probabilities"] for answer in (names["first"], names["both"][0]))
+    assert alone.keys() == {"food", "person"} and alone == pytest.approx(beside, abs=1e-4)  # beside another row sums round otherwise
+
+
 def test_every_excuse_is_of_a_command_that_is_shown_and_each_program_is_looked_at() -> None:
     assert [start for start in EXCUSED if not any(f"{line} ".startswith(start) for line in LINES)] == []
     assert len(SHOWN) > 60 and {"lst-scale", "python", "deepspeed", "make"} <= {shown.program for shown in SHOWN}
