@@ -18,7 +18,8 @@
 Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0. The ladder's design, out of three,
 and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's.
 Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
-answer, on one pass of the backbone, from taps in int8. What is finished is not done again; start it once a core, with other tasks, and the
+answer, on one pass of the backbone, from taps in int8. In less than the time that LoRA takes for two epochs the ladder also trains for
+eight, of which validation chooses one. What is finished is not done again; start it once a core, with other tasks, and the
 processes share the work. Times are measured by themselves, on a machine that does nothing else.
 """
 
@@ -36,7 +37,8 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "ratings": {"kind": "regression", "template": "Text: {text}\nMood, from -4 to 4:", "metrics": ("pearson",)},
     "headlines": {"kind": "text", "template": "{text}\nHeadline:", "metrics": ("rouge_l",)},
 }
+ROWS = {"few": 200, "movies": 1000, "more": 4000, "hedges": 1000, "ratings": 1000, "headlines": 600}  # to train on
 VALIDATION = 400  # rows, of every task
+EPOCHS, MANY = 2, 8  # of every method; of the ladder in less than the time that LoRA takes for those
 
 
 def prepare(folder: Path, packages: Path) -> None:
@@ -98,12 +102,12 @@ def prepare(folder: Path, packages: Path) -> None:
             row["target"] = {"bad": "negative", "good": "positive"}[row["target"]]
     random.Random(0).shuffle(train)
     random.Random(0).shuffle(test)
-    for task, count in (("few", 200), ("movies", 1000), ("more", 4000)):
-        write(folder / task, train, count, test[:1000])
-    for task, rows, count in (("hedges", hedges(packages), 1000), ("ratings", ratings(packages), 1000)):
-        write(folder / task, rows, count, rows[VALIDATION + count :][:1000])
+    for task in ("few", "movies", "more"):
+        write(folder / task, train, ROWS[task], test[:1000])
+    for task, rows in (("hedges", hedges(packages)), ("ratings", ratings(packages))):
+        write(folder / task, rows, ROWS[task], rows[VALIDATION + ROWS[task] :][:1000])
     rows = headlines(packages)
-    write(folder / "headlines", rows[300:], 600, rows[:300])
+    write(folder / "headlines", rows[300:], ROWS["headlines"], rows[:300])
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]], count: int, test: Sequence[dict[str, Any]]) -> None:
@@ -144,13 +148,13 @@ def hedges(packages: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: int, context: str = "none") -> Recipe:
-    """Return one run; its name tells method, context and learning rate."""
+def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: int, context: str = "none", epochs: int = EPOCHS) -> Recipe:
+    """Return one run; its name tells method, context, learning rate and, where they are others, epochs."""
     files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation")}
     own = TASKS[task]
     written = own.get("kind") in ("regression", "text")
     tree = {
-        "name": f"{method}-{context}-{rate:g}",
+        "name": f"{method}-{context}-{rate:g}" + (f"-{epochs}-epochs" if epochs != EPOCHS else ""),
         "task": {"name": task, "kind": "classification", "source": ("text",), "target": "target"} | files | own,
         "seed": seed,
         "output_dir": str(folder / "runs"),
@@ -163,7 +167,13 @@ def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: 
     if method != "probe":
         tree |= {
             "optimizer": {"learning_rate": rate},
-            "training": {"epochs": 2, "global_batch_size": 16, "deepspeed": "zero0", "evaluate_every": 10**6},
+            # Validation after each epoch, and the best of them, where there are many; at the end alone where there are two.
+            "training": {
+                "epochs": epochs,
+                "global_batch_size": 16,
+                "deepspeed": "zero0",
+                "evaluate_every": 10**6 if epochs == EPOCHS else max(1, ROWS[task] // 16),
+            },
         }
     return Recipe.model_validate(tree)
 
@@ -197,34 +207,34 @@ def best(recipes: Sequence[Recipe]) -> Recipe:
     return max(recipes, key=validated)
 
 
-def study_ladder(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
+def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str], epochs: int) -> list[tuple[str, list[Recipe]]]:
     """Sweep each design and context, then train further seeds of the best without a context and of the best of all."""
     chosen = dict[tuple[str, str], Recipe]()
-    for context in CONTEXTS:
-        tried = {ladder: [recipe(folder, model, task, ladder, rate, 0, context) for rate in LADDER_RATES] for ladder in LADDERS}
+    for context in contexts:
+        tried = {ladder: [recipe(folder, model, task, ladder, rate, 0, context, epochs) for rate in LADDER_RATES] for ladder in LADDERS}
         train_together([each for several in tried.values() for each in several])
         chosen |= {(ladder, context): best(several) for ladder, several in tried.items()}
-    lines = []
-    for title, contexts in (("ladder, no context", ["none"]), ("ladder", list(CONTEXTS))):
-        ladder, context = max(((name, context) for name in LADDERS for context in contexts), key=lambda which: validated(chosen[which]))
+    lines, many = [], "" if epochs == EPOCHS else f", the best of {epochs} epochs"
+    for title, some in (("ladder, no context", ["none"]), ("ladder", list(contexts))):
+        ladder, context = max(((name, context) for name in LADDERS for context in some), key=lambda which: validated(chosen[which]))
         rate = chosen[ladder, context].optimizer.learning_rate
-        seeds = [recipe(folder, model, task, ladder, rate, seed, context) for seed in SEEDS]
+        seeds = [recipe(folder, model, task, ladder, rate, seed, context, epochs) for seed in SEEDS]
         for each in seeds:  # an order of rows each
             train_together([each])
-        lines.append((f"{title}: chosen {ladder}, {context}", seeds))
-    if TASKS[task].get("kind") is None:
-        draws = [chosen[ladder, context] for context, given in CONTEXTS.items() if given is not None]
-        lines.append((f"{ladder} after each of three draws", draws))
+        lines.append((f"{title}{many}: chosen {ladder}, {context}", seeds))
+    draws = [chosen[ladder, context] for context in contexts if CONTEXTS[context] is not None]
+    if TASKS[task].get("kind") is None and len(draws) > 1:
+        lines.append((f"{ladder}{many}, after each of {len(draws)} draws", draws))
     return lines
 
 
-def study_probe(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
+def study_probe(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
     """Fit one for each context: nothing about it is drawn, so one seed says all."""
     if TASKS[task].get("kind", "classification") != "classification":
         return []
-    tried = {context: recipe(folder, model, task, "probe", 0, 0, context) for context in CONTEXTS}
+    tried = {context: recipe(folder, model, task, "probe", 0, 0, context) for context in contexts}
     run_all(tried.values())
-    after = max(CONTEXTS, key=lambda context: validated(tried[context]))
+    after = max(contexts, key=lambda context: validated(tried[context]))
     return [("probe, no context", [tried["none"]]), (f"probe: chosen {after}", [tried[after]])]
 
 
@@ -335,6 +345,7 @@ def main() -> None:
     parser.add_argument("--model", default="data/smollm2-135m")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
+    parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=list(CONTEXTS), help="that are tried; none is the first")
     parser.add_argument("--times", action="store_true", help="measure steps alone")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -345,9 +356,12 @@ def main() -> None:
         return
     lines = list[str]()
     for task in options.tasks:
-        studies = [study_ladder(folder, options.model, task), study_probe(folder, options.model, task)]
-        studies += [study_rival(folder, options.model, task, method) for method in options.rivals if task != "more"]
-        for title, seeds in (each for study in studies for each in study):
+        given = folder, options.model, task
+        studies: list[Callable[[], list[tuple[str, list[Recipe]]]]] = [partial(study_ladder, *given, options.contexts, EPOCHS)]
+        studies += [partial(study_probe, *given, options.contexts)]
+        studies += [partial(study_rival, *given, method) for method in options.rivals if task != "more"]
+        studies += [partial(study_ladder, *given, options.contexts, MANY)] if task != "more" else []
+        for title, seeds in (each for study in studies for each in study()):
             lines.append(line(folder, task, title, seeds))
             print(lines[-1], flush=True)
     head = ("task", "method", "learning rate", "validation, seed 0", "test, mean (seeds)", "three seeds together", "trained")
