@@ -66,7 +66,11 @@ LADDERS: dict[str, dict[str, Any]] = {
     "pointwise": LADDER | {"design": "pointwise"},  # no attention: the answer's position alone
     "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
-LADDER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LADDER_RATES = {
+    "lst": (1e-3, 2e-3, 4e-3, 8e-3),
+    "pointwise": (5e-4, 1e-3, 2e-3, 4e-3),
+    "alone": (2.5e-4, 5e-4, 1e-3, 2e-3),
+}
 CONTEXTS: dict[str, dict[str, int] | None] = {
     "none": None,
     **{f"draw{draw}": {"examples": 8, "draw": draw} for draw in SEEDS},
@@ -211,7 +215,9 @@ def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str], e
     """Sweep each design and context, then train further seeds of the best without a context and of the best of all."""
     chosen = dict[tuple[str, str], Recipe]()
     for context in contexts:
-        tried = {ladder: [recipe(folder, model, task, ladder, rate, 0, context, epochs) for rate in LADDER_RATES] for ladder in LADDERS}
+        tried = {
+            ladder: [recipe(folder, model, task, ladder, rate, 0, context, epochs) for rate in LADDER_RATES[ladder]] for ladder in LADDERS
+        }
         train_together([each for several in tried.values() for each in several])
         chosen |= {(ladder, context): best(several) for ladder, several in tried.items()}
     lines, many = [], "" if epochs == EPOCHS else f", the best of {epochs} epochs"
