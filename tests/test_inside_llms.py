@@ -164,7 +164,11 @@ def test_trained_vectors_load_in_plain_peft_and_come_back(kind: str, tmp_path: P
     ids, mask = given(batch(0))
     with made.evaluating(weights) as model:
         mine = model.generate(ids, mask, max_new_tokens=6)
-    assert torch.equal(theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6), mine)
+    if kind == "llama":  # peft's own generation answers otherwise with transformers 5.24: one pass over the answer
+        logits_1TV = theirs(input_ids=mine[:, :-1], attention_mask=torch.ones_like(mine[:, :-1])).logits
+        assert torch.equal(logits_1TV.argmax(-1)[:, -6:], mine[:, -6:])
+    else:
+        assert torch.equal(theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6), mine)
     theirs.save_pretrained(tmp_path / "again")
     found = trainee_of("prompt", path).load(tmp_path / "again")
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())

@@ -79,6 +79,7 @@ def smollm2() -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
+@pytest.mark.slow
 def test_a_real_model_s_template_is_written_as_it_writes_itself(smollm2: Any) -> None:
     """SmolLM2's, which puts a system message of its own before conversations without one, and keeps blanks."""
     chat, prompts = Chat(PromptTokenizer(smollm2), "smollm2"), PromptTokenizer(smollm2)
