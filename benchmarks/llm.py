@@ -95,6 +95,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 ROWS = {"few": 200, "movies": 1000, "more": 4000, "hedges": 1000, "ratings": 1000, "headlines": 600}  # to train on
 VALIDATION = 400  # rows, of every task
+PARTS = ("ladder", "probe", "rivals", "many")
 EPOCHS, MANY = 2, 8  # of every method; of the ladder in less than the time that LoRA takes for those
 
 
@@ -273,7 +274,7 @@ def answers_of(folder: Path, run: Recipe) -> Path:
 
 
 def answer(folder: Path, runs: Sequence[Recipe]) -> None:
-    """Answer the test rows; side networks after one context on one pass."""
+    """Answer the test rows; side networks without a context on one pass."""
     missing = [each for each in runs if not answers_of(folder, each).exists()]
     if not missing:
         return
@@ -281,7 +282,7 @@ def answer(folder: Path, runs: Sequence[Recipe]) -> None:
     labelled = TASKS[task].get("kind") is None
     test, folders = folder / task / "test.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
     answers_of(folder, missing[0]).parent.mkdir(exist_ok=True)
-    if missing[0].method.name != "lst" or not labelled:
+    if missing[0].method.name != "lst" or not labelled or missing[0].backbone.context is not None:
         for each, run in zip(missing, folders, strict=True):
             predict_file([run], test, answers_of(folder, each), probabilities=labelled)
         return
@@ -352,6 +353,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=list(CONTEXTS), help="that are tried; none is the first")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--times", action="store_true", help="measure steps alone")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -363,11 +365,13 @@ def main() -> None:
     lines = list[str]()
     for task in options.tasks:
         given = folder, options.model, task
-        studies: list[Callable[[], list[tuple[str, list[Recipe]]]]] = [partial(study_ladder, *given, options.contexts, EPOCHS)]
-        studies += [partial(study_probe, *given, options.contexts)]
-        studies += [partial(study_rival, *given, method) for method in options.rivals if task != "more"]
-        studies += [partial(study_ladder, *given, options.contexts, MANY)] if task != "more" else []
-        for title, seeds in (each for study in studies for each in study()):
+        studies: dict[str, list[Callable[[], list[tuple[str, list[Recipe]]]]]] = {
+            "ladder": [partial(study_ladder, *given, options.contexts, EPOCHS)],
+            "probe": [partial(study_probe, *given, options.contexts)],
+            "rivals": [partial(study_rival, *given, method) for method in options.rivals if task != "more"],
+            "many": [partial(study_ladder, *given, options.contexts, MANY)] if task != "more" else [],
+        }
+        for title, seeds in (each for part in options.parts for study in studies[part] for each in study()):
             lines.append(line(folder, task, title, seeds))
             print(lines[-1], flush=True)
     head = ("task", "method", "learning rate", "validation, seed 0", "test, mean (seeds)", "three seeds together", "trained")
