@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import absl.logging
 import pytest
 import torch
 
@@ -25,6 +27,9 @@ from helpers.training import train
 
 __all__ = ["EMBEDDED", "ROOT", "fresh", "launch", "make_t5", "recipe_writer", "train"]  # old names: import them from `helpers`
 
+# absl, which rouge_score brings along, closes the stream that it found as sys.stderr, here pytest's own, when logging is configured while
+# a test has put another in its place, as importing submitit inside a CliRunner does. This stream it leaves alone.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 STARTED = counting.watch()
 BEFORE = pytest.StashKey[tuple[int, int]]()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import importlib
+import io
 import json
+import logging.config
 import os
 import subprocess
 import sys
@@ -174,6 +178,14 @@ def test_what_would_be_submitted(tmp_path: Path, write_recipe: Callable[..., Pat
     (one,) = told("slurm", "submit", "--recipe", path, "--dry-run", "--gpus-per-node", "0", "--tasks-per-node", "1")
     assert one["run"] == "swept-kind-seed0" and one["job"] is None
     assert told("slurm", "resubmit", "--output-dir", tmp_path / "runs") == []
+
+
+def test_a_command_that_configures_logging_closes_no_stream_of_pytest() -> None:
+    """Once, a whole worker was lost to it: every test after the first that imported submitit inside a CliRunner."""
+    importlib.import_module("absl.logging")  # whichever test comes first to count n-grams does
+    with contextlib.redirect_stderr(io.StringIO()):
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    assert not sys.stderr.closed
 
 
 def test_every_command_that_prints_a_table_has_the_option() -> None:
