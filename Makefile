@@ -88,7 +88,8 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-# The documentation as a site; whatever is wrong with a link, an anchor or the reference is an error. Open site/index.html.
+# The documentation as a site; whatever is wrong with a link, an anchor or the reference is an error. Open site/index.html; its search wants a
+# server, as by `python -m http.server --directory site`.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
