@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import http.server
 import importlib.util
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
+from helpers.browser import chromium, fits
 from helpers.paths import ROOT
 
 
@@ -73,6 +79,60 @@ def test_the_reference_shows_arguments_shapes_and_errors(site: Path) -> None:
     text = (site / "api.html").read_text()
     for part in ("LadderModel", "LadderConfig", "reduction_factor", "Raises", "LadderError"):
         assert part in text
+    names = re.findall(r'<tr class="doc-section-item">\s*<td>(.*?)</td>', text, flags=re.DOTALL)
+    assert len(names) > 50 and not [name for name in names if "," in name], "arguments that share a line lose their types and defaults"
+
+
+@pytest.mark.slow
+def test_no_list_breaks_off(site: Path) -> None:
+    """A code block that is not indented by four ends one, and what follows becomes a paragraph with numbers in it."""
+    broken = {path.name: re.findall(r"<p>\d+\. .{40}", path.read_text()) for path in site.rglob("*.html")}
+    assert {name: found for name, found in broken.items() if found} == {}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    handler = functools.partial(_Silent, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_every_page_fits_a_real_browser(site: Path, address: str, browser: Browser, width: int) -> None:
+    wrong: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
+    page.on("response", lambda response: wrong.append(f"{page.url}: {response.url}: {response.status}") if response.status >= 400 else None)
+    for path in sorted(site.rglob("*.html")):
+        page.goto(f"{address}/{path.relative_to(site)}")
+        if not fits(page):
+            wrong.append(f"{page.url}: something stands beyond the window's edge")
+    page.close()
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_page(address: str, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{address}/index.html")
+    page.get_by_placeholder("Search").fill("preemption")
+    page.locator(".md-search-result__item").first.click()
+    page.wait_for_url("**/slurm.html*")
+    page.close()
 
 
 def test_the_page_on_what_works_with_what_is_fresh() -> None:

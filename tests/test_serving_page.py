@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
+from helpers.browser import chromium, fits
 from helpers.serving import Served, made, serving
 
 __all__ = ["made"]
@@ -17,12 +17,8 @@ pytestmark = pytest.mark.slow  # needs chromium, which make debian installs
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = shutil.which("chromium")
-    assert path, "make debian installs chromium, in which the page is looked at"
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def test_two_models_answer_side_by_side(page: Page, served: Served) -> None:
     page.locator("#ask:enabled").wait_for()
     texts = page.locator("pre").all_text_contents()
     assert texts == [served.expected(name, "a kind of bird", 12) for name in ("side0", "side2")]
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing stands beyond the window's edge"
+    assert fits(page)
 
 
 def test_what_is_refused_is_told_beside_the_model(page: Page) -> None:

@@ -48,7 +48,8 @@ def pipeline(
         device: "cpu", "cuda:1"; None: CUDA where there is one.
         labels: of a side network that was saved without its run: answers are the likeliest of them, with their probabilities.
         tokenizer: of such a one whose backbone has no name.
-        revision, token: of the hub's.
+        revision: a branch, tag or commit of the hub.
+        token: of the hub's, in place of the one that it has been told.
 
     Raises:
         LstScaleError: the folder holds neither, is damaged, or reads pictures.
@@ -104,7 +105,8 @@ class Pipeline:
         """Return the answer, or those of several inputs in order.
 
         Args:
-            max_new_tokens, num_beams: of an answer that is written; None: as the run was scored.
+            max_new_tokens: of an answer that is written; None: as the run was scored.
+            num_beams: of its search; None: as the run was scored.
             batch_size: inputs at once; None: as the run was scored.
 
         Raises:

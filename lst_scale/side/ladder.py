@@ -160,8 +160,8 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
             attention_mask: (B, S), 1 = token, 0 = padding.
             labels: (B, T); decoder inputs are the labels shifted right unless `decoder_input_ids` are given.
             encoder_outputs: of both encoders, in place of `input_ids`; needs its `attention_mask`.
-            past_key_values, cache: one cache for backbone and side network, read and filled, under transformers' old or new name; with
-                `use_cache` one is made when none is given.
+            past_key_values: one cache for backbone and side network, read and filled; with `use_cache` one is made when none is given.
+            cache: the same under transformers' new name.
             return_dict: always True; generation passes it.
             output_hidden_states: also return states, each (B, T, D): the embeddings, the output of every backbone block that the ladder
                 reads, without gradient, and last what the head makes logits of. As `.hidden_states`, or beside an encoder-decoder as
@@ -169,8 +169,9 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
             output_attentions: never True; transformers' tools pass it.
             image_features: (B, I, G, F) of a frozen image encoder, for a side network with `vision`: I images a row, G positions of a
                 square grid; boxes: (B, I, G, 4), x1, x2, y1, y2 of each token, zeros when left out. Neither goes with `encoder_outputs`.
-            loss_form, scores: "token_mean", "example_mean" (the mean over a row's tokens, then over rows) or "scored_example_mean" (each
-                row's mean times its score (B,), then over rows): the release's losses for captions, GQA and NLVR2, and VQA.
+            loss_form: "token_mean", "example_mean" (the mean over a row's tokens, then over rows) or "scored_example_mean" (each
+                row's mean times its score, then over rows): the release's losses for captions, GQA and NLVR2, and VQA.
+            scores: (B,), for "scored_example_mean".
             num_items_in_batch: labels that predict in all micro batches of a step, by which transformers' Trainer has the sum divided.
         """
         if not return_dict:

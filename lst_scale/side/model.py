@@ -109,7 +109,8 @@ class LadderModel(Ladder):
         Args:
             folder: one of this machine, or a name of the hub, owner/name.
             subfolder: below it; "side_network" of a run.
-            revision, token: of the hub's.
+            revision: a branch, tag or commit of the hub.
+            token: of the hub's, in place of the one that it has been told.
 
         Raises:
             LadderError: the folder is not whole, or the backbone is not the one that the side network was trained on.
