@@ -132,11 +132,19 @@ class WholeModelTrainee:
 
 
 def _logits(
-    family: Family, run: Any, source_BS: Tensor, mask_BS: Tensor, target_BT: Tensor, images: Images | None, source: Any | None = None
+    family: Family,
+    run: Any,
+    source_BS: Tensor,
+    mask_BS: Tensor,
+    target_BT: Tensor,
+    images: Images | None,
+    source: Any | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor, Any]:
-    """Return a target's logits (B, T, V), and the `source` that other targets of these rows need not run again."""
+    """Return a target's logits (B, T, V) and, with `keep`, the `source` that other targets of these rows need not run again."""
     if images is None:
-        return family.whole_logits(run, source_BS, mask_BS, target_BT, source)
+        return family.whole_logits(run, source_BS, mask_BS, target_BT, source, keep=keep)
     found: tuple[Tensor, Any] = run(source_BS, mask_BS, images, target_BT, source)  # `methods.images.ReadingImages`
     return found
 
@@ -189,7 +197,7 @@ class WholeModelScoring:
         self._source: Any | None = None
 
     def logits(self, target_BT: Tensor, taps: None = None) -> Tensor:
-        logits_BTV, source = _logits(self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source)
-        if not self._model.replica.in_step:  # ZeRO-3 fetches weights in the order in which modules ran before
-            self._source = source
+        keep = not self._model.replica.in_step  # ZeRO-3 fetches weights in the order in which modules ran before
+        logits_BTV, source = _logits(self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source, keep=keep)
+        self._source = source if keep else None
         return logits_BTV

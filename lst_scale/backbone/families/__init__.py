@@ -283,11 +283,19 @@ class Family(Protocol):
     # Inside it: methods that train the model itself, and where they put what they add.
 
     def whole_logits(
-        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Any | None = None
+        self,
+        run: Callable[..., Any],
+        source_BS: Tensor,
+        source_mask_BS: Tensor,
+        target_BT: Tensor,
+        source: Any | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Any]:
         """Return a target's logits (B, T, V) and, for other targets of these rows, the `source` that need not be run again.
 
-        `run` is the whole model, perhaps wrapped; `source_BS` are token ids, or their embeddings (B, S, D).
+        `run` is the whole model, perhaps wrapped; `source_BS` are token ids, or their embeddings (B, S, D). Without `keep` nothing is held
+        for other targets that would cost memory, and there may be no `source`; one that is given stays as it is.
         """
         ...
 

@@ -38,8 +38,16 @@ class TwoStacks:
         raise BackboneError("a decoder goes on from an encoder's states: give a source")
 
     def whole_logits(
-        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Tensor | None = None
+        self,
+        run: Callable[..., Any],
+        source_BS: Tensor,
+        source_mask_BS: Tensor,
+        target_BT: Tensor,
+        source: Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """The source's final states are there in any case."""
         given = {"inputs_embeds" if source_BS.is_floating_point() else "input_ids": source_BS}
         if source is not None:
             given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from lst_scale.backbone.cache_argument import cache_argument
+from lst_scale.backbone.families.llama.model import continued
 from lst_scale.backbone.families.llama.numbers import NO_SOURCE_ATTENTION
 from lst_scale.errors import BackboneError
 
@@ -18,14 +21,31 @@ class LlamaInside:
     peft_task: ClassVar[str] = "CAUSAL_LM"
 
     def whole_logits(
-        self, run: Callable[..., Any], source_BS: Tensor, source_mask_BS: Tensor, target_BT: Tensor, source: Any | None = None
-    ) -> tuple[Tensor, Any]:
-        """Source and target are one text; nothing is kept of the source, whose states a trained model changes."""
-        ids = torch.cat([source_BS, target_BT], 1)
+        self,
+        run: Callable[..., Any],
+        source_BS: Tensor,
+        source_mask_BS: Tensor,
+        target_BT: Tensor,
+        source: DynamicCache | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """Source and target are one text, and what is kept are the source's keys and values.
+
+        They are those of all blocks at full length: where a window is seen, the mask alone says so.
+        """
+        num_new = target_BT.shape[1]
+        ids = torch.cat([source_BS, target_BT], 1) if source is None else target_BT
         mask = torch.cat([source_mask_BS, torch.ones_like(target_BT)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = run(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=target_BT.shape[1])
-        return output.logits, None
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": num_new}
+        if source is not None:
+            return run(**inputs, use_cache=True, **cache_argument(continued(source, None))).logits, source
+        if not keep:
+            return run(**inputs, use_cache=False).logits, None
+        cache = DynamicCache()
+        logits_BTV: Tensor = run(**inputs, use_cache=True, **cache_argument(cache)).logits
+        return logits_BTV, _without_last(cache, num_new)
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         if after_source_attention:
@@ -42,3 +62,10 @@ class LlamaInside:
 
     def is_norm(self, module: nn.Module) -> bool:
         return type(module).__name__.endswith("RMSNorm")
+
+
+def _without_last(cache: DynamicCache, count: int) -> DynamicCache:
+    """Return a cache after its last `count` tokens were taken away."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+    return cache

@@ -58,7 +58,7 @@ class Prompt:
 
     def repeated(self, num_rows: int) -> Prompt:
         """Return those of so many rows, given those of one: what is held is shared."""
-        cache = _continued(self.cache, None)
+        cache = continued(self.cache, None)
         for layer in cache.layers:
             layer.keys, layer.values = (held.expand(num_rows, -1, -1, -1) for held in (layer.keys, layer.values))
         return Prompt(cache=cache, context_length=self.context_length)
@@ -186,7 +186,7 @@ class LlamaModel:
         """The mask is the source's, or one of all tokens up to the last of the target, which then needs none of its own; a context is in
         neither."""
         if source is not None and (cache is None or cache.get_seq_length() == 0):
-            cache = _continued(source.cache, cache)
+            cache = continued(source.cache, cache)
         with _shortened(model.model, num_blocks):
             return _run(model, embedding_BTD, attention_mask_BS, cache, 0 if source is None else source.context_length)
 
@@ -233,7 +233,7 @@ def _run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache
     return final_BTD
 
 
-def _continued(source: DynamicCache, into: DynamicCache | None) -> DynamicCache:
+def continued(source: DynamicCache, into: DynamicCache | None) -> DynamicCache:
     """Return a cache that goes on from a source's, which stays as it is: layers are new, what they hold is shared."""
     layers = [copy.copy(layer) for layer in source.layers]
     if into is None:
