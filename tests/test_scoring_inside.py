@@ -147,9 +147,12 @@ def test_the_order_of_targets_and_padding_before_a_prompt_change_nothing(kind: s
             torch.testing.assert_close(list(found), [expected[number] for number in order], rtol=1e-5, atol=2e-5)  # as above
 
 
-def test_training_keeps_nothing_of_a_source(tmp_path: Path) -> None:
+def test_nothing_is_kept_in_training_or_of_a_prompt_after_which_one_target_is_scored(tmp_path: Path) -> None:
     make_llama("llama").save_pretrained(tmp_path / "llama")
-    made, held = trainee_of("lora", tmp_path / "llama"), []
+    made, rows, held = trainee_of("lora", tmp_path / "llama"), batch(), []
     made.module.register_forward_hook(lambda _module, _args, output: held.append(getattr(output, CACHE)))
-    made.nll(made.module, batch(), None).backward()
-    assert held == [None]
+    made.nll(made.module, rows, None).backward()
+    with evaluated(made) as model:
+        for labels in (["b"], ["a", "b"]):
+            answered(label_scores(model, rows, Words(), labels))
+    assert [cache is None for cache in held] == [True, True, False, False]

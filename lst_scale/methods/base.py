@@ -19,8 +19,11 @@ from lst_scale.inputs.images import Images
 class Scoring(Protocol):
     """The rows of one batch, about to be scored on several targets. What depends on their source alone is made once."""
 
-    def logits(self, target_BT: Tensor, taps: Any) -> Tensor:
-        """Return logits (B, T, V) of one target; `taps`: what the frozen backbone makes of it, None where there is none."""
+    def logits(self, target_BT: Tensor, taps: Any, *, last: bool = False) -> Tensor:
+        """Return logits (B, T, V) of one target; `taps`: what the frozen backbone makes of it, None where there is none.
+
+        After the `last` one no other comes, for which something would have to be kept.
+        """
         ...
 
 

@@ -196,8 +196,8 @@ class WholeModelScoring:
         self._model, self._rows, self._images = model, (source_BS, source_mask_BS), images
         self._source: Any | None = None
 
-    def logits(self, target_BT: Tensor, taps: None = None) -> Tensor:
-        keep = not self._model.replica.in_step  # ZeRO-3 fetches weights in the order in which modules ran before
+    def logits(self, target_BT: Tensor, taps: None = None, *, last: bool = False) -> Tensor:
+        keep = not (last or self._model.replica.in_step)  # ZeRO-3 fetches weights in the order in which modules ran before
         logits_BTV, source = _logits(self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source, keep=keep)
         self._source = source if keep else None
         return logits_BTV

@@ -310,7 +310,7 @@ class LadderScoring:
         self._source: SideEncoderState | None = None
 
     @torch.no_grad()
-    def logits(self, decoder_input_ids_BT: Tensor, taps: Taps) -> Tensor:
+    def logits(self, decoder_input_ids_BT: Tensor, taps: Taps, *, last: bool = False) -> Tensor:
         """Return logits (B, T, V); `taps`: what the backbone makes of these decoder inputs and the rows' source."""
         side = self._model.side
         own = select(taps, side.request)

@@ -158,7 +158,7 @@ def label_scores(
     for number, target in enumerate(targets):
         taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
         if batch is not None and scoring is not None:
-            scores.append(_log_likelihood(model, scoring, target, batch, taps))
+            scores.append(_log_likelihood(model, scoring, target, batch, taps, last=number + 1 == len(targets)))
         del taps  # or the next label's would be made beside these
     return torch.stack(scores, -1) if scores else torch.empty(0, len(labels))
 
@@ -170,9 +170,9 @@ def _scoring(model: Predictor, batch: Batch) -> Scoring:
 
 
 @torch.no_grad()
-def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], batch: Batch, taps: Any) -> Tensor:
+def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], batch: Batch, taps: Any, *, last: bool) -> Tensor:
     """Return the log-likelihood (B,) of one target for every row."""
     labels_BT = as_labels(target, batch)
-    logits_BTV = scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps)
+    logits_BTV = scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps, last=last)
     labels_BT = labels_BT.to(model.device)
     return logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)

@@ -104,7 +104,7 @@ class Judge:
         return _judged(logits_BTV, [row.source for row in rows], stems)
 
     def _of_prompts(self, rows: Sequence[Row]) -> dict[Pair, Likelihood]:
-        """Return how likely the targets of prompts are. Each prompt runs once; where a method changes the backbone, if that can be."""
+        """Return how likely the targets of prompts are. Each prompt runs once."""
         sources = [row.source for row in rows]
         columns = list(zip(*(row.stems for row in rows), strict=True))
         several = [self._inputs(sources, stems).to(self._model.device) for stems in columns]
@@ -112,9 +112,9 @@ class Judge:
         each = itertools.repeat(None) if request is None else self._passes.backbone.each_target(several, request)
         scoring = self._model.scoring(several[0].source_BS, several[0].source_mask_BS)
         found: dict[Pair, Likelihood] = {}
-        for stems, inputs in zip(columns, several, strict=True):
+        for number, (stems, inputs) in enumerate(zip(columns, several, strict=True), start=1):
             taps = next(each)
-            logits_BTV = scoring.logits(inputs.target_BT, taps)
+            logits_BTV = scoring.logits(inputs.target_BT, taps, last=number == len(columns))
             del taps  # or the next target's would be made beside these
             found |= _judged(logits_BTV, sources, stems)
         return found
