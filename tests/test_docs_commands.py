@@ -1,7 +1,6 @@
-"""Every command that the README and the documentation show is carried out, or goes through the parser that would carry it out.
+"""Every command that the README and the documentation show goes through the parser that would carry it out.
 
-Neither happens to those in EXCUSED, each with its reason. A new command that is none of the three fails here. CARRIED_OUT and ON_A_RUN are
-carried out here, those of examples/ in test_examples.py, the others in short by the tests of what they are about.
+Not those in EXCUSED, each with its reason. A new command that is neither fails here. They are carried out in test_commands_in_short.py.
 """
 
 from __future__ import annotations
@@ -52,20 +51,6 @@ EXCUSED = {  # what a command begins with: why it is not tried
     "python benchmarks/paper_memory.py": "has no options",
     "python docs/make_": "has no options; tests/test_recipe_reference.py and tests/test_docs_site.py run them",
     "sbatch ": "Slurm's; tests/test_slurm_jobs.py submits slurm/train.sbatch",
-}
-CARRIED_OUT = {  # and what it says
-    "lst-scale train --recipe t5-3b --print-recipe": "normalize_taps",
-    "lst-scale cache list": "",
-    "lst-scale cache rows": "",
-    "lst-scale plan --recipe qwen3-8b": "QLoRA, nf4, checkpointed",
-    "python slurm/submit.py --recipe t5-base task=rte --dry-run": "#SBATCH --nodes=1",
-}
-ON_A_RUN = {  # after the two commands of the README, in their folder
-    "lst-scale runs": "done",
-    "lst-scale runs --json": '"state": "done"',
-    "lst-scale compare runs": "trainable_percent",
-    "lst-scale compare runs --plot score-memory.png": "trainable_percent",
-    "lst-scale chat runs/kinds-person-or-food-seed0": "",
 }
 PLANNED = "lst-scale plan --recipe t5-3b backbone.precision=int8 --gpu-memory 16GB --plot plan.png"
 NEEDED = {"sweep": ["--recipe", "smollm2-135m"], "plan": ["--recipe", "quickstart"]}  # where a page shows what matters, and leaves it out
@@ -220,24 +205,6 @@ def test_a_command_that_is_shown_is_understood(shown: Shown, monkeypatch: pytest
     PARSED[shown.program](list(shown.words[1:]), monkeypatch)
 
 
-def carried_out(line: str, *more: str, given: str = "") -> str:
-    """Carry out a command of ours in this process; return what it printed, on stderr too."""
-    program, *words = shlex.split(line)
-    if program == "python":
-        path = Path(words.pop(0))
-        assert path.parent.name == "slurm"
-        words = ["slurm", path.stem, *words]
-    done = CliRunner().invoke(app, [*words, *more], input=given)
-    assert done.exit_code == 0, done.output + repr(done.exception)
-    return done.output
-
-
-@pytest.mark.parametrize("line", CARRIED_OUT)
-def test_a_command_that_costs_nothing_is_carried_out(line: str) -> None:
-    assert line in LINES, "no page shows it any more"
-    assert CARRIED_OUT[line] in carried_out(line)
-
-
 @pytest.mark.slow
 def test_the_plan_that_pages_show_is_what_its_command_says() -> None:
     """Four pages name peaks of T5-3B by method and precision; all are the planner's own."""
@@ -259,48 +226,6 @@ def name_of(method: str, precision: str) -> str:
     """Return what the planner calls a line of these tables."""
     kind = "lst" if method.startswith("side network") else method.split()[0]
     return f"{kind}, {precision}{', checkpointed' if 'checkpointing' in method else ''}" if "LoRA" in kind else kind
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the README's two commands were carried out, shortened, on tables of examples/own_csv, whose columns it names."""
-    here = folder_of_recipes(tmp_path_factory.mktemp("trained"))
-    for split in ("train", "validation", "test"):
-        lines = (ROOT / "examples" / "own_csv" / f"{split}.csv").read_text().splitlines(keepends=True)
-        (here / f"{split}.csv").write_text("".join(lines[:33]))
-    block = next(
-        block for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL) if "kinds.yaml" in block
-    )
-    first, second = block.strip().splitlines()
-    with inside(here):
-        carried_out(first, "training.max_steps=2", "training.evaluate_every=2", "data.max_eval_rows=8")
-        carried_out(second)
-    return here
-
-
-@pytest.mark.slow
-def test_the_two_commands_of_the_readme_train_on_a_table_and_answer_it(trained: Path) -> None:
-    assert len((trained / "answers.jsonl").read_text().splitlines()) == 32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ON_A_RUN)
-def test_a_command_on_a_run_is_carried_out(trained: Path, line: str) -> None:
-    assert line in LINES, "no page shows it any more"
-    with contextlib.chdir(trained):
-        assert ON_A_RUN[line] in carried_out(line, given="a large bird that can not fly\n")
-
-
-@pytest.mark.slow
-def test_the_pipeline_that_a_page_shows_answers_for_that_run(trained: Path) -> None:
-    text = (ROOT / "docs" / "python.md").read_text()
-    [shown] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "runs/kinds-person-or-food-seed0" in block]
-    one, two = "\n    first = pipe(", "\n    both = pipe("
-    names: dict[str, Any] = {}
-    with inside(trained):
-        exec(shown.replace("\n    pipe(", one, 1).replace("\n    pipe(", two, 1), names)
-    alone, beside = (answer["probabilities"] for answer in (names["first"], names["both"][0]))
-    assert alone.keys() == {"food", "person"} and alone == pytest.approx(beside, abs=1e-4)  # beside another row sums round otherwise
 
 
 def test_every_excuse_is_of_a_command_that_is_shown_and_each_program_is_looked_at() -> None:
