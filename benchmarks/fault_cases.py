@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import Case, Done, Place
+from fault_place import Case, Done, Place
 from safetensors.torch import load_file, save_file
 
 HOLDS = "holds"
