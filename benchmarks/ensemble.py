@@ -14,7 +14,6 @@ import json
 import statistics
 from pathlib import Path
 
-import methods
 import yaml
 from methods import TASKS, prepare, recipe
 
@@ -38,7 +37,7 @@ def members(folder: Path, task: str, method: str, epochs: int, seeds: int) -> Re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--packages", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, help="where they were downloaded to; kind needs none")
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=8)
@@ -46,8 +45,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["kind", "speech", "tweets"], choices=list(TASKS))
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not all((folder / task / "test.jsonl").exists() for task in methods.TASKS):
-        prepare(folder, options.packages, options.rows)
+    prepare(folder, options.packages, options.rows, options.tasks)
     sizes = [size for size in SIZES if size <= options.seeds]
     print("| method, epochs | task | alone | " + " | ".join(f"of {size}" for size in sizes) + " |")
     print("| --- | --- | --- |" + " --- |" * len(sizes))

