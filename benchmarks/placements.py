@@ -1,7 +1,7 @@
 """What each rank holds under every placement of the backbone, while it loads and while it trains: the main job, two steps of it.
 
     python benchmarks/make_checkpoint.py google-t5/t5-large /tmp/t5-large
-    python benchmarks/placements.py /tmp/t5-large
+    python benchmarks/placements.py /tmp/t5-large [--cases zero3:2:bf16 disk:1:int8]
 
 On the CPU the peak is that of the resident set, less that of the same job on the embedded backbone (Python, torch and DeepSpeed; 20 MB of
 weights): what the backbone costs. Blocks streamed from host memory are resident on the CPU, so there `disk` is the row to read.
@@ -41,6 +41,11 @@ CASES = [
 ]
 
 
+def case_of(text: str) -> tuple[str, int, str]:
+    placement, ranks, precision = text.split(":")
+    return placement, int(ranks), precision
+
+
 def run(checkpoint: str, placement: str, ranks: int, precision: str, folder: Path) -> dict[str, Any]:
     """Train two steps and return result.json."""
     placed: Any = {"name": "streamed", "source": "disk", "folder": str(folder / "blocks")} if placement == "disk" else placement
@@ -59,7 +64,7 @@ def run(checkpoint: str, placement: str, ranks: int, precision: str, folder: Pat
         "output_dir": str(folder),
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29871"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += ["-m", "lst_scale.train", "--recipe", "t5-large", "--overwrite", *overrides]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -71,6 +76,7 @@ def run(checkpoint: str, placement: str, ranks: int, precision: str, folder: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
+    parser.add_argument("--cases", nargs="+", type=case_of, default=CASES, metavar="PLACEMENT:RANKS:PRECISION")
     options = parser.parse_args()
     shape = shape_of(options.checkpoint)
     assert shape is not None
@@ -82,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         base = run("embedded:tiny-t5", "replicated", 1, "bf16", Path(name))
         whole: dict[str, float] = {}
-        for placement, ranks, precision in CASES:
+        for placement, ranks, precision in options.cases:
             result = run(options.checkpoint, placement, ranks, precision, Path(name))
             held = max(result["backbone_bytes_by_rank"])
             whole.setdefault(precision, held)
