@@ -84,12 +84,15 @@ def corrupt(window: np.ndarray, first_sentinel: int, draw: np.random.Generator) 
 
 
 def batches(stream: np.ndarray, first_sentinel: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (source, target) batches for ever; all rows have the same length, so nothing is padded."""
+    """Yield (source, target) batches for ever; all rows have the same length, so nothing is padded. A short text has smaller ones."""
+    if len(stream) <= 2 * WINDOW:
+        raise SystemExit(f"{len(stream)} tokens are too few to learn or to measure on: there have to be more than {2 * WINDOW}")
     draw = np.random.default_rng(seed)
     while True:
         starts = draw.permutation(np.arange(int(draw.integers(WINDOW)), len(stream) - WINDOW, WINDOW))
-        for first in range(0, len(starts) - BATCH + 1, BATCH):
-            pairs = [corrupt(stream[start : start + WINDOW], first_sentinel, draw) for start in starts[first : first + BATCH]]
+        rows = min(BATCH, len(starts))
+        for first in range(0, len(starts) - rows + 1, rows):
+            pairs = [corrupt(stream[start : start + WINDOW], first_sentinel, draw) for start in starts[first : first + rows]]
             sources, targets = zip(*pairs, strict=True)
             yield torch.tensor(sources), torch.tensor(targets)
 
