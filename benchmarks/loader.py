@@ -4,7 +4,7 @@
 
 20,000 rows of 25 words in tables on disk, global batches of 32, one epoch in order; the embedded backbone's quickstart for the step. HF's
 loader has the same ids in a data set of `datasets` and DataCollatorForSeq2Seq, without workers. Tokens are those of sources that are not
-padding; each is counted by its loader's own pace, one after another, --rounds times in turn; medians.
+padding; each is counted by its loader's own pace, one after another, --rounds times in turn; medians. The step's is that of --steps steps.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def their_masks(split: Any, tokenizer: Any, folder: Path) -> Iterable[Any]:
     return (batch["attention_mask"] for batch in trainer.get_train_dataloader())
 
 
-def step_pace(rows: Path, folder: Path) -> float:
-    """Return source tokens a second of 60 steps of the quickstart on these rows."""
+def step_pace(rows: Path, folder: Path, steps: int) -> float:
+    """Return source tokens a second of some steps of the quickstart on these rows."""
     fields = {"kind": "classification", "train": str(rows), "validation": str(rows), "source": ["text"], "target": "label"}
     command = [sys.executable, "-m", "lst_scale.train", "--recipe", "quickstart", "--overwrite", f"task={json.dumps(fields)}"]
     command += [
         f"output_dir={folder / 'runs'}",
         "name=step",
-        "training.max_steps=60",
+        f"training.max_steps={steps}",
         "data.max_eval_rows=32",
         "evaluation.method=likelihood",
     ]
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -100,7 +101,7 @@ def main() -> None:
         for number in range(options.rounds):
             found["the loader alone"].append(pace(our_masks(split, number)))
             found["HF's Trainer's loader"].append(pace(their_masks(split, tokenizer, folder)))
-            found["a training step"].append(step_pace(rows, folder))
+            found["a training step"].append(step_pace(rows, folder, options.steps))
     step = statistics.median(found["a training step"])
     print("| | source tokens a second | over a training step |\n| --- | --- | --- |")
     for what, each in found.items():

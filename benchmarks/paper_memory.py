@@ -1,6 +1,6 @@
 """The paper's memory column as planned: each row of its tables at batch 100 and 128 source tokens, float32 and bf16.
 
-    python benchmarks/paper_memory.py
+    python benchmarks/paper_memory.py [--recipes t5-base-lst]
 
 The paper's "GB" are MiB / 1000 of torch.cuda.max_memory_allocated. Planned are tensors alone, with attention kernels that store no dropout
 masks, which the paper's transformers 4.6 did not have: its figures for methods that run backward through the backbone hold score maps too.
@@ -8,6 +8,7 @@ masks, which the paper's transformers 4.6 did not have: its figures for methods 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 
 from lst_scale.plan.footprint import footprint
@@ -41,10 +42,13 @@ def planned(name: str, precision: str, *, on_gpu: bool) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
+    options = parser.parse_args()
     print("| recipe | published | fp32, masks stored | fp32 | bf16 |\n| --- | --- | --- | --- | --- |")
-    for name, published in PUBLISHED.items():
+    for name in options.recipes:
         cells = [planned(name, "fp32", on_gpu=False), planned(name, "fp32", on_gpu=True), planned(name, "bf16", on_gpu=True)]
-        print(f"| {name} | {published} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |", flush=True)
+        print(f"| {name} | {PUBLISHED[name]} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

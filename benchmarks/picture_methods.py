@@ -7,7 +7,7 @@
 The recipe is easy-vqa but for the method, with the supplement's sizes (Table 3) at a quarter of T5-base's width. Learning rates: the
 supplement's and a higher one, for this backbone is small and the epochs are few; each method's is the one with the best validation score.
 Each run is a process of its own, so its memory is its own: the highest resident set less that after loading. What is finished is not done
-again.
+again. `--methods lst lora` runs some of them, `--set data.max_train_rows=1000` changes the recipe for all.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {  # what it changes o
 }
 
 
-def trained(folder: Path, name: str, rate: float, epochs: int) -> tuple[Recipe, dict[str, Any]]:
+def trained(folder: Path, name: str, rate: float, options: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
     """Train with one learning rate, unless that is done, and return the recipe and its result."""
     overrides = [*METHODS[name][0], f"optimizer.learning_rate={rate:g}", f"name={name}-{rate:g}"]
-    overrides += [f"output_dir={folder}", f"training.epochs={epochs}"]
+    overrides += [f"output_dir={folder}", f"training.epochs={options.epochs}", *options.set]
     recipe = load_recipe("easy-vqa", overrides)
     path = folder / recipe.run_name / "result.json"
     if not path.exists():
@@ -49,10 +49,16 @@ def trained(folder: Path, name: str, rate: float, epochs: int) -> tuple[Recipe, 
     return recipe, result
 
 
-def main(folder: Path, epochs: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides for all")
+    options = parser.parse_args()
     lines = []
-    for name, (_, rates) in METHODS.items():
-        tried = [trained(folder, name, rate, epochs) for rate in rates]
+    for name in options.methods:
+        tried = [trained(options.folder, name, rate, options) for rate in METHODS[name][1]]
         recipe, found = max(tried, key=lambda one: one[1]["validation_score"])
         shape = shape_of(recipe.backbone.checkpoint)
         assert shape is not None
@@ -72,8 +78,4 @@ def main(folder: Path, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--epochs", type=int, default=4)
-    asked = parser.parse_args()
-    main(asked.folder, asked.epochs)
+    main()

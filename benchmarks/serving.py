@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/serving.py tiny-t5
     OMP_NUM_THREADS=2 python benchmarks/serving.py data/smollm2-135m --requests 2
+    python benchmarks/serving.py tiny-t5 --clients 8 --sides 4 --apart 2 --more 1 4      # a small machine
 
 Side networks have random weights, far from their start, for what they answer does not matter to how long it takes. The server is a process
 of its own, clients are coroutines of this one. Every answer is compared, token for token, with `generate` of its side network alone.
@@ -60,7 +61,7 @@ WORDS = [
     "of",
     "going",
 ]
-CLIENTS, TOKENS = 64, 16
+TOKENS = 16
 
 
 @dataclass
@@ -178,7 +179,7 @@ def check(backbone: Backbone, tokenizer: Any, folder: Path, answers: dict[tuple[
     return f"{equal} of {len(answers)} answers are those of generate alone, token for token"
 
 
-def lora(checkpoint: str, count: int, requests: int) -> float:
+def lora(checkpoint: str, count: int, requests: int, clients: int) -> float:
     """Return tokens a second of PEFT's LoRA on batches whose rows have adapters of their own."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -191,26 +192,27 @@ def lora(checkpoint: str, count: int, requests: int) -> float:
     model = get_peft_model(kind.from_pretrained(checkpoint, dtype=torch.float32), config, adapter_name="a0").eval()
     for number in range(1, count):
         model.add_adapter(f"a{number}", config)
-    names = [f"a{number % count}" for number in range(CLIENTS)]
+    names = [f"a{number % count}" for number in range(clients)]
     began = time.perf_counter()
-    texts = prompts(CLIENTS * requests)
-    for first in range(0, len(texts), CLIENTS):
-        batch = tokenizer(texts[first : first + CLIENTS], return_tensors="pt", padding=True)
+    texts = prompts(clients * requests)
+    for first in range(0, len(texts), clients):
+        batch = tokenizer(texts[first : first + clients], return_tensors="pt", padding=True)
         batch.pop("token_type_ids", None)
         with torch.no_grad():
             model.generate(**batch, adapter_names=names, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-    return CLIENTS * requests * TOKENS / (time.perf_counter() - began)
+    return clients * requests * TOKENS / (time.perf_counter() - began)
 
 
-def together(checkpoint: str, backbone: Backbone, tokenizer: Any, folder: Path, requests: int, apart: int) -> None:
-    names = make_sides(backbone, folder, 32)
+def together(checkpoint: str, backbone: Backbone, tokenizer: Any, folder: Path, options: argparse.Namespace) -> None:
+    requests, apart, clients, sides = options.requests, options.apart, options.clients, options.sides
+    names = make_sides(backbone, folder, sides)
     with server(checkpoint, {name: folder / name for name in names}) as url:
         asyncio.run(load([(url, names[0])], 1))  # the first pass of a process sets up much
-        ours = asyncio.run(load([(url, names[number % 32]) for number in range(CLIENTS)], requests))
+        ours = asyncio.run(load([(url, names[number % sides]) for number in range(clients)], requests))
         few = asyncio.run(load([(url, names[number % apart]) for number in range(2 * apart)], requests))
     first = sorted(ours.first)
-    print(f"64 clients on 32 side networks: {ours.rate:.1f} tokens/s; first token after {statistics.median(first):.2f} s (p50), "
-          f"{first[int(0.99 * (len(first) - 1))]:.2f} s (p99)")  # fmt: skip
+    print(f"{clients} clients on {sides} side networks: {ours.rate:.1f} tokens/s; "
+          f"first token after {statistics.median(first):.2f} s (p50), {first[int(0.99 * (len(first) - 1))]:.2f} s (p99)")  # fmt: skip
     print(check(backbone, tokenizer, folder, ours.answers))
     with contextlib.ExitStack() as stack:
         urls = [stack.enter_context(server(checkpoint, {name: folder / name}, threads=1)) for name in names[:apart]]
@@ -219,24 +221,26 @@ def together(checkpoint: str, backbone: Backbone, tokenizer: Any, folder: Path, 
         each = asyncio.run(load([(urls[number % apart], names[number % apart]) for number in range(2 * apart)], requests))
     print(f"{2 * apart} clients on {apart} side networks: one server {few.rate:.1f} tokens/s, {apart} servers {each.rate:.1f}: "
           f"{few.rate / each.rate:.2f} times")  # fmt: skip
-    rate = lora(resolve(checkpoint), 32, requests)
-    print(f"PEFT LoRA, 32 adapters, adapter_names in batches of 64, no server: {rate:.1f} tokens/s: {ours.rate / rate:.2f} times")
+    rate = lora(resolve(checkpoint), sides, requests, clients)
+    print(
+        f"PEFT LoRA, {sides} adapters, adapter_names in batches of {clients}, no server: {rate:.1f} tokens/s: {ours.rate / rate:.2f} times"
+    )
 
 
-def more(checkpoint: str, backbone: Backbone, folder: Path, requests: int, rounds: int) -> None:
-    names = make_sides(backbone, folder, 256)
-    rates: dict[int, list[float]] = {count: [] for count in (1, 8, 64, 256)}
+def more(checkpoint: str, backbone: Backbone, folder: Path, options: argparse.Namespace) -> None:
+    clients, names = options.clients, make_sides(backbone, folder, max(options.more))
+    rates: dict[int, list[float]] = {count: [] for count in options.more}
     with server(checkpoint, {name: folder / name for name in names}) as url:
         asyncio.run(load([(url, names[0])], 1))
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for count, found in rates.items():
                 draw = random.Random(0)
-                which = [names[draw.randrange(count)] if count > CLIENTS else names[number % count] for number in range(CLIENTS)]
-                found.append(asyncio.run(load([(url, model) for model in which], requests)).rate)
-    alone = statistics.median(rates[1])
+                which = [names[draw.randrange(count)] if count > clients else names[number % count] for number in range(clients)]
+                found.append(asyncio.run(load([(url, model) for model in which], options.requests)).rate)
+    first = statistics.median(rates[options.more[0]])
     for count, found in rates.items():
         median = statistics.median(found)
-        print(f"{CLIENTS} clients on {count} side networks: {median:.1f} tokens/s, {median / alone:.2f} of one's")
+        print(f"{clients} clients on {count} side networks: {median:.1f} tokens/s, {median / first:.2f} of {options.more[0]}'s")
 
 
 def labels(checkpoint: str, backbone: Backbone, folder: Path) -> None:
@@ -253,8 +257,8 @@ def labels(checkpoint: str, backbone: Backbone, folder: Path) -> None:
     print(f"one text, four labels: one classifier {one * 1e3:.0f} ms, twenty {twenty * 1e3:.0f} ms: {twenty / one:.2f} times")
 
 
-def soak(checkpoint: str, backbone: Backbone, folder: Path, count: int, seconds: float) -> None:
-    names = make_sides(backbone, folder, 32)
+def soak(checkpoint: str, backbone: Backbone, folder: Path, options: argparse.Namespace) -> None:
+    count, seconds, names = options.count, options.seconds, make_sides(backbone, folder, options.sides)
     with server(checkpoint, {name: folder / name for name in names}) as url:
         asyncio.run(load([(url, name) for name in names], 1))
         found = asyncio.run(_requests(url, names, count, seconds))
@@ -286,7 +290,7 @@ async def _requests(url: str, names: Sequence[str], count: int, seconds: float) 
         for number in range(count):
             await asyncio.sleep(max(0.0, began + number * seconds / count - time.perf_counter()))
             tasks.append(asyncio.create_task(one(http, number)))
-            if (number + 1) % (count // 10) == 0:
+            if (number + 1) % max(1, count // 10) == 0:
                 memory.append(_memory_of(url))
         await asyncio.gather(*tasks)
     return {"statuses": dict(statuses), "memory": memory, "left": left}
@@ -309,6 +313,9 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--requests", type=int, default=4, help="of each client")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--sides", type=int, default=32, help="side networks of together and soak")
+    parser.add_argument("--more", nargs="+", type=int, default=[1, 8, 64, 256], help="numbers of side networks, compared with the first")
     parser.add_argument("--count", type=int, default=10_000, help="requests of the soak")
     parser.add_argument("--seconds", type=float, default=600, help="of the soak")
     parser.add_argument("--apart", type=int, default=8, help="server processes, one a side network")
@@ -321,13 +328,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if "together" in options.parts:
-            together(checkpoint, backbone, tokenizer, folder, options.requests, options.apart)
+            together(checkpoint, backbone, tokenizer, folder, options)
         if "more" in options.parts:
-            more(checkpoint, backbone, folder, options.requests, options.rounds)
+            more(checkpoint, backbone, folder, options)
         if "labels" in options.parts:
             labels(checkpoint, backbone, folder)
         if "soak" in options.parts:
-            soak(checkpoint, backbone, folder, options.count, options.seconds)
+            soak(checkpoint, backbone, folder, options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Four learning rates, two reduction factors and four seeds on the quickstart's task. The sweep is one recipe with `members:`, written to
 FOLDER/sweep.yaml; its table is that of `lst-scale compare FOLDER/together`. Four of the members, one a learning rate, also run alone,
 plainly live, one process each; eight times their time stands for 32 such runs. Starting a process is counted in both. On a machine that is
-shared, processor time is the fairer clock.
+shared, processor time is the fairer clock. `--grid` takes other members, `--alone` numbers of others to run alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lst_scale.recipe.grid import expand
 from lst_scale.recipe.schema import load_recipe, to_yaml
 from lst_scale.runs.compare import compare, find_results
 
-GRID = ("optimizer.learning_rate=3e-4,1e-3,3e-3,1e-2", "method.reduction_factor=4,8", "seed=0,1,2,3")
-ALONE = (0, 13, 18, 31)  # one a learning rate, one a seed, two of each reduction factor
+GRID = ["optimizer.learning_rate=3e-4,1e-3,3e-3,1e-2", "method.reduction_factor=4,8", "seed=0,1,2,3"]
+ALONE = [0, 13, 18, 31]  # one a learning rate, one a seed, two of each reduction factor
 
 
 def overrides(options: argparse.Namespace, output: str) -> list[str]:
@@ -58,10 +58,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1500, help="training rows")
     parser.add_argument("--eval-rows", type=int, default=256, help="rows of validation and of test, each")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--grid", nargs="+", default=GRID, metavar="key=one,two", help="the members are all combinations")
+    parser.add_argument("--alone", nargs="+", type=int, default=ALONE, metavar="N", help="numbers of the members that also run alone")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
-    members = expand(GRID)
+    members = expand(options.grid)
+    if not all(0 <= number < len(members) for number in options.alone):
+        parser.error(f"--alone: there are members 0 to {len(members) - 1}")
 
     cached = [*overrides(options, "together"), "cache.enabled=true", f"cache.folder={options.folder / 'taps'}"]
     together = options.folder / "sweep.yaml"
@@ -70,7 +74,7 @@ def main() -> None:
     times = {f"{len(members)} together, cached": run(together)}
 
     alone = []
-    for number in ALONE:
+    for number in options.alone:
         path = options.folder / f"alone-{number}.yaml"
         path.write_text(to_yaml(load_recipe("quickstart", [*overrides(options, "alone"), f"name=alone-{number}", *members[number]])))
         alone.append(run(path))
