@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them, and compare their final weights, bit for bit, with those of a run left alone.
 
-    python benchmarks/kills.py [--kills 50] [--interrupts 10] [--seed 0]
+    python benchmarks/kills.py [--kills 50] [--interrupts 10] [--seed 0] [--kinds plain cache members]
 
 Runs of three kinds take turns: plain ones that save at every step, ones that fill a tap cache, and members of one recipe that share
 passes. Every few kills a run is let go to its end and compared, and two of the finished ones are scored as an ensemble that is killed,
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--interrupts", type=int, default=10)
     parser.add_argument("--each", type=int, default=5, help="signals a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="of runs")
     options = parser.parse_args()
     assert loop and predict and run  # imported once, for all forks
     draw, began = random.Random(options.seed), time.monotonic()
@@ -115,7 +116,7 @@ def main() -> None:
         folder = Path(name)
         log = folder / "log.txt"
         expected, seconds = {}, {}
-        for kind in KINDS:
+        for kind in options.kinds:
             whole = write_recipe(folder, f"whole-{kind}", kind)
             start_time = time.monotonic()
             process = start(lambda path=whole: train.main(["--recipe", str(path)]), log)  # type: ignore[misc]
@@ -124,7 +125,7 @@ def main() -> None:
             seconds[kind] = time.monotonic() - start_time
             expected[kind] = weights_of(folder, f"whole-{kind}")
         while signals:
-            kind = list(KINDS)[told["runs"] % len(KINDS)]
+            kind = options.kinds[told["runs"] % len(options.kinds)]
             victim = write_recipe(folder, f"victim{told['runs']}-{kind}", kind)
             again = lambda path=victim: train.main(["--recipe", str(path), "--resume"])  # noqa: E731
             for _ in range(min(options.each, len(signals))):
