@@ -104,7 +104,7 @@ IN_A_FOLDER = {  # in that of the README's two commands
 ELSEWHERE = {  # what a command begins with: what carries it out, or why nothing does
     "python benchmarks/": "tests/test_benchmarks_in_short.py",
     "bash benchmarks/gpu.sh": "needs a GPU",
-    "python docs/make_": "tests/test_recipe_reference.py and tests/test_docs_site.py",
+    "python docs/make_": "tests/test_benchmarks_in_short.py",
     "python examples/": "tests/test_examples.py",
     "python pretraining/": "tests/test_benchmarks_in_short.py",
     "cd ": "a shell's; what follows it is carried out",

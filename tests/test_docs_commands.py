@@ -47,9 +47,8 @@ EXCUSED = {  # what a command begins with: why it is not tried
     "git worktree": "git's, and of an older commit",
     "cd ": "a shell's; what follows it is tried",
     "echo ": "a shell's; what reads it is tried",
-    "python benchmarks/pictures.py": "has no options: two paths",
-    "python benchmarks/paper_memory.py": "has no options",
-    "python docs/make_": "has no options; tests/test_recipe_reference.py and tests/test_docs_site.py run them",
+    "python benchmarks/pictures.py": "has no options: two paths; tests/test_benchmarks_in_short.py carries it out",
+    "python docs/make_": "has no options; tests/test_benchmarks_in_short.py carries both out",
     "sbatch ": "Slurm's; tests/test_slurm_jobs.py submits slurm/train.sbatch",
 }
 PLANNED = "lst-scale plan --recipe t5-3b backbone.precision=int8 --gpu-memory 16GB --plot plan.png"
