@@ -12,7 +12,7 @@ Each case is a file as a user would write it, in lines of at most 120 characters
 in a fresh process in a folder of its own, with empty caches of rows; cases take turns round after round. Told are the medians of wall
 time and CPU time and the largest peak resident set (ru_maxrss of the process), and what the process itself says of its steps and of
 scoring. What the processes load beside (torch, transformers, datasets, PEFT, TRL or DeepSpeed) is in all figures: that is what a user
-waits for. `--only harness LoRA` runs the cases with one of these in their names.
+waits for. `--only harness LoRA` runs the cases with one of these in their model and name.
 
 The same beside one model: the rows, of which there are as many as steps times batch, each read once, with the same tokens (the last
 column is the loss: the first step's of the harness, the mean of all steps of the trainers. Beside SmolLM2 all start as the model itself,
@@ -235,13 +235,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of 16 rows, beside the T5")
     parser.add_argument("--llm-steps", type=int, default=40, help="of 4 rows, beside SmolLM2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="cases whose names have one of these in them")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="cases whose `model, name` has one of these in it")
     options = parser.parse_args()
     llm = str(Path(options.llm).resolve()) if options.llm else ""
     tried = [case for case in cases(llm, options) if llm or case.model != "SmolLM2-135M"]
-    tried = [case for case in tried if any(part in case.name for part in options.only)]
+    tried = [case for case in tried if any(part in f"{case.model}, {case.name}" for part in options.only)]
     if not tried:
-        parser.error(f"--only {' '.join(options.only)}: no case's name has that in it")
+        parser.error(f"--only {' '.join(options.only)}: no case has that in its model and name")
     folders = {"the embedded T5": options.folder.resolve() / "t5", "SmolLM2-135M": options.folder.resolve() / "llm"}
     write_rows(folders["the embedded T5"], "{word} is a kind of <extra_id_0> : {definition}", "<extra_id_0>", 16 * options.steps)
     write_rows(folders["SmolLM2-135M"], "Definition: {definition}\nKind:", "", 4 * options.llm_steps)
