@@ -152,7 +152,7 @@ TABLE = {
     "serving": Short(
         shown="python benchmarks/serving.py",
         words="benchmarks/serving.py tiny-t5 --requests 1 --rounds 1 --clients 4 --sides 2 --apart 1 --parts together labels",
-        says=rf"(\d+) of \1 answers are(.*\n)+PEFT LoRA, 2 adapters.* {N} times\n(.*\n)+.*twenty {N} ms",
+        says=rf"(\d+) of \1 answers are(.*\n)+PEFT LoRA, 2 adapters.* {N} times\n.*twenty {N} ms",
     ),
     "rows": Short(
         shown="python benchmarks/rows.py --rows",
