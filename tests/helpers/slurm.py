@@ -42,7 +42,7 @@ class Cluster:
         self.environment["MASTER_PORT"] = "22"  # left over in somebody's shell: jobs must not heed it
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
