@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lst_scale.backbone.families import NO_PROBE
 from lst_scale.errors import BackboneError
 from lst_scale.recipe.backbone import QUANTIZED
 from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, ProbeRecipe, PromptRecipe
@@ -33,6 +34,10 @@ def check_method(recipe: Recipe) -> None:
     """
     if isinstance(recipe.method, ProbeRecipe) and (found := shape_of(recipe.backbone.checkpoint)) is not None:
         blocks_of(recipe.method, found.spec)
+    if isinstance(recipe.method, LstRecipe) and recipe.method.initialization == "probe":
+        shape = shape_of(recipe.backbone.checkpoint)
+        if shape is not None and not shape.spec.one_stack:
+            raise BackboneError(NO_PROBE)
     if recipe.method.beside_backbone:
         return
     name, backbone = recipe.method.name, recipe.backbone

@@ -36,18 +36,54 @@ class LinearMap:
 
 
 def fits(states_NF: Tensor, labels_N: Tensor, num_labels: int, decays: Sequence[float]) -> Iterator[tuple[float, LinearMap]]:
-    """Yield the fitted map for each weight decay, the largest first, each from where the one before it ended. States are float32, on the
-    CPU; the fit is made in float64."""
-    mean_F, deviation_F = states_NF.mean(0), states_NF.std(0, unbiased=False)
-    changes_F = deviation_F > 1e-6 * states_NF.abs().amax(0).clamp(min=1e-30)
-    inverse_F = torch.where(changes_F, 1 / deviation_F.clamp(min=1e-30), 0.0) * states_NF.shape[1] ** -0.5
-    rotation = _Rotation((states_NF - mean_F) * inverse_F)
-    weight_LC = torch.zeros(num_labels, rotation.rows_NC.shape[1], dtype=torch.float64)
-    bias_L = torch.zeros(num_labels, dtype=torch.float64)
+    """Yield the fitted map for each weight decay, the largest first. States are float32, on the CPU; the fit is made in float64."""
+    scaled = _Scaled(states_NF)
+    for decay, weight_LC, bias_L in _path(scaled.rows_NC, labels_N, torch.zeros(len(labels_N), num_labels), decays):
+        yield decay, scaled.back(weight_LC, bias_L)
+
+
+def cross_validated(
+    states_NF: Tensor, labels_N: Tensor, given_NL: Tensor, decays: Sequence[float], folds_N: Tensor
+) -> tuple[LinearMap, float, float]:
+    """Return a map that adds to log-odds that are `given`, its weight decay, and the loss (nats a row) that chose that one, of rows that were
+    held out, those of a fold together."""
+    scaled = _Scaled(states_NF)
+    losses = dict.fromkeys(decays, 0.0)
+    for fold in folds_N.unique():  # type: ignore[no-untyped-call]
+        kept, held = folds_N != fold, folds_N == fold
+        for decay, weight_LC, bias_L in _path(scaled.rows_NC[kept], labels_N[kept], given_NL[kept], decays):
+            logits_ML = nn.functional.linear(scaled.rows_NC[held], weight_LC, bias_L) + given_NL[held]
+            losses[decay] += float(nn.functional.cross_entropy(logits_ML, labels_N[held], reduction="sum")) / len(labels_N)
+    decay = min(losses, key=lambda each: losses[each])
+    larger = [each for each in decays if each >= decay]
+    *_, (_, weight_LC, bias_L) = _path(scaled.rows_NC, labels_N, given_NL, larger)
+    return scaled.back(weight_LC, bias_L), decay, losses[decay]
+
+
+class _Scaled:
+    """Standardised states, in as few coordinates as they need."""
+
+    def __init__(self, states_NF: Tensor) -> None:
+        self._mean_F, deviation_F = states_NF.mean(0), states_NF.std(0, unbiased=False)
+        changes_F = deviation_F > 1e-6 * states_NF.abs().amax(0).clamp(min=1e-30)
+        self._inverse_F = torch.where(changes_F, 1 / deviation_F.clamp(min=1e-30), 0.0) * states_NF.shape[1] ** -0.5
+        self._rotation = _Rotation((states_NF - self._mean_F) * self._inverse_F)
+        self.rows_NC = self._rotation.rows_NC
+
+    def back(self, weight_LC: Tensor, bias_L: Tensor) -> LinearMap:
+        """Return a map of these coordinates as one of states as they are."""
+        weight_LF = self._rotation.back(weight_LC) * self._inverse_F
+        return LinearMap(weight_LF=weight_LF.float(), bias_L=(bias_L - weight_LF @ self._mean_F.double()).float())
+
+
+def _path(rows_NC: Tensor, labels_N: Tensor, given_NL: Tensor, decays: Sequence[float]) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Yield weight and bias for each weight decay, the largest first, each from where the one before it ended."""
+    given_NL = given_NL.double()
+    weight_LC = torch.zeros(given_NL.shape[1], rows_NC.shape[1], dtype=torch.float64)
+    bias_L = torch.zeros(given_NL.shape[1], dtype=torch.float64)
     for decay in sorted(decays, reverse=True):
-        weight_LC, bias_L = _fitted(rotation.rows_NC, labels_N, decay, weight_LC, bias_L)
-        weight_LF = rotation.back(weight_LC) * inverse_F
-        yield decay, LinearMap(weight_LF=weight_LF.float(), bias_L=(bias_L - weight_LF @ mean_F.double()).float())
+        weight_LC, bias_L = _fitted(rows_NC, labels_N, given_NL, decay, weight_LC, bias_L)
+        yield decay, weight_LC, bias_L
 
 
 class _Rotation:
@@ -79,7 +115,7 @@ class _Rotation:
         return torch.cat([by_row_LN @ some.double() for some in torch.split(self._scaled_NF, CHANNELS_AT_ONCE, 1)], 1)
 
 
-def _fitted(rows_NC: Tensor, labels_N: Tensor, decay: float, weight_LC: Tensor, bias_L: Tensor) -> tuple[Tensor, Tensor]:
+def _fitted(rows_NC: Tensor, labels_N: Tensor, given_NL: Tensor, decay: float, weight_LC: Tensor, bias_L: Tensor) -> tuple[Tensor, Tensor]:
     weight_LC, bias_L = (tensor.clone().requires_grad_() for tensor in (weight_LC, bias_L))
     optimizer = torch.optim.LBFGS(
         [weight_LC, bias_L],
@@ -91,7 +127,7 @@ def _fitted(rows_NC: Tensor, labels_N: Tensor, decay: float, weight_LC: Tensor, 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        nll = nn.functional.cross_entropy(nn.functional.linear(rows_NC, weight_LC, bias_L), labels_N)
+        nll = nn.functional.cross_entropy(nn.functional.linear(rows_NC, weight_LC, bias_L) + given_NL, labels_N)
         total = nll + decay / 2 * weight_LC.square().sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total

@@ -194,6 +194,6 @@ def build_side_network(
     """
     side = SideNetwork(backbone.spec, config or ladder_config(method, backbone.spec))
     initialize_random(side, seed=seed, weights=backbone.weight_source)
-    if method.initialization != "random":
+    if method.carves:
         initialize_by_pruning(side, backbone.weight_source, importance)
     return side

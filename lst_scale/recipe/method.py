@@ -29,7 +29,8 @@ class LstRecipe(Section):
     reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
     # backbone blocks, from 0, that have a side block in both stacks
     side_layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]
-    initialization: Literal["pruning", "fisher", "random"] = "pruning"  # carved out by weight magnitude, or by Fisher information
+    # carved out by weight magnitude, or by Fisher information; or, beside a decoder-only model, as the best linear reading of its states
+    initialization: Literal["pruning", "fisher", "random", "probe"] = "pruning"
     recompute: bool = True  # run side blocks again in the backward pass instead of keeping what happened in them
     tap_storage: Annotated[Literal["exact", "bf16", "int8"], ONE_FOR_MEMBERS] = "exact"  # how taps are held until the backward pass
     fisher_samples: Rows = 1024  # training examples that Fisher information is estimated from
@@ -47,10 +48,27 @@ class LstRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_prune(self) -> LstRecipe:
-        if self.design in ("adapter", "pointwise") and self.initialization != "random":
+        if self.design in ("adapter", "pointwise") and self.carves:
             raise ValueError(f"design {self.design} has no blocks to carve out of the backbone: write initialization: random")
         if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
             raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
+        return self
+
+    @property
+    def carves(self) -> bool:
+        """Whether side blocks start as parts of the backbone's."""
+        return self.initialization in ("pruning", "fisher")
+
+    @model_validator(mode="after")
+    def _somewhere_to_put_a_probe(self) -> LstRecipe:
+        if self.initialization != "probe":
+            return self
+        if self.design in ("cross_attention", "adapter"):
+            raise ValueError(f"initialization probe stands beside a decoder-only model, and design {self.design} does not: write random")
+        if self.downsample_rank is not None:
+            raise ValueError("initialization probe sets whole downsamples: remove downsample_rank, or write initialization: random")
+        if self.merge_last and not self.start_as_backbone:
+            raise ValueError("initialization probe adds to the backbone's final state or stands alone: write start_as_backbone: true too")
         return self
 
 

@@ -283,6 +283,9 @@ class Recipe(Section):
             "write evaluation.max_new_tokens: not all answers are looked at before": writes and evaluation.max_new_tokens is None,
             "remove cache.enabled: rows that come once need no cache": self.cache.enabled,
             "remove members: they share a table": self.members is not None,
+            "write method.initialization=random: a probe is fitted before the first step": (
+                isinstance(self.method, LstRecipe) and self.method.initialization == "probe"
+            ),
             "write loss: token_mean: a stream counts tokens": self.task.loss != "token_mean",
             "remove images: their features are made before training": bool(self.task.images),
             "write backbone.context.text: examples are drawn from a table of rows": (

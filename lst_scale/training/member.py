@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lst_scale.errors import LadderError, LstScaleError
 from lst_scale.methods import build_trainee
 from lst_scale.methods.base import Trainee, trained_parameters
 from lst_scale.methods.importance import task_importance
+from lst_scale.methods.lst import LadderTrainee
 from lst_scale.recipe.marks import KEPT_BY_RESUME, marked
 from lst_scale.recipe.method import LstRecipe
 from lst_scale.recipe.schema import Recipe
@@ -27,9 +29,10 @@ from lst_scale.system.durable import write_directory
 from lst_scale.system.preemption import Interrupted
 from lst_scale.training.answering import Answered, scored_splits
 from lst_scale.training.checkpoint import TRAINING_ROWS, WEIGHTS, Checkpoint, Progress, Resuming, load_latest, read_tensors
-from lst_scale.training.engine import build_engine, release, restore_moments
+from lst_scale.training.engine import build_engine, full_weights, release, restore_moments
 from lst_scale.training.finish import answer, finish
 from lst_scale.training.loop import Plan, Scores, Trainer, make_plan
+from lst_scale.training.probe_start import Starts, begins_as_probe
 from lst_scale.training.result import write_start
 from lst_scale.training.sessions import EVALUATION, Moment, Session
 from lst_scale.training.shared import Shared
@@ -39,7 +42,9 @@ from lst_scale.training.warm_start import start_folder
 class Member:
     """One run of one recipe on what a `Shared` holds."""
 
-    def __init__(self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, ds_config: dict[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, logger: Logger, shared: Shared, starts: Starts, ds_config: dict[str, Any], *, resume: bool
+    ) -> None:
         self.recipe, self.folder, self.logger, self.shared = recipe, folder, logger, shared
         world, backbone, trains = shared.world, shared.backbone, [rows.train for rows in shared.tasks]
         plan = _plan(recipe, shared)
@@ -61,6 +66,9 @@ class Member:
         if begin is not None:
             _begin_with(self.trainee, begin, logger)
         self._start = _restore_weights(self.trainee.module, checkpoint, logger)
+        if checkpoint is None and begin is None and begins_as_probe(recipe):
+            assert isinstance(self.trainee, LadderTrainee)
+            self._start = replace(self._start, seconds=starts.begin(self.trainee, logger))
         self._trainable = sum(parameter.numel() for parameter in trained_parameters(self.trainee.module).values())
         self._engine = build_engine(
             self.trainee.module.to(world.device),
@@ -114,7 +122,7 @@ class Member:
 
     def _score_start(self) -> Session[None]:
         """Score what the method starts as: beside a backbone that the first predictions are, that is the backbone without any training."""
-        weights = {name: parameter.detach() for name, parameter in trained_parameters(self.trainee.module).items()}
+        weights = full_weights(self._engine)
         splits = scored_splits(self.shared.tasks)
         scores = (yield from self._answer(weights, splits, Moment(0, EVALUATION))).scores
         distributed.on_main_rank(self.shared.world, lambda: write_start(self.folder, scores))

@@ -33,6 +33,7 @@ from lst_scale.system.assets import load_ds_config
 from lst_scale.training.engine import check_ds_config
 from lst_scale.training.fitted import FittedMember
 from lst_scale.training.member import Member
+from lst_scale.training.probe_start import Starts, begins_as_probe, sample_of
 from lst_scale.training.sessions import SomeFailed, fit_together
 from lst_scale.training.shared import load_data, load_shared
 from lst_scale.training.warm_start import start_folder
@@ -71,6 +72,8 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
     check_ds_config(ds_config, recipes[0].training.deepspeed)
     folders = [folder_of(each) for each in recipes]
     data = load_data(recipes[0])
+    if any(map(begins_as_probe, recipes)):
+        sample_of([rows.train for rows in data.tasks])
 
     with contextlib.ExitStack() as stack:
 
@@ -102,13 +105,15 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
                 logger.say(sentence)
         shared = load_shared(recipes, world, loggers[0], data)
         stack.callback(shared.close)
+        starts = Starts([rows.train for rows in shared.tasks], shared.passes, world)
         # Nothing but its session holds a member, so that one that ends is gone.
         sessions = [
             FittedMember(each, folder, logger, shared).session()
             if isinstance(each.method, ProbeRecipe)
-            else Member(each, folder, logger, shared, ds_config, resume=resume).session()
+            else Member(each, folder, logger, shared, starts, ds_config, resume=resume).session()
             for each, folder, logger in zip(recipes, folders, loggers, strict=True)
         ]
+        del starts
         try:
             return fit_together(sessions, shared.passes)
         except SomeFailed as failed:

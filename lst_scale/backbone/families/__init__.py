@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lst_scale.backbone.taps import FrozenHead
     from lst_scale.recipe.method import Method
 
+NO_PROBE = "initialization probe stands beside a decoder-only model: write method.initialization=random"
 _LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "olmo3", "granite")
 ROOMS = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(_LLAMAS, "llama") | {"t5gemma2": "t5gemma"}  # model_type -> folder
 REFUSED = {"t5gemma": "a T5Gemma 1, whose stacks have a word table each: choose a T5Gemma 2"}  # what is near a known one, and why not
@@ -351,6 +352,14 @@ class Family(Protocol):
 
     def draw(self, module: nn.Module, normal: Callable[[Tensor, float], None]) -> Iterable[nn.Module]:
         """Fill one module of a side block at random, by `normal(weight, deviation)`; return the linear maps that are filled by it."""
+        ...
+
+    def leave_alone(self, block: nn.Module, channels: slice) -> None:
+        """Let a residual state pass through a side block, or a feed-forward of one, unchanged in some channels."""
+        ...
+
+    def start_averaging(self, block: nn.Module, channels: slice, to: slice, factors_Q: Tensor) -> None:
+        """Let a side block's attention begin with the mean of all tokens so far: of its normed state in Q channels, added to Q others."""
         ...
 
     def start_positions(self, stack: str, side_blocks: nn.Module, weights: Callable[[str], Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from lst_scale.backbone.families import NO_PROBE
 from lst_scale.backbone.taps import BackboneSpec
 from lst_scale.errors import BackboneError
 from lst_scale.inputs.keys import IGNORED
@@ -27,6 +28,12 @@ class TwoStacks:
 
     def divide(self, spec: BackboneSpec, ids_BS: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return ids_BS, mask_BS, self.target_inputs(spec, labels_BT)
+
+    def leave_alone(self, block: Any, channels: slice) -> None:
+        raise BackboneError(NO_PROBE)
+
+    def start_averaging(self, block: Any, channels: slice, to: slice, factors_Q: Tensor) -> None:
+        raise BackboneError(NO_PROBE)
 
     def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
         return generate(input_ids=ids_BS, attention_mask=mask_BS, **options)

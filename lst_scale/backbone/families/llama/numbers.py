@@ -95,7 +95,7 @@ def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
         where = f"beside an encoder-decoder: beside a {spec.model_type} write method.design=transformer"
         raise BackboneError(f"design {method.design} stands {where}")
     reason = spec.why_not_carved(method.reduction_factor, method.side_heads or spec.num_heads)
-    if method.initialization != "random" and reason is not None:
+    if method.carves and reason is not None:
         raise BackboneError(f"{reason}: write method.initialization=random")
     r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
     width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))

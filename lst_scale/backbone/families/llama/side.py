@@ -118,6 +118,23 @@ class LlamaStart:
             return linears
         return ()
 
+    def leave_alone(self, block: nn.Module, channels: slice) -> None:
+        """Let a residual state pass through a side block, or a feed-forward of one, unchanged in some channels."""
+        for name, weight in block.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[channels] = 0
+
+    def start_averaging(self, block: nn.Module, channels: slice, to: slice, factors_Q: Tensor) -> None:
+        """Let the first head see all tokens so far alike, and add its mean of some channels (of normed states) to others."""
+        attention = block.self_attn
+        assert isinstance(attention, LlamaAttention)
+        of_head, read = slice(0, attention.head_dim), torch.arange(len(factors_Q))
+        attention.q_proj.weight[of_head] = 0
+        attention.v_proj.weight[read] = 0
+        attention.v_proj.weight[read, read + channels.start] = 1
+        attention.o_proj.weight[:, read] = 0
+        attention.o_proj.weight[read + to.start, read] = factors_Q
+
     def start_positions(self, stack: str, side_blocks: nn.Module, weights: Callable[[str], Tensor]) -> None:
         """Rotary positions have no weights."""
 

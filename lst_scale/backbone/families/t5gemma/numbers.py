@@ -82,7 +82,7 @@ def backbone_parameters(spec: T5GemmaSpec, own_head: bool) -> int:
 
 def _ladder(spec: T5GemmaSpec, method: LstRecipe) -> int:
     """Return the weights of a side network: of each stack blocks, |K| + 1 downsamples, |K| gates, a norm; and an upsample."""
-    if method.initialization != "random":
+    if method.carves:
         raise BackboneError(f"side blocks are not carved out of a {spec.model_type}: write method.initialization=random")
     if method.design != "transformer":
         what = "a decoder-only model" if method.design == "pointwise" else "a T5 alone"
