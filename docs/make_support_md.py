@@ -76,6 +76,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             f"{RUNS}::test_a_side_network_that_was_carved_out_of_the_backbone_trains",
         ),
         (
+            "`initialization: probe`",
+            "no: write `pruning`",
+            "test_probe_start.py::test_a_run_starts_with_a_lower_loss_than_at_random",
+        ),
+        (
             "`probe`",
             f"{PROBE}::test_every_placement_fits_what_the_replicated_backbone_does",
             f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",

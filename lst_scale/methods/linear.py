@@ -45,8 +45,10 @@ def fits(states_NF: Tensor, labels_N: Tensor, num_labels: int, decays: Sequence[
 def cross_validated(
     states_NF: Tensor, labels_N: Tensor, given_NL: Tensor, decays: Sequence[float], folds_N: Tensor
 ) -> tuple[LinearMap, float, float]:
-    """Return a map that adds to log-odds that are `given`, its weight decay, and the loss (nats a row) that chose that one, of rows that were
-    held out, those of a fold together."""
+    """Return a map that adds to log-odds that are `given`, its weight decay, and the loss (nats a row) that chose it.
+
+    That loss is of rows that were held out, those of a fold together.
+    """
     scaled = _Scaled(states_NF)
     losses = dict.fromkeys(decays, 0.0)
     for fold in folds_N.unique():  # type: ignore[no-untyped-call]
