@@ -16,7 +16,7 @@
 
 Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's ending, out of two (added to the
 backbone's final state, or alone), and its context, out of none and three draws of eight examples from the training rows, are chosen in the
-same way, as is the probe's. A ladder starts as the probe of its states where answers are labels or numbers, and at random where they are text.
+same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
 Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. Side networks that share a context train, and
 answer, on one pass of the backbone, from taps in int8. In less than the time that LoRA takes for two epochs the ladder of the
 chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it once a core, with
