@@ -20,7 +20,7 @@ from helpers.runs import assert_same_weights, final_weights, losses, result
 from helpers.training import train
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone.taps import StackTaps, Taps
-from lst_scale.errors import DataError, NotReady, RecipeError
+from lst_scale.errors import BackboneError, DataError, NotReady, RecipeError
 from lst_scale.methods.linear import cross_validated, fits
 from lst_scale.methods.lst import SharedPasses
 from lst_scale.recipe.schema import load_recipe
@@ -183,6 +183,15 @@ def test_an_encoder_decoder_and_answers_of_many_tokens_are_refused_before_the_ba
         run(load_recipe(str(path)))
     recipe = load_recipe(str(path))
     assert not (Path(recipe.output_dir) / recipe.run_name).exists()
+
+
+def test_states_that_are_not_finite_are_one_line(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = probe_start.prepare_tap
+    monkeypatch.setattr(probe_start, "prepare_tap", lambda tap, normalize: real(tap, normalize=normalize) * float("nan"))
+    with pytest.raises(
+        BackboneError, match=r"^the backbone's states are not finite: look at its weights, or write backbone\.precision=fp32"
+    ):
+        run(load_recipe(str(write("wrong", method=PROBE))))
 
 
 def test_rows_are_as_many_as_a_map_can_be_fitted_to(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

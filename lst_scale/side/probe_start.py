@@ -135,8 +135,9 @@ class _Placing:
         last = self.keys[-1]
         with _watched(self.stack.gates[last]) as seen:
             self.side(taps)
-        mask = taps.source_mask_BS[:, : taps.source.embedding.shape[1]].bool()
-        lengths_S = seen[0].float().square().mean(-1).sqrt()[:, : mask.shape[1]][mask]  # of the sources' tokens
+        source_BS = taps.source_mask_BS[:, : taps.source.embedding.shape[1]].bool()
+        tokens_BS = torch.cat([source_BS, source_BS.new_ones(taps.target.embedding.shape[:2])], 1)
+        lengths_S = seen[0].float().square().mean(-1).sqrt()[tokens_BS]
         mean_QF = self.map_QF[:, self.map_QF.shape[1] // 2 :]
         factors_Q = self._size_of_means(mean_QF) / size_Q / float(lengths_S.reciprocal().mean())
         device = self.stack.final_norm.weight.device

@@ -81,7 +81,8 @@ class Starts:
 
     def __init__(self, splits: Sequence[EncodedSplit], passes: SharedPasses, world: World) -> None:
         self._splits, self._passes, self._world = splits, passes, world
-        self._known: dict[tuple[Any, ...], tuple[Fit | None, Taps | None]] = {}
+        self._read: dict[tuple[Any, ...], tuple[Sample, Read, Taps | None]] = {}
+        self._fits: dict[tuple[Any, ...], Fit] = {}  # on rank 0
 
     def begin(self, trainee: LadderTrainee, logger: Logger) -> float:
         """Let a side network that was drawn start as a linear reading of the backbone's states; return the seconds that took.
@@ -89,7 +90,7 @@ class Starts:
         All ranks must call it; they end with the same weights.
 
         Raises:
-            BackboneError: the backbone is an encoder-decoder.
+            BackboneError: the backbone is an encoder-decoder, or its states are not finite.
             DataError: answers have too many different tokens.
         """
         start = time.perf_counter()
@@ -97,12 +98,16 @@ class Starts:
         if not backbone.spec.one_stack:
             raise BackboneError(NO_PROBE)
         key = (blocks_read(side), reads_means(side), side.config.merge_last, side.config.normalize_taps)
-        if key not in self._known:
-            self._known[key] = self._fit(trainee)
-        fit, middle = self._known[key]
+        if key not in self._read:
+            sample = sample_of(self._splits)
+            self._read[key] = (sample, *_read(sample, self._splits, trainee, self._passes, world))
+        sample, read, middle = self._read[key]
 
         def place() -> tuple[dict[str, Tensor], str]:
-            assert fit is not None and middle is not None, "rank 0 has a share of all batches"
+            assert middle is not None, "rank 0 has a share of all batches"
+            if key not in self._fits:
+                self._fits[key] = _fitted(sample, read, side, backbone.head)
+            fit = self._fits[key]
             side.to(world.device).eval()
             start_as(side, fit.reading, backbone.head, select(middle, trainee.request))
             return {name: parameter.detach().cpu() for name, parameter in side.named_parameters()}, fit.sentence
@@ -115,14 +120,6 @@ class Starts:
         seconds = time.perf_counter() - start
         logger.say(f"{sentence} ({seconds:.0f} s)")
         return seconds
-
-    def _fit(self, trainee: LadderTrainee) -> tuple[Fit | None, Taps | None]:
-        """Return the map on rank 0, and there the taps of some rows."""
-        sample = sample_of(self._splits)
-        read, middle = _read(sample, self._splits, trainee, self._passes, self._world)
-        if not self._world.is_main:
-            return None, None
-        return _fitted(sample, read, trainee.module, trainee.backbone.head), middle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +200,8 @@ def _means(source_BSD: Tensor, mask_BS: Tensor, target_BTD: Tensor) -> Tensor:
 
 
 def _fitted(sample: Sample, read: Read, side: SideNetwork, head: FrozenHead) -> Fit:
+    if not bool(torch.isfinite(read.states_NF).all() and torch.isfinite(read.final_ND).all()):
+        raise BackboneError("the backbone's states are not finite: look at its weights, or write backbone.precision=fp32")
     tokens, merges = len(sample.tokens_K), read.final_ND.shape[1] > 0
     given_NK = read.final_ND @ rows_of_head(head, sample.tokens_K).cpu().T if merges else torch.zeros(len(read.labels_N), tokens)
     _, row_N = read.rows_N.unique(return_inverse=True)  # type: ignore[no-untyped-call]
