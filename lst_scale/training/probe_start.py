@@ -90,11 +90,11 @@ class Starts:
         All ranks must call it; they end with the same weights.
 
         Raises:
-            BackboneError: the backbone is an encoder-decoder, or its states are not finite.
+            BackboneError: the backbone has two stacks, or its states are not finite.
             DataError: answers have too many different tokens.
         """
         start = time.perf_counter()
-        side, backbone, world = trainee.module, trainee.backbone, self._world
+        side, backbone, world = trainee.module, self._passes.backbone, self._world
         if not backbone.spec.one_stack:
             raise BackboneError(NO_PROBE)
         key = (blocks_read(side), reads_means(side), side.config.merge_last, side.config.normalize_taps)
