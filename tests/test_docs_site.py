@@ -129,7 +129,11 @@ def test_every_page_fits_a_real_browser(site: Path, address: str, browser: Brows
 def test_the_search_finds_a_page(address: str, browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(f"{address}/index.html")
-    page.get_by_placeholder("Search").fill("preemption")
+    field = page.get_by_placeholder("Search")
+    field.click()  # the index is fetched then; what is written before it is there may be lost
+    ready = "() => !document.querySelector('.md-search-result__meta').textContent.includes('Initializing')"
+    page.wait_for_function(ready, timeout=120_000)
+    field.press_sequentially("preemption", delay=20)
     page.locator(".md-search-result__item").first.click()
     page.wait_for_url("**/slurm.html*")
     page.close()
