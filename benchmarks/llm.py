@@ -372,12 +372,9 @@ def score(folder: Path, runs: Sequence[Recipe]) -> float:
     return 100 * MEASURES[metric](said, targets)
 
 
-def _number(text: str) -> float:
-    """Return what a text says, 0 if that is no number, as the measure counts it."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+def _number(said: float | None) -> float:
+    """Return a number that was said; 0 where none was, as the measure counts it."""
+    return 0.0 if said is None else float(said)
 
 
 TIMED: dict[str, dict[str, Any]] = {
