@@ -11,7 +11,7 @@ It goes into Q channels for W and Q for M of the side state, which all blocks le
     upsample        the pseudo-inverse of the tokens' rows of the head; its bias also puts other tokens out of the way
 
 What remains of the side network is as it was drawn. Its norms divide by a length that differs between positions: by their means here, so
-logits come out a little larger or smaller, in the same order.
+logits come out a little larger or smaller, mostly in the same order.
 
 Shapes: K tokens, D = d_model, R = d_model / r, Q <= R / 4 channels, L blocks that are read, N positions.
 """

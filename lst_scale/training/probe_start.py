@@ -5,8 +5,6 @@ A tap cache keeps that pass for the first epoch; without one it is a pass more. 
 
 from __future__ import annotations
 
-import functools
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,9 +135,6 @@ class Read:
     states_NF: Tensor  # own states, then means
     final_ND: Tensor  # the backbone's final states; nothing where the side state is not added to them
 
-    def __add__(self, other: Read) -> Read:
-        return Read(**{name: torch.cat([value, vars(other)[name]]) for name, value in vars(self).items()})
-
 
 def _read(
     sample: Sample, splits: Sequence[EncodedSplit], trainee: LadderTrainee, passes: SharedPasses, world: World
@@ -159,7 +154,8 @@ def _read(
         middle = taps if place == len(batches) // 2 else middle
         parts.append(_positions(batch, number, select(taps, trainee.request), trainee.module, sample.tokens_K))
     gathered = [part for of_rank in distributed.gather_on_main(world, parts) for part in of_rank]
-    return functools.reduce(operator.add, gathered or parts), middle
+    every = gathered or parts
+    return Read(**{name: torch.cat([vars(part)[name] for part in every]) for name in vars(every[0])}), middle
 
 
 def _shares(rows: Sequence[int], world: World) -> Iterator[Sequence[int]]:
