@@ -98,6 +98,7 @@ ROWS = {
     "ratings": (500, 300, 600),
     "headlines": (500, 200, 300),
 }
+ANSWERED = {"classification": "likelihood", "regression": "expectation", "text": "generation"}
 PARTS = ("ladder", "probe", "rivals", "longer")
 BATCH = 4  # rows a step: with 16, two epochs of 500 rows are 64 steps, in which no method learned what there was to learn
 EPOCHS, MANY = 2, 8  # of every method; of a ladder in less than the time that LoRA takes for those
@@ -183,7 +184,6 @@ def recipe(
     """Return one run; its name tells method, context, learning rate and, where they are others, epochs and rows a step."""
     files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation")}
     own = TASKS[task]
-    written = own.get("kind") in ("regression", "text")
     tree = {
         "name": f"{method}-{context}-{rate:g}"
         + (f"-{epochs}-epochs" if epochs != EPOCHS else "")
@@ -195,7 +195,7 @@ def recipe(
         "method": PROBE if method == "probe" else _ladder(method, own) or RIVALS[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
         "cache": {"enabled": method == "probe" or method in LADDERS, "dtype": "int8", "folder": str(folder / "taps")},
-        "evaluation": {"method": "generation" if written else "likelihood", "batch_size": 32},
+        "evaluation": {"method": ANSWERED[own.get("kind", "classification")], "batch_size": 32},
     }
     if method != "probe":
         tree |= {

@@ -17,8 +17,8 @@ from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.methods.lst import SharedPasses
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.system import distributed
-from lst_scale.training.evaluation import label_scores, predict_split
-from lst_scale.training.sessions import run_alone
+from lst_scale.training.evaluation import expected, label_scores, predict_split
+from lst_scale.training.sessions import EVALUATION, Moment, run_alone
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,18 @@ def test_a_label_s_score_is_the_log_likelihood_of_its_tokens(model: LadderModel,
         logits = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, labels=ids).logits
         expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].sum(-1)
         torch.testing.assert_close(found[:, column], expected)
+
+
+@pytest.mark.parametrize("numbers", [["-1.5", "-0.5", "2.5"], ["1", "1.5", "12"]], ids=["none goes on", "one goes on"])
+def test_an_expectation_is_the_mean_of_the_numbers_each_as_likely_as_it_is(model: LadderModel, tokenizer: Any, numbers: list[str]) -> None:
+    batch, passes = collate(split_with(["a", "b"], tokenizer), [0, 1]), SharedPasses(backbone=model.backbone, request=model.side.request)
+    found = run_alone(expected(model, batch, tokenizer, numbers, at=Moment(0, EVALUATION)), passes)
+    ends = numbers[0] == "1"  # which 1.5 and 12 go on with: that it ends there is a part of what it says
+    scores = []
+    for number in numbers:
+        ids = torch.tensor([tokenizer(number).input_ids[: None if ends else -1]] * 2)
+        logits = model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, labels=ids).logits
+        scores.append(logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].sum(-1))
+    chances = torch.stack(scores, -1).softmax(-1)
+    means = (chances * torch.tensor([float(number) for number in numbers])).sum(-1)
+    assert [float(each) for each in found] == pytest.approx(means.tolist(), rel=1e-4)

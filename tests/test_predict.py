@@ -74,7 +74,7 @@ def damaged(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "damaged"))
 
 
-@pytest.mark.parametrize("name", ["class", "number", "text", "lora"])
+@pytest.mark.parametrize("name", ["class", "number", "mean", "text", "lora"])
 def test_predictions_are_the_answers_that_were_scored(name: str, finished: dict[str, Path], ask: Any) -> None:
     run = finished[name]
     recipe, result = load_recipe(str(run / "recipe.yaml")), json.loads((run / "result.json").read_text())
@@ -112,6 +112,37 @@ def test_a_regression_answers_with_numbers_or_null(
 
     monkeypatch.setattr(predict, "generated", said)
     assert [line["prediction"] for line in ask(finished["number"], inputs)] == [0.5, None]
+
+
+def test_any_regression_answers_with_the_mean_of_its_numbers_where_it_keeps_them(
+    finished: dict[str, Path], inputs: Path, ask: Any, tmp_path: Path
+) -> None:
+    lines = ask(finished["number"], inputs, "evaluation.method=expectation")
+    assert lines == ask(finished["mean"], inputs), "a run that was scored by generation keeps its numbers, too"
+    assert all(0 < line["prediction"] < 2 and line["prediction"] not in (0.5, 1.0, 1.5) for line in lines), "means of 0, 0.5 ... 2"
+    run = damaged(finished["mean"], tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    for numbers, said in (
+        (None, f"mean of the numbers that a run was trained on, and {re.escape(str(run))} keeps none: write evaluation.method=generation"),
+        (["1", "x"], "'numbers' is no list of numbers"),
+        (["nan"], "'numbers' is no list of numbers"),
+        ([], "'numbers' is no list of numbers"),
+    ):
+        (run / "result.json").write_text(json.dumps(result | {"numbers": numbers}))
+        with pytest.raises(ArgumentError, match=said):
+            ask(run, inputs)
+
+
+def test_several_runs_answer_with_one_mean(finished: dict[str, Path], inputs: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
+    predict_file([finished["mean"]], inputs, alone)
+    predict_file([finished["mean"], finished["number"]], inputs, together, ["evaluation.method=expectation"])
+    assert alone.read_text() == together.read_text(), "both were trained alike"
+    other = damaged(finished["mean"], tmp_path)
+    result = json.loads((other / "result.json").read_text())
+    (other / "result.json").write_text(json.dumps(result | {"numbers": ["1", "2"]}))
+    with pytest.raises(ArgumentError, match="damaged was trained on other numbers than"):
+        predict_file([finished["mean"], other], inputs, together, ["evaluation.method=expectation"])
 
 
 def test_the_command_writes_what_the_function_does(finished: dict[str, Path], inputs: Path, tmp_path: Path) -> None:
@@ -278,8 +309,10 @@ def test_an_override_without_effect_is_refused(override: str, finished: dict[str
 def test_ways_of_answering_that_a_run_has_not_are_refused(finished: dict[str, Path], inputs: Path, ask: Any) -> None:
     with pytest.raises(LstScaleError, match=r"--probabilities are those of labels, which .* has not \(kind regression\)"):
         ask(finished["number"], inputs, probabilities=True)
-    with pytest.raises(LstScaleError, match=r"likelihood compares labels, which .* has not: write evaluation\.method=generation"):
+    with pytest.raises(LstScaleError, match=r"likelihood needs labels, which kind regression lacks: write evaluation\.method=expe"):
         ask(finished["number"], inputs, "evaluation.method=likelihood")
+    with pytest.raises(LstScaleError, match=r"expectation is the mean of numbers, which kind classification lacks: write .*=likelihood"):
+        ask(finished["class"], inputs, "evaluation.method=expectation")
     with pytest.raises(LstScaleError, match="num_beams and max_new_tokens have no effect on method likelihood"):
         ask(finished["class"], inputs, "evaluation.num_beams=3")
     for column in ("", "probabilities"):

@@ -36,7 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
 # Windows are of six tokens: shorter than a prompt with its vectors, and than the longest with a label.
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "smollm3", "t5", "t5gemma2"]
 LENGTHS = (7, 4, 2)
-TARGETS = {"a": [5], "b": [7, 9], "c": [7, 11, 1]}
+TARGETS = {"a": [5], "b": [7, 9], "c": [7, 11, 1], "d": [8, 6]}
+RUN = [3, 2]  # tokens of c, along which a and b are scored, and of d
 
 
 class Words:
@@ -123,7 +124,7 @@ def test_a_prompt_is_read_once_and_labels_score_as_each_does_behind_its_own(name
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)  # fp32, summed in another order
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     source = 3 * (divided(rows, rows.labels_BT, made.backbone.spec)[0].shape[1] + (COUNT if name == "prompt" else 0))
-    labels = [3 * len(target) for target in TARGETS.values()]
+    labels = [3 * tokens for tokens in RUN]
     if made.backbone.spec.one_stack:
         assert read == said == [source + labels[0], *labels[1:]]
     else:
@@ -153,6 +154,6 @@ def test_nothing_is_kept_in_training_or_of_a_prompt_after_which_one_target_is_sc
     made.module.register_forward_hook(lambda _module, _args, output: held.append(getattr(output, CACHE)))
     made.nll(made.module, rows, None).backward()
     with evaluated(made) as model:
-        for labels in (["b"], ["a", "b"]):
+        for labels in (["b"], ["d", "b"]):
             answered(label_scores(model, rows, Words(), labels))
     assert [cache is None for cache in held] == [True, True, False, False]

@@ -12,9 +12,10 @@ from typing import Any
 from lst_scale.data.columns import by_chunks
 from lst_scale.data.encode import AT_ONCE, EncodedSplit, answer_in, target_text
 from lst_scale.data.rows import targets_of
-from lst_scale.data.tasks import TaskData
+from lst_scale.data.tasks import MOST_NUMBERS, TaskData
 from lst_scale.errors import DataError, fence, printable
 from lst_scale.recipe.schema import DataRecipe, EvaluationRecipe
+from lst_scale.recipe.task import method_misfit
 
 TOLD = 3  # labels that a message names
 
@@ -25,9 +26,14 @@ def refuse_unanswerable(task: TaskData, tokenizer: Any, data: DataRecipe, evalua
     Raises:
         DataError: names the labels and what to write instead.
     """
-    if evaluation.method == "likelihood" and not task.labels:
-        raise DataError(f"evaluation.method=likelihood needs labels, which kind {task.kind} lacks: write evaluation.method=generation")
-    labels = task.labels or ()
+    if (misfit := method_misfit(task.kind, evaluation.method)) is not None:
+        raise DataError(misfit)
+    if evaluation.method == "expectation" and task.numbers is None:
+        raise DataError(
+            f"evaluation.method=expectation is the mean of the numbers among the training targets, and {task.name} has more than "
+            f"{MOST_NUMBERS}: round them in the data, or write evaluation.method=generation"
+        )
+    labels = task.choices(evaluation.method) or ()
     if not labels:
         return
     ids = _encoded(labels, tokenizer, task.target_prefix)
@@ -39,9 +45,9 @@ def refuse_unanswerable(task: TaskData, tokenizer: Any, data: DataRecipe, evalua
     _refuse_equal(labels, ids)
 
 
-def unmatchable_share(task: TaskData, tokenizer: Any) -> str | None:
-    """Return a sentence on the expected answers that no answer of this tokenizer can equal; None: all can be, or labels were checked."""
-    if task.labels is not None:
+def unmatchable_share(task: TaskData, tokenizer: Any, method: str = "generation") -> str | None:
+    """Return a sentence on the expected answers that no answer of this tokenizer can equal; None: all can be, or need not."""
+    if task.choices(method) is not None:
         return None
     expected = [target for name, rows in task.splits().items() if name != "train" for target in targets_of(rows)]
     distinct = list(dict.fromkeys(expected))

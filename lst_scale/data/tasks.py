@@ -31,17 +31,19 @@ HELD_OUT_ROWS = 1000
 FILE_TASK_EPOCHS = 3
 BYTES_A_ROW = 200  # of data sets that don't say how large they are
 LEAST_BYTES = 200_000  # of a file that may hold as many rows as are kept in a table
+MOST_NUMBERS = 256  # that an answer may be the mean of
 STREAM_SAMPLE = 2000  # rows of a stream that stand for all where something is looked at before training
 FILE_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """A task with its rows. `labels` is None unless it is a classification."""
+    """A task with its rows. `labels` is None unless it is a classification, `numbers` unless it is a regression with few targets."""
 
     name: str
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
+    numbers: tuple[str, ...] | None = None
     target_prefix: str = ""  # written before every target, not part of the answer
     metrics: tuple[str, ...]
     epochs: int
@@ -55,6 +57,10 @@ class TaskData:
     by_first_token: bool = False  # labels are told apart by their first token alone, where the likeliest is chosen
     way: Way = APART  # how its rows are tokenized
     chat: Chat | None = None  # of conversations
+
+    def choices(self, method: str) -> tuple[str, ...] | None:
+        """Return what an answer by an `evaluation.method` is chosen from, or the mean of; None: it is written freely."""
+        return self.numbers if method == "expectation" else self.labels
 
     def splits(self) -> dict[str, Sequence[Row]]:
         """Return the splits there are, by name."""
@@ -143,12 +149,20 @@ def _load(task: Task, recipe: Recipe) -> TaskData:
     if isinstance(task, ReleaseTask):
         return _load_release(task, recipe)
     found = _load_glue(task) if isinstance(task, str) else _load_files(task, recipe.backbone)
+    train = found.train[: data.max_train_rows]
     return replace(
         found,
-        train=found.train[: data.max_train_rows],
+        numbers=numbers_of(train) if found.kind == "regression" else None,
+        train=train,
         validation=found.validation[: data.max_eval_rows],
         test=None if found.test is None else found.test[: data.max_eval_rows],
     )
+
+
+def numbers_of(train: Sequence[Row]) -> tuple[str, ...] | None:
+    """Return the different targets of a regression's training rows, least first; None: they are too many to be scored one by one."""
+    found = sorted(first_of_each_target(train), key=float)
+    return tuple(found) if len(found) <= MOST_NUMBERS else None
 
 
 def _load_release(task: ReleaseTask, recipe: Recipe) -> TaskData:

@@ -39,6 +39,7 @@ class AnyAnswer:
 
     kind: str
     labels: tuple[str, ...] | None
+    numbers: tuple[str, ...] | None = None
     longest: int | None
     evaluation: EvaluationRecipe
     target_prefix: str = ""
@@ -86,6 +87,7 @@ def open_run(folder: Path, overrides: Sequence[str], device: torch.device, backb
     way = AnyAnswer(
         kind=run.kind,
         labels=run.labels,
+        numbers=run.numbers,
         longest=run.longest,
         evaluation=run.evaluation,
         target_prefix=run.target_prefix,

@@ -188,8 +188,9 @@ class Pipeline:
         for name, value in given.items():
             if type(value) is not int or value < 1:
                 raise ArgumentError(f"{name} {value!r} must be a whole number of at least 1")
-            if name != "batch_size" and way.evaluation.method == "likelihood":
-                raise ArgumentError(f"{name} has no effect on answers that are the likeliest label: leave it out")
+            if name != "batch_size" and way.evaluation.method != "generation":
+                what = "the likeliest label" if way.evaluation.method == "likelihood" else "the mean of numbers"
+                raise ArgumentError(f"{name} has no effect on answers that are {what}: leave it out")
         return replace(way, evaluation=way.evaluation.model_copy(update=given))
 
     def _answers(self, several: Sequence[Any], way: AnyAnswer) -> list[Any]:

@@ -41,14 +41,14 @@ from lst_scale.methods.probe import Probe
 from lst_scale.recipe.method import LstRecipe, ProbeRecipe
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
-from lst_scale.recipe.task import FileTask, name_of
+from lst_scale.recipe.task import FileTask, method_misfit, name_of
 from lst_scale.runs.logs import progress_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
 from lst_scale.system import distributed
 from lst_scale.system.assets import resolve
 from lst_scale.system.distributed import World
-from lst_scale.training.evaluation import each_row, generated, label_scores
+from lst_scale.training.evaluation import each_row, expected, generated, label_scores
 from lst_scale.training.sessions import Moment, Passes, Session, run_alone
 from lst_scale.training.shared import load_tokenizer_of
 
@@ -175,8 +175,7 @@ def ways_of(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bo
             raise ArgumentError(f"{other} was trained with other labels than {runs[0]}: an ensemble answers one question")
     if probabilities and labels is None:
         raise ArgumentError(f"--probabilities are those of labels, which {runs[0]} has not (kind {each[0].kind}): remove it")
-    if each[0].evaluation.method == "likelihood" and labels is None:
-        raise ArgumentError(f"evaluation.method=likelihood compares labels, which {runs[0]} has not: write evaluation.method=generation")
+    _refuse_without_choices(runs, each)
     if each[0].evaluation.method == "generation" and each[0].evaluation.max_new_tokens is None and any(one.longest is None for one in each):
         raise ArgumentError(f"{runs[0]} does not say how long its targets were: write evaluation.max_new_tokens=64, or what they need")
     check_method(recipe)
@@ -184,6 +183,22 @@ def ways_of(runs: Sequence[Path], overrides: Sequence[str], *, probabilities: bo
         _refuse_without_weights(run, recipe)
     longest = max((one.longest for one in each if one.longest is not None), default=None)
     return replace(each[0], longest=longest)
+
+
+def _refuse_without_choices(runs: Sequence[Path], each: Sequence[ScoredRun]) -> None:
+    method, kind = each[0].evaluation.method, each[0].kind
+    if (misfit := method_misfit(kind, method)) is not None:
+        raise ArgumentError(f"{runs[0]}: {misfit}")
+    if method == "likelihood" and each[0].labels is None:
+        raise ArgumentError(f"evaluation.method=likelihood compares labels, which {runs[0]} has not: write evaluation.method=generation")
+    for run, one in zip(runs, each, strict=True):
+        if method == "expectation" and one.numbers is None:
+            raise ArgumentError(
+                f"evaluation.method=expectation is the mean of the numbers that a run was trained on, and {run} keeps none: "
+                "write evaluation.method=generation"
+            )
+        if method == "expectation" and one.numbers != each[0].numbers:
+            raise ArgumentError(f"{run} was trained on other numbers than {runs[0]}: an ensemble answers one question")
 
 
 def _refuse_without_weights(run: Path, recipe: Recipe) -> None:
@@ -281,7 +296,9 @@ def reply_to(
     scores_BL = None
     if probabilities or evaluation.method == "likelihood":
         scores_BL = yield from label_scores(model, batch, tokenizer, labels, prefix, first_token=asked.by_first_token, at=moment)
-    if scores_BL is not None and evaluation.method == "likelihood":
+    if evaluation.method == "expectation":
+        texts = yield from expected(model, batch, tokenizer, asked.numbers or (), prefix, at=moment)
+    elif scores_BL is not None and evaluation.method == "likelihood":
         texts = [labels[int(best)].strip() for best in scores_BL.argmax(-1)]
     else:
         texts = yield from generated(model, batch, tokenizer, evaluation, asked.longest or 1, prefix, at=moment)

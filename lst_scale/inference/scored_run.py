@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lst_scale.data.measures import number_in
 from lst_scale.data.tasks import GLUE
 from lst_scale.errors import ArgumentError, fence
 from lst_scale.recipe.release import ReleaseTask
@@ -29,6 +30,8 @@ class Way(Protocol):
     @property
     def labels(self) -> tuple[str, ...] | None: ...
     @property
+    def numbers(self) -> tuple[str, ...] | None: ...
+    @property
     def longest(self) -> int | None: ...
     @property
     def evaluation(self) -> EvaluationRecipe: ...
@@ -46,6 +49,7 @@ class ScoredRun:
     task: Task  # the one that is asked, of several
     kind: str  # classification, regression, text
     labels: tuple[str, ...] | None
+    numbers: tuple[str, ...] | None  # that an expectation is the mean of; None: a run of an earlier version, or there are too many
     context: str | None  # what stands before every row
     conversational: bool  # rows are conversations
     longest: int | None  # tokens of the longest training target; None: a run of an earlier version, which did not keep it
@@ -93,6 +97,7 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
             task=task,
             kind=_kind(task),
             labels=_labels(task, _of(result, "labels", task, recipe)),
+            numbers=_numbers(task, _of(result, "numbers", task, recipe)),
             context=_context(recipe, result),
             conversational=_conversational(task, _of(result, "conversational", task, recipe)),
             longest=_longest(_of(result, "longest_target", task, recipe)),
@@ -177,6 +182,15 @@ def _labels(task: Task, result: dict[str, Any]) -> tuple[str, ...] | None:
     if listed is not None and tuple(labels) != listed:
         raise ValueError("'labels' are not those of the run's recipe")
     return tuple(labels)
+
+
+def _numbers(task: Task, result: dict[str, Any]) -> tuple[str, ...] | None:
+    numbers = result.get("numbers")
+    if numbers is None or _kind(task) != "regression":
+        return None
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(each, str) and number_in(each) is not None for each in numbers):
+        raise ValueError("'numbers' is no list of numbers")
+    return tuple(numbers)
 
 
 def _context(recipe: Recipe, result: dict[str, Any]) -> str | None:

@@ -97,7 +97,8 @@ class DataRecipe(Section):
 
 
 class EvaluationRecipe(Section):
-    method: Literal["generation", "likelihood"] = "generation"  # write an answer, or choose the likeliest label
+    # write an answer; choose the likeliest label; or take the mean of the numbers among the training targets, each as likely as it is
+    method: Literal["generation", "likelihood", "expectation"] = "generation"
     batch_size: Rows = 64  # rows at once
     num_beams: Beams = 1  # of generation
     max_new_tokens: NewTokens | None = None  # None: the longest target
@@ -106,8 +107,8 @@ class EvaluationRecipe(Section):
 
     @model_validator(mode="after")
     def _beams_need_generation(self) -> EvaluationRecipe:
-        if self.method == "likelihood" and (self.num_beams != 1 or self.max_new_tokens is not None):
-            raise ValueError("num_beams and max_new_tokens have no effect on method likelihood: remove them or write generation")
+        if self.method != "generation" and (self.num_beams != 1 or self.max_new_tokens is not None):
+            raise ValueError(f"num_beams and max_new_tokens have no effect on method {self.method}: remove them or write generation")
         return self
 
 

@@ -188,6 +188,16 @@ def rows_a_step(task: Task, usual: int) -> int:
     return task.global_batch_size or max(1, int(usual * share))
 
 
+def method_misfit(kind: str, method: str) -> str | None:
+    """Return why such a task can't be answered by an `evaluation.method`, and what to write instead; None: it can."""
+    needs = {"likelihood": ("classification", "needs labels"), "expectation": ("regression", "is the mean of numbers")}
+    of, why = needs.get(method, (kind, ""))
+    if of == kind:
+        return None
+    instead = {"classification": "likelihood", "regression": "expectation, or generation", "text": "generation"}[kind]
+    return f"evaluation.method={method} {why}, which kind {kind} lacks: write evaluation.method={instead}"
+
+
 def metrics_misfit(kind: str, metrics: Sequence[str], labels: Collection[str] | None) -> str | None:
     """Return why a metric would always say the same of such a task, and what to write instead; None: they fit.
 

@@ -25,6 +25,8 @@ from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.passes import Passes
 from lst_scale.serving.sampling import Chosen, Sampling
 from lst_scale.system.distributed import World, poll_interruption
+from lst_scale.training.evaluation import mean_of
+from lst_scale.training.paths import without_needless_end
 from lst_scale.training.shared import load_tokenizer_of
 
 ROWS = 64  # that are read, answered by all runs, and written at a time
@@ -97,7 +99,11 @@ def _answers(
     """Ask one run about some rows; return what gives the columns of each, and waits for them."""
     prompts = [network.prompt(text_of_row(run, row, network.chat)) for row in rows]
     likely = run.evaluation.method == "likelihood"
-    scored = [_score(engine, network, prompt) for prompt in prompts] if likely or (probabilities and network.labels) else None
+    if run.evaluation.method == "expectation":
+        return _means(engine, network, run.numbers or (), prompts)
+    scored = (
+        [_score(engine, network, prompt, network.targets) for prompt in prompts] if likely or (probabilities and network.labels) else None
+    )
     most = run.evaluation.max_new_tokens or run.longest or 1
     texts = None if likely else [_generate(engine, network, prompt, most) for prompt in prompts]
 
@@ -117,13 +123,26 @@ def _answers(
     return columns
 
 
+def _means(engine: Engine, network: Network, numbers: Sequence[str], prompts: Sequence[tuple[int, ...]]) -> Callable[[int], dict[str, Any]]:
+    targets = without_needless_end(network.label_ids(numbers))
+    scored = [_score(engine, network, prompt, targets) for prompt in prompts]
+
+    def columns(number: int) -> dict[str, Any]:
+        (mean,) = mean_of(numbers, torch.tensor([_event(scored[number])]))
+        return {f"{PREDICTION}_{network.name}": number_in(mean)}
+
+    return columns
+
+
 def _columns(answers: Mapping[str, Callable[[int], dict[str, Any]]], number: int) -> dict[str, Any]:
     return {column: value for columns in answers.values() for column, value in columns(number).items()}
 
 
-def _score(engine: Engine, network: Network, prompt: tuple[int, ...]) -> queue.Queue[list[float] | Ended]:
+def _score(
+    engine: Engine, network: Network, prompt: tuple[int, ...], targets: tuple[tuple[int, ...], ...]
+) -> queue.Queue[list[float] | Ended]:
     events: queue.Queue[list[float] | Ended] = queue.Queue()
-    engine.submit(Scoring(network=network, prompt=prompt, targets=network.targets, tell=events.put))
+    engine.submit(Scoring(network=network, prompt=prompt, targets=targets, tell=events.put))
     return events
 
 

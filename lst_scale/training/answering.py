@@ -36,7 +36,7 @@ def answer_tasks(
             split,
             rows.tokenizer,
             rows.evaluation,
-            task.labels,
+            task.choices(rows.evaluation.method),
             shared.world,
             task.target_prefix,
             longest=rows.train.longest_target,

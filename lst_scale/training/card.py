@@ -39,7 +39,8 @@ def card_of_run(recipe: Recipe, result: dict[str, Any], backbone: Backbone, fold
         "",
     ]
     # else rows are put together in more than these few lines
-    by_hand = not backbone.spec.one_stack and recipe.backbone.context is None and recipe.vision is None and len(recipe.each_task) == 1
+    plain = recipe.backbone.context is None and recipe.vision is None and recipe.evaluation.method != "expectation"
+    by_hand = not backbone.spec.one_stack and plain and len(recipe.each_task) == 1
     code = _loading(recipe, identity, folder / inner) if by_hand else []
     if code:
         answer = _likeliest(recipe, result) if recipe.evaluation.method == "likelihood" else _generated(recipe, result)

@@ -1,4 +1,4 @@
-"""Score a side network: the answer by generation (the paper's way), or the likeliest label (fast, classification only).
+"""Score a side network: the answer by generation (the paper's way), the likeliest label, or a number as the mean of what could be written.
 
 Every rank scores its share of the rows, once each; the texts are gathered and the metric is computed over all of them, so it is
 the metric of a single process.
@@ -21,6 +21,7 @@ from lst_scale.methods.base import Predictor, Scoring, as_labels, divided
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
+from lst_scale.training.paths import Ids, Path, paths_of, scores_along, without_needless_end
 from lst_scale.training.sessions import EVALUATION, BackboneRequest, Moment, Session, Want
 
 T = TypeVar("T")
@@ -42,14 +43,16 @@ def predict_split(
     """A session that ends with the predicted text of every row of `split`, in order, on every rank. All ranks must run it.
 
     `longest` bounds the new tokens when the recipe does not: that of a training target, since those of the rows to answer are not known.
-    With `first_token` the likeliest label is that whose first token is.
+    With `first_token` the likeliest label is that whose first token is. Of an expectation `labels` are the numbers that it is the mean of.
     """
-    if recipe.method == "likelihood" and not labels:
-        raise ArgumentError("evaluation.method=likelihood needs a task with labels: write evaluation.method=generation")
+    if recipe.method != "generation" and not labels:
+        raise ArgumentError(f"evaluation.method={recipe.method} needs labels, or numbers: write evaluation.method=generation")
 
     def reply(batch: Batch | None, moment: Moment) -> Session[list[str]]:
         if recipe.method == "generation":
             return generated(model, batch, tokenizer, recipe, longest, target_prefix, at=moment)
+        if recipe.method == "expectation":
+            return expected(model, batch, tokenizer, labels or (), target_prefix, at=moment)
         return likeliest(model, batch, tokenizer, labels or (), target_prefix, first_token=first_token, at=moment)
 
     return each_row(model, split, recipe, world, reply, at=at)
@@ -133,6 +136,25 @@ def likeliest(
     return [labels[int(best)] for best in scores_BL.argmax(-1)]
 
 
+def expected(
+    model: Predictor, batch: Batch | None, tokenizer: Any, numbers: Sequence[str], target_prefix: str = "", *, at: Moment
+) -> Session[list[str]]:
+    """A session that ends with a number for every row of a batch: the mean of `numbers`, each as likely as it is to be written.
+
+    Of all answers that has the least squared error where the probabilities are right. Lukasik et al., Regression-aware inference with
+    LLMs, 2024 (arXiv 2403.04182).
+    """
+    targets = without_needless_end(_ids_of(tokenizer, numbers, target_prefix))
+    scores_BL = yield from _target_scores(model, batch, targets, at=at)
+    return mean_of(numbers, scores_BL)
+
+
+def mean_of(numbers: Sequence[str], scores_BL: Tensor) -> list[str]:
+    """Return the mean of the numbers for every row, given how likely each is (B, L), in nats."""
+    values_L = torch.tensor([float(number) for number in numbers], dtype=torch.double)
+    return [f"{value:.6g}" for value in (scores_BL.double().cpu().softmax(-1) @ values_L).tolist()]
+
+
 def label_scores(
     model: Predictor,
     batch: Batch | None,
@@ -145,22 +167,39 @@ def label_scores(
 ) -> Session[Tensor]:
     """A session that ends with the log-likelihood of every label for every row (B, L), in nats; with `first_token` that of its first token.
 
-    It asks for what the frozen backbone makes of each label in turn; the source is read once for all. A model with a head for labels needs
-    to know what it makes of any.
+    A model with a head for labels needs to know what the backbone makes of any.
     """
-    most = 1 if first_token else None
-    targets = tuple(tuple(tokenizer(text_target=target_text(label, target_prefix)).input_ids[:most]) for label in labels)
+    targets = _ids_of(tokenizer, labels, target_prefix, most=1 if first_token else None)
     if model.label_head is not None:
         taps = (yield BackboneRequest(at=at, batch=batch, want=Want.TARGET, targets=targets[:1])).prepared
         return torch.empty(0, len(labels)) if batch is None else model.label_head(taps)
+    return (yield from _target_scores(model, batch, targets, at=at))
+
+
+def _ids_of(tokenizer: Any, targets: Sequence[str], prefix: str, most: int | None = None) -> tuple[Ids, ...]:
+    return tuple(tuple(tokenizer(text_target=target_text(target, prefix)).input_ids[:most]) for target in targets)
+
+
+def _target_scores(model: Predictor, batch: Batch | None, targets: Sequence[Ids], *, at: Moment) -> Session[Tensor]:
+    """A session that ends with the log-likelihood of every target for every row (B, L), in nats.
+
+    It asks for what the frozen backbone makes of each in turn, but of those that differ in their last token for one; the source is read
+    once for all.
+    """
     scoring = None if batch is None else _scoring(model, batch)
+    paths = paths_of(targets)
+    run = tuple(path.ids for path in paths)
     scores: list[Tensor] = []
-    for number, target in enumerate(targets):
-        taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=targets)).prepared
+    for number, path in enumerate(paths):
+        taps = (yield BackboneRequest(at=at._replace(target=number), batch=batch, want=Want.TARGET, targets=run)).prepared
         if batch is not None and scoring is not None:
-            scores.append(_log_likelihood(model, scoring, target, batch, taps, last=number + 1 == len(targets)))
-        del taps  # or the next label's would be made beside these
-    return torch.stack(scores, -1) if scores else torch.empty(0, len(labels))
+            scores.append(_scores_along(model, scoring, path, targets, batch, taps, last=number + 1 == len(paths)))
+        del taps  # or the next path's would be made beside these
+    if not scores:
+        return torch.empty(0, len(targets))
+    found_BL = torch.cat(scores, -1)
+    order = torch.tensor([number for path in paths for number in path.along], device=found_BL.device)
+    return found_BL[:, order.argsort()]
 
 
 def _scoring(model: Predictor, batch: Batch) -> Scoring:
@@ -170,9 +209,7 @@ def _scoring(model: Predictor, batch: Batch) -> Scoring:
 
 
 @torch.no_grad()
-def _log_likelihood(model: Predictor, scoring: Scoring, target: Sequence[int], batch: Batch, taps: Any, *, last: bool) -> Tensor:
-    """Return the log-likelihood (B,) of one target for every row."""
-    labels_BT = as_labels(target, batch)
-    logits_BTV = scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps, last=last)
-    labels_BT = labels_BT.to(model.device)
-    return logits_BTV.float().log_softmax(-1).gather(-1, labels_BT[..., None])[..., 0].sum(-1)
+def _scores_along(model: Predictor, scoring: Scoring, path: Path, targets: Sequence[Ids], batch: Batch, taps: Any, *, last: bool) -> Tensor:
+    """Return the log-likelihoods (B, targets along the path) for every row."""
+    labels_BT = as_labels(path.ids, batch)
+    return scores_along(path, targets, scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps, last=last))

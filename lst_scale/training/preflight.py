@@ -21,7 +21,7 @@ from lst_scale.methods import check_method
 from lst_scale.recipe.members import check_shareable
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import Recipe
-from lst_scale.recipe.task import FileTask, Task
+from lst_scale.recipe.task import FileTask, Task, method_misfit
 from lst_scale.runs.callbacks import check_callbacks
 from lst_scale.runs.folder import check_folder, folder_of
 from lst_scale.side.count import shape_of, trainable_of
@@ -63,8 +63,8 @@ def check_before_start(recipes: Sequence[Recipe], *, resume: bool, overwrite: bo
                 with _gathering(problems):
                     release_rows(task, split, endings_of(vision), FIRST_ROWS)
     for way, task in dict.fromkeys((recipe.evaluation.method, task) for recipe in recipes for task in recipe.each_task):
-        if way == "likelihood" and isinstance(task, FileTask) and task.kind != "classification":
-            problems.append(f"evaluation.method=likelihood needs labels, which kind {task.kind} lacks: write evaluation.method=generation")
+        if isinstance(task, FileTask) and (misfit := method_misfit(task.kind, way)) is not None:
+            problems.append(misfit)
     _check_checkpoints(recipes, problems)
     if problems:
         raise NotReady(problems)

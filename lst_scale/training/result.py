@@ -80,6 +80,7 @@ def scored(recipe: Recipe, shared: Shared, answered: Answered) -> dict[str, Any]
         "majority": _rounded(together([rows.task.name for rows in tasks], constant)),
         "only_answer": _of_each(tasks, [answered.only.get(rows.task.name) for rows in tasks]),
         "labels": _of_each(tasks, [None if rows.task.labels is None else list(rows.task.labels) for rows in tasks]),
+        "numbers": _of_each(tasks, [None if rows.task.numbers is None else list(rows.task.numbers) for rows in tasks]),
         "conversational": _of_each(tasks, [rows.task.chat is not None for rows in tasks]),
         "context": None if shared.context is None else shared.context.text,
         "longest_target": _of_each(tasks, [rows.train.longest_target for rows in tasks]),

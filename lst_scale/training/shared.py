@@ -110,9 +110,11 @@ def load_data(recipe: Recipe) -> Data:
     reader = None if recipe.vision is None else image_reader(recipe.vision)
     loaded, said = [], []
     for asked, task, reading in zip(recipe.each_task, tasks, readings, strict=True):
-        unknown = refuse_misfits(reading.tokenizer, recipe, task, recipe.evaluation_of(asked))
+        evaluation = recipe.evaluation_of(asked)
+        unknown = refuse_misfits(reading.tokenizer, recipe, task, evaluation)
         loaded.append(_encoded_task(recipe, asked, task, reading, reader))
-        sentences = (unknown, cuts(loaded[-1].splits, _limits(recipe, task)), unmatchable_share(task, reading.tokenizer))
+        unmatchable = unmatchable_share(task, reading.tokenizer, evaluation.method)
+        sentences = (unknown, cuts(loaded[-1].splits, _limits(recipe, task)), unmatchable)
         said += [sentence if len(tasks) == 1 else f"{task.name}: {sentence}" for sentence in sentences if sentence is not None]
     said += [] if context is None else [sentence_of(context, readings[0])]
     return Data(tasks=tuple(loaded), tokenizer=tokenizer, sentences=tuple(said), reading=readings[0], context=context)

@@ -16,8 +16,8 @@ from lst_scale.training.run import run
 VALIDATION = "embedded:wordnet/validation.jsonl"
 
 
-def finished_runs(folder: Path, only: Sequence[str] = ("class", "number", "text", "lora")) -> dict[str, Path]:
-    """Make runs on a small T5: two labels that the recipe does not list, numbers, free text, and another method; three steps each."""
+def finished_runs(folder: Path, only: Sequence[str] = ("class", "number", "mean", "text", "lora")) -> dict[str, Path]:
+    """Make runs on a small T5: two labels that the recipe does not list, numbers as text and as means, free text, another method."""
     make = recipe_writer(folder, make_t5(folder / "t5", dropout_rate=0.0))
     words = list(load_records(VALIDATION, "validation"))[:24]
     splits = {
@@ -34,13 +34,14 @@ def finished_runs(folder: Path, only: Sequence[str] = ("class", "number", "text"
     for name, kind, changes in (
         ("class", "classification", {"evaluation__method": "likelihood"}),
         ("number", "regression", {}),
+        ("mean", "regression", {"evaluation__method": "expectation"}),
         ("text", "text", {"evaluation__num_beams": 2}),
         ("lora", "classification", {"method": {"name": "lora"}}),
     ):
         if name not in only:
             continue
         task = {"name": "kind", "kind": kind, "source": ["word", "definition"], "target": "kind"}
-        data = name if name in splits else "class"
+        data = {"lora": "class", "mean": "number"}.get(name, name)
         task |= {split: str(folder / f"{data}-{split}.jsonl") for split in ("train", "validation")}
         options = (short if name != "lora" else {key: value for key, value in short.items() if "method" not in key}) | changes
         run(load_recipe(str(make(name, task=task, **options))))
