@@ -71,6 +71,23 @@ def test_several_runs_answer_a_file_as_each_does_alone(answers: str, write: Call
 
 
 @pytest.mark.slow
+def test_a_mean_of_numbers_beside_a_label_is_the_mean_alone(write: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (EMBEDDED / "wordnet/train.jsonl").read_text().splitlines()[:40]]
+    numbered = tmp_path / "numbered.jsonl"
+    numbered.write_text("".join(json.dumps(row | {"length": f"{len(row['definition']) % 7 / 2 - 1:.1f}"}) + "\n" for row in rows))
+    files = {f"task__{split}": str(numbered) for split in ("train", "validation", "test")}
+    task: dict[str, Any] = {"task__kind": "regression", "task__target": "length", "task__labels": None}
+    means, labels = trained(write("means", evaluation__method="expectation", **task, **files)), trained(write("labels"))
+    assert answer_file([means, labels], numbered, tmp_path / "all.jsonl") == 40
+    predict_file([means], numbered, tmp_path / "alone.jsonl")
+    both = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    alone = [json.loads(line) for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    for one, other in zip(both, alone, strict=True):
+        assert one[f"prediction_{means.name}"] == pytest.approx(other["prediction"], abs=1e-4) and one[f"prediction_{labels.name}"]
+        assert -1 < other["prediction"] < 2
+
+
+@pytest.mark.slow
 def test_runs_that_can_not_answer_beside_each_other_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
     run = trained(write("one", evaluation__method="generation", evaluation__num_beams=2))
     source = EMBEDDED / "wordnet/test.jsonl"

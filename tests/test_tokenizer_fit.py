@@ -300,6 +300,37 @@ def test_what_does_not_fit_is_refused_before_the_backbone_is_loaded(
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_means_of_numbers_are_of_few_that_fit_and_of_numbers_alone(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"x": "word " * 4, "y": number / 8}) + "\n" for number in range(300)))
+    task = {"train": str(path), "validation": str(path), "source": ["x"], "target": "y"}
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"kind": "regression"}, "expectation", "and t has more than 256: round them in the data, or write evaluation.method=generation"),
+        ({"kind": "text"}, "expectation", "is the mean of numbers, which kind text lacks: write evaluation.method=generation"),
+        ({"kind": "classification"}, "expectation", "which kind classification lacks: write evaluation.method=likelihood"),
+        (
+            {"kind": "regression"},
+            "likelihood",
+            "needs labels, which kind regression lacks: write evaluation.method=expectation, or generation",
+        ),
+    ]
+    for number, (kind, method, message) in enumerate(cases):
+        recipe = load_recipe(
+            str(write_recipe(f"m{number}", task={"name": "t"} | task | kind, data__max_train_rows=300, evaluation={"method": method}))
+        )
+        with pytest.raises(LstScaleError) as caught:
+            prepared(recipe, monkeypatch)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    few = {"max_train_rows": 200, "max_source_length": 16}
+    named = {"name": "t", "kind": "regression"} | task
+    assert prepared(load_recipe(str(write_recipe("few", task=named, data=few, evaluation={"method": "expectation"}))), monkeypatch) == []
+    cut = few | {"max_target_length": 2}
+    with pytest.raises(LstScaleError, match=r"max_target_length=2 cuts the label"):
+        prepared(load_recipe(str(write_recipe("cut", task=named, data=cut, evaluation={"method": "expectation"}))), monkeypatch)
+
+
 def test_what_is_cut_and_what_can_not_be_matched_is_said_at_the_start(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,10 @@ MISTAKES = [
         "evaluation={method: likelihood, num_beams: 4}",
         "evaluation: num_beams and max_new_tokens have no effect on method likelihood: remove them or write generation",
     ),
+    (
+        "evaluation={method: expectation, max_new_tokens: 4}",
+        "evaluation: num_beams and max_new_tokens have no effect on method expectation: remove them or write generation",
+    ),
 ]
 
 
