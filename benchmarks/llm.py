@@ -74,7 +74,7 @@ CONTEXTS: dict[str, dict[str, int] | None] = {
 RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": ({"name": "lora", "rank": 8, "alpha": 16, "targets": ("q", "v")}, (3e-4, 1e-3, 3e-3, 1e-2)),
     "lora-wide": (
-        {"name": "lora", "rank": 32, "alpha": 64, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
+        {"name": "lora", "rank": 32, "alpha": 64, "targets": ("q", "k", "v", "o", "gate_proj", "up_proj", "down_proj")},
         (1e-4, 3e-4, 1e-3, 3e-3),
     ),
     "full": ({"name": "full", "precision": "fp32"}, (1e-5, 3e-5, 1e-4, 3e-4)),
