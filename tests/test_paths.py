@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from lst_scale.training.paths import Path, paths_of, scores_along, without_needless_end
+from lst_scale.training.paths import TargetPath, paths_of, scores_along, without_needless_end
 
 END = 1
 
@@ -35,7 +35,7 @@ def test_every_target_is_scored_once_after_its_own_tokens_by_as_few_as_there_can
 def test_what_is_read_off_is_each_target_s_own_likelihood() -> None:
     targets = [(5, 6, 7), (5, 6, 8), (5, 9), (4,)]
     (path,) = paths_of(targets)
-    assert path == Path((5, 6, 7), (0, 1, 2, 3)), "the first of the longest; a last token is read by none"
+    assert path == TargetPath((5, 6, 7), (0, 1, 2, 3)), "the first of the longest; a last token is read by none"
     logits_BTV = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
     likely_BTV = logits_BTV.log_softmax(-1)
     found_BL = scores_along(path, targets, logits_BTV)

@@ -17,7 +17,7 @@ from lst_scale.data.columns import Numbers
 from lst_scale.data.own_rows import is_conversational, rows_of, source_text
 from lst_scale.data.prompts import APART, Way
 from lst_scale.data.release import endings_of, release_rows
-from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows
+from lst_scale.data.rows import Row, first_of_each_target, keep_rows, known_rows, select_rows, targets_of
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import DataError, printable
 from lst_scale.recipe.backbone import BackboneRecipe
@@ -161,8 +161,12 @@ def _load(task: Task, recipe: Recipe) -> TaskData:
 
 def numbers_of(train: Sequence[Row]) -> tuple[str, ...] | None:
     """Return the different targets of a regression's training rows, least first; None: they are too many to be scored one by one."""
-    found = sorted(first_of_each_target(train), key=float)
-    return tuple(found) if len(found) <= MOST_NUMBERS else None
+    found = set[str]()
+    for target in targets_of(train):
+        found.add(target)
+        if len(found) > MOST_NUMBERS:  # of many rows the rest is not looked at
+            return None
+    return tuple(sorted(found, key=lambda number: (float(number), number)))
 
 
 def _load_release(task: ReleaseTask, recipe: Recipe) -> TaskData:

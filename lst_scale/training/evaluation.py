@@ -21,7 +21,7 @@ from lst_scale.methods.base import Predictor, Scoring, as_labels, divided
 from lst_scale.recipe.schema import EvaluationRecipe
 from lst_scale.system import distributed
 from lst_scale.system.distributed import World
-from lst_scale.training.paths import Ids, Path, paths_of, scores_along, without_needless_end
+from lst_scale.training.paths import Ids, TargetPath, paths_of, scores_along, without_needless_end
 from lst_scale.training.sessions import EVALUATION, BackboneRequest, Moment, Session, Want
 
 T = TypeVar("T")
@@ -209,7 +209,9 @@ def _scoring(model: Predictor, batch: Batch) -> Scoring:
 
 
 @torch.no_grad()
-def _scores_along(model: Predictor, scoring: Scoring, path: Path, targets: Sequence[Ids], batch: Batch, taps: Any, *, last: bool) -> Tensor:
+def _scores_along(
+    model: Predictor, scoring: Scoring, path: TargetPath, targets: Sequence[Ids], batch: Batch, taps: Any, *, last: bool
+) -> Tensor:
     """Return the log-likelihoods (B, targets along the path) for every row."""
     labels_BT = as_labels(path.ids, batch)
     return scores_along(path, targets, scoring.logits(divided(batch, labels_BT, model.spec)[2].to(model.device), taps, last=last))

@@ -15,14 +15,14 @@ Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Path:
+class TargetPath:
     """One of several targets, which is run, and the numbers of all those that are scored along it, its own among them."""
 
     ids: Ids
     along: tuple[int, ...]
 
 
-def paths_of(targets: Sequence[Ids]) -> tuple[Path, ...]:
+def paths_of(targets: Sequence[Ids]) -> tuple[TargetPath, ...]:
     """Return the fewest targets along which every one is scored once. A target's last token is predicted by those before it alone."""
     runner: dict[Ids, int] = {}  # which target is run, by each of its beginnings that predict a token
     along: dict[int, list[int]] = {}
@@ -32,10 +32,10 @@ def paths_of(targets: Sequence[Ids]) -> tuple[Path, ...]:
             runner |= {ids[:length]: number for length in range(len(ids)) if ids[:length] not in runner}
             along[number] = []
         along[runner[ids[:-1]]].append(number)
-    return tuple(Path(targets[number], tuple(sorted(along[number]))) for number in sorted(along))
+    return tuple(TargetPath(targets[number], tuple(sorted(along[number]))) for number in sorted(along))
 
 
-def scores_along(path: Path, targets: Sequence[Ids], logits_BTV: Tensor) -> Tensor:
+def scores_along(path: TargetPath, targets: Sequence[Ids], logits_BTV: Tensor) -> Tensor:
     """Return the log-likelihoods (B, targets along the path), in nats, given the logits at its positions."""
     likely_BTV = logits_BTV.float().log_softmax(-1)
     return torch.stack([likely_BTV[:, range(len(targets[number])), list(targets[number])].sum(-1) for number in path.along], -1)
