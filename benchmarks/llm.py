@@ -65,6 +65,20 @@ LADDERS: dict[str, dict[str, Any]] = {
     "lst": LADDER,
     "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
+# The last blocks run again, with updates of the shape that LoRA's have; what is read is among what the ladders read, so one pass serves all.
+TAILS: dict[str, dict[str, Any]] = {
+    f"tail{29 - block}": {
+        "name": "lst",
+        "design": "tail",
+        "side_layers": (block,),
+        "initialization": "random",
+        "recompute": False,
+        "dropout": 0.1,
+        "tail": {"rank": 8, "alpha": 16, "targets": ("q", "v")},
+    }
+    for block in (20, 23)
+}
+TAIL_RATES = (1e-3, 3e-3, 1e-2)
 # From the best linear reading of few rows large steps lead away; a random start needs them.
 LADDER_RATES = {"probe": (1e-5, 3e-5, 1e-4, 3e-4), "random": (2.5e-4, 5e-4, 1e-3, 2e-3)}
 CONTEXTS: dict[str, dict[str, int] | None] = {
@@ -97,7 +111,7 @@ ROWS = {
     "headlines": (500, 200, 300),
 }
 ANSWERED = {"classification": "likelihood", "regression": "expectation", "text": "generation"}
-PARTS = ("ladder", "probe", "rivals", "longer")
+PARTS = ("ladder", "tail", "probe", "rivals", "longer")
 BATCH = 4  # rows a step: with 16, two epochs of 500 rows are 64 steps, in which no method learned what there was to learn
 EPOCHS, MANY = 2, 8  # of every method; of a ladder in less than the time that LoRA takes for those
 
@@ -187,9 +201,9 @@ def recipe(
         "seed": seed,
         "output_dir": str(folder / "runs"),
         "backbone": {"checkpoint": model, "precision": "fp32", "context": CONTEXTS[context]},
-        "method": PROBE if method == "probe" else _ladder(method, own) or RIVALS[method][0],
+        "method": PROBE if method == "probe" else TAILS.get(method) or _ladder(method, own) or RIVALS[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
-        "cache": {"enabled": method == "probe" or method in LADDERS, "dtype": "int8", "folder": str(folder / "taps")},
+        "cache": {"enabled": method not in RIVALS, "dtype": "int8", "folder": str(folder / "taps")},
         "evaluation": {"method": ANSWERED[own.get("kind", "classification")], "batch_size": 32},
     }
     if method != "probe":
@@ -261,6 +275,15 @@ def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str]) -
     if TASKS[task].get("kind") is None and len(draws) > 1:
         lines.append((f"{ladder}, after each of {len(draws)} draws", draws))
     return lines
+
+
+def study_tail(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
+    """Sweep both tails, then train further seeds of the better one."""
+    tried = [recipe(folder, model, task, tail, rate, 0) for tail in TAILS for rate in TAIL_RATES]
+    train_together(tried)
+    chosen = best(tried)
+    seeds = ladders_of_seeds(folder, model, task, chosen.name.partition("-")[0], "none", chosen.optimizer.learning_rate)
+    return [(f"tail: chosen {chosen.name.partition('-')[0]}", seeds)]
 
 
 def study_longer(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
@@ -346,7 +369,7 @@ def answer(folder: Path, runs: Sequence[Recipe]) -> None:
     labelled = TASKS[task].get("kind") is None
     test, folders = folder / task / "test.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
     answers_of(folder, missing[0]).parent.mkdir(exist_ok=True)
-    if missing[0].method.name != "lst" or not labelled or missing[0].backbone.context is not None:
+    if missing[0].method.name != "lst" or missing[0].name.startswith("tail") or not labelled or missing[0].backbone.context is not None:
         for each, run in zip(missing, folders, strict=True):
             predict_file([run], test, answers_of(folder, each), probabilities=labelled)
         return
@@ -433,6 +456,7 @@ def main() -> None:
         given = folder, options.model, task
         studies: dict[str, list[Callable[[], list[tuple[str, list[Recipe]]]]]] = {
             "ladder": [partial(study_ladder, *given, options.contexts)],
+            "tail": [partial(study_tail, *given)],
             "probe": [partial(study_probe, *given, options.contexts)],
             "rivals": [partial(study_rival, *given, method) for method in options.rivals],
             "longer": [partial(study_longer, *given, options.contexts)],

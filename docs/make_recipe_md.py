@@ -32,6 +32,7 @@ SECTIONS = {  # by the key that they stand under
     "backbone.placement, zero3": "Zero3",
     "backbone.placement, streamed": "Streamed",
     "method, lst": "LstRecipe",
+    "method.tail": "TailRecipe",
     "method, probe": "ProbeRecipe",
     "method, full": "FullRecipe",
     "method, lora": "LoraRecipe",

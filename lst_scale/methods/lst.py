@@ -25,6 +25,7 @@ from lst_scale.side.initialize import WeightSource, initialize_by_pruning, initi
 from lst_scale.side.loss import cross_entropy_sum
 from lst_scale.side.model import LadderModel, save_side_network
 from lst_scale.side.network import SideNetwork
+from lst_scale.side.tail_config import TailConfig
 from lst_scale.side.vision_config import VisionConfig
 
 HASHED_AT_ONCE = 1024  # rows that are padded together
@@ -178,6 +179,7 @@ def ladder_config(method: LstRecipe, spec: BackboneSpec, vision: VisionConfig | 
         recompute=method.recompute,
         tap_storage=method.tap_storage,
         vision=vision,
+        tail=None if method.tail is None else TailConfig(**dict(method.tail)),
     )
     config.validate(spec)
     return config
@@ -196,4 +198,5 @@ def build_side_network(
     initialize_random(side, seed=seed, weights=backbone.weight_source)
     if method.carves:
         initialize_by_pruning(side, backbone.weight_source, importance)
+    side.beside(backbone)
     return side

@@ -17,7 +17,7 @@ from lst_scale.side.config import GATE_TEMPERATURE, LadderConfig
 class LadderPeftConfig(PeftConfig):  # type: ignore[misc]
     """A ladder side network as an adapter.
 
-    Its fields are PEFT's own and those of `lst_scale.side.config.LadderConfig`, which says what they mean, without `vision`.
+    Its fields are PEFT's own and those of `lst_scale.side.config.LadderConfig`, which says what they mean, without `vision` and `tail`.
 
     Raises:
         LadderError: a value that no ladder can have; names what to write instead.
@@ -54,11 +54,13 @@ class LadderPeftConfig(PeftConfig):  # type: ignore[misc]
         """Return the config of a design; `peft` are PEFT's own fields.
 
         Raises:
-            LadderError: a design with images, which no PEFT model takes.
+            LadderError: a design with images, which no PEFT model takes, or a tail.
         """
+        if config.design == "tail":
+            raise LadderError("a side network of design tail is no adapter of ladders: load it with LadderModel")
         if config.vision is not None:
             raise LadderError("a side network with vision is no PEFT adapter, whose models take text: load it with LadderModel")
         return cls(**{name: getattr(config, name) for name in _DESIGN}, **peft)
 
 
-_DESIGN = tuple(entry.name for entry in fields(LadderConfig) if entry.name != "vision")
+_DESIGN = tuple(entry.name for entry in fields(LadderConfig) if entry.name not in ("vision", "tail"))

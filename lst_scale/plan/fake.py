@@ -6,6 +6,7 @@ Call everything inside one `torch._subclasses.FakeTensorMode`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,10 +50,13 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
                 precisions.replace(block, name, precisions.sized_quantized_linear(module, precision))
     identity = BackboneIdentity(checkpoint=recipe.backbone.checkpoint, revision=None, precision=precision, fingerprint="")
 
+    @functools.cache
+    def whole() -> Any:
+        return family.unfilled(shape.spec, shards=1)
+
     def weight(name: str) -> Tensor:
-        """Position tables, which a ladder starts from; nothing else is asked of random initialisation."""
-        whole = model if shards == 1 else family.unfilled(shape.spec, shards=1)
-        found: Tensor = whole.get_parameter(name).float()
+        """Position tables, which a ladder starts from, and blocks that are run again; nothing else is asked of random initialisation."""
+        found: Tensor = (model if shards == 1 and precision not in precisions.QUANTIZED else whole()).get_parameter(name).float()
         return found
 
     return LocalBackbone(model, spec, identity, weight, num_parameters=0)

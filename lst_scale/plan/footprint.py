@@ -17,11 +17,12 @@ from lst_scale.backbone.taps import StackTaps, TapRequest, Taps, cast_tap
 from lst_scale.backbone.weights.precision import held_tensors
 from lst_scale.data.batches import Batch
 from lst_scale.methods.base import Trainee, trained_parameters
+from lst_scale.methods.lst import LadderTrainee
 from lst_scale.plan import fake
 from lst_scale.plan.engine import EngineBytes, engine_bytes
 from lst_scale.plan.live import LiveBytes, nbytes
 from lst_scale.plan.packed import pack, packed_bytes
-from lst_scale.recipe.method import LstRecipe
+from lst_scale.recipe.backbone import Replicated
 from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import Shape
 from lst_scale.system.assets import load_ds_config
@@ -170,8 +171,10 @@ def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting
     """Return the bytes of frozen weights on a rank: all, its share, or the blocks that are there at a time."""
     model, placement = backbone.give_model(), recipe.backbone.placement
     blocks = [nbytes(held_tensors(ref.get(model))) for ref in backbone.family.blocks(backbone.spec)]
-    if isinstance(recipe.method, LstRecipe):
+    if isinstance(trainee, LadderTrainee):
         ends = nbytes(held_tensors(model)) - sum(blocks)
+        if setting.cached or not (isinstance(placement, Replicated) and recipe.backbone.precision == "fp32"):
+            ends += nbytes(trainee.module.held())  # what a side network runs again of the backbone, which shares it in float32 alone
         if setting.cached:
             return ends
         return ends + placement.resident(blocks, setting.world_size)

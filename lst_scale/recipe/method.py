@@ -21,13 +21,22 @@ def _ascending(layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
     return layers
 
 
+class TailRecipe(Section):
+    """What trains in method.design=tail: low-rank updates of matrices of the backbone's last blocks."""
+
+    rank: Width = 8  # of each update
+    alpha: Width = 16  # updates weigh alpha / rank
+    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)  # matrices of a block, by the names of the backbone's family
+
+
 class LstRecipe(Section):
     beside_backbone: ClassVar[bool] = True  # reads the frozen backbone's states: passes may be shared and remembered
     name: Literal["lst"]  # ladder side-tuning
-    # the paper's own, one of the two of its supplement, or, beside a decoder-only model, one whose positions know nothing of each other
-    design: Literal["transformer", "cross_attention", "adapter", "pointwise"] = "transformer"
+    # the paper's own, one of the two of its supplement, or, beside a decoder-only model, one whose positions know nothing of each other, or
+    # the backbone's last blocks run again with low-rank updates
+    design: Literal["transformer", "cross_attention", "adapter", "pointwise", "tail"] = "transformer"
     reduction_factor: Width = 8  # r: the side network's widths are the backbone's divided by it
-    # backbone blocks, from 0, that have a side block in both stacks
+    # backbone blocks, from 0, that have a side block in both stacks; of a tail the one that is read, after which blocks are run again
     side_layers: Annotated[Blocks, AfterValidator(_ascending)] = "all"  # type: ignore[valid-type]
     # carved out by weight magnitude, or by Fisher information; or, beside a decoder-only model, as the best linear reading of its states
     initialization: Literal["pruning", "fisher", "random", "probe"] = "pruning"
@@ -45,10 +54,11 @@ class LstRecipe(Section):
     # with images: what tells an image's tokens apart: frozen N(0, 1), as those rows of the release are, or the word table's last rows
     object_order: Literal["random", "backbone"] = "random"
     precision: Annotated[Literal["fp32", "bf16"], NotFp16] = "fp32"  # of the side network's arithmetic; its weights stay float32
+    tail: TailRecipe | None = None  # of design tail; None: rank 8, alpha 16, q and v
 
     @model_validator(mode="after")
     def _something_to_prune(self) -> LstRecipe:
-        if self.design in ("adapter", "pointwise") and self.carves:
+        if self.design in ("adapter", "pointwise", "tail") and self.carves:
             raise ValueError(f"design {self.design} has no blocks to carve out of the backbone: write initialization: random")
         if self.initialization != "fisher" and "fisher_samples" in self.model_fields_set and self.fisher_samples != 1024:
             raise ValueError(f"fisher_samples has no effect on initialization {self.initialization}: remove it or write fisher")
@@ -63,12 +73,27 @@ class LstRecipe(Section):
     def _somewhere_to_put_a_probe(self) -> LstRecipe:
         if self.initialization != "probe":
             return self
+        if self.design == "tail":
+            raise ValueError("initialization probe has no place in design tail, which starts as the backbone: write random")
         if self.design in ("cross_attention", "adapter"):
             raise ValueError(f"initialization probe stands beside a decoder-only model, and design {self.design} does not: write random")
         if self.downsample_rank is not None:
             raise ValueError("initialization probe sets whole downsamples: remove downsample_rank, or write initialization: random")
         if self.merge_last and not self.start_as_backbone:
             raise ValueError("initialization probe adds to the backbone's final state or stands alone: write start_as_backbone: true too")
+        return self
+
+    @model_validator(mode="after")
+    def _one_block_before_a_tail(self) -> LstRecipe:
+        if self.design != "tail":
+            if self.tail is not None:
+                raise ValueError(f"tail has no effect on design {self.design}: remove it, or write design: tail")
+            return self
+        if self.side_layers == "all" or len(self.side_layers) != 1:
+            raise ValueError("design tail reads one block and runs those after it again: write side_layers as one block, such as [23]")
+        for name in ("reduction_factor", "merge_last", "normalize_taps", "start_as_backbone", "gate", "side_heads", "downsample_rank"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on design tail, which runs the backbone's own blocks: remove it")
         return self
 
 

@@ -241,6 +241,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _nothing_before_a_tail(self) -> Recipe:
+        if isinstance(self.method, LstRecipe) and self.method.design == "tail" and self.backbone.context is not None:
+            raise ValueError(
+                "backbone.context is run once, and method.design=tail runs the last blocks anew: write its text into task.template, "
+                "or choose design transformer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fitted_to_labels(self) -> Recipe:
         """Say everything that a method without steps can't go with, or has no use for."""
         method = self.method

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from typing import Literal
 
 from lst_scale.backbone.spec import BackboneSpec, refuse_misfit
 from lst_scale.errors import LadderError, did_you_mean
+from lst_scale.side.tail_config import TailConfig
 from lst_scale.side.vision_config import VisionConfig
 
-DESIGNS = ("transformer", "cross_attention", "adapter", "pointwise")
+DESIGNS = ("transformer", "cross_attention", "adapter", "pointwise", "tail")
 GATES = ("learnable", "per_channel", "fixed", "none")
 PRECISIONS = ("fp32", "bf16")
 TAP_STORAGES = ("exact", "bf16", "int8")
+NOT_OF_A_TAIL = ("reduction_factor", "merge_last", "start_as_backbone", "gate", "side_heads", "downsample_rank")
+NOTHING_AFTER = "side_layers names block {layer}, after which there is nothing to run again: write an earlier one"
 GATE_TEMPERATURE = 0.1  # the paper's, for every gate
 
 
@@ -25,10 +28,11 @@ class LadderConfig:
     Args:
         design: "transformer": the backbone's block class at 1/r of its widths, fed through gates. "cross_attention": the same, fed by
             an attention to the taps. "adapter": adapters at full width with gates; r gives the bottleneck d_model / r. "pointwise", beside
-            a decoder-only model: no attention, each position of the answer reads its own taps alone.
+            a decoder-only model: no attention, each position of the answer reads its own taps alone. "tail", beside a decoder-only model:
+            the backbone's last blocks run again on the states before them, with low-rank updates, which are all that trains.
         reduction_factor: r; divides d_model, d_ff and d_kv. The number of heads stays.
         side_layers: 0-based backbone blocks that have a side block, in both stacks, ascending; "all", until a backbone says how many
-            there are.
+            there are. Of the tail one block: those after it are run again.
         merge_last: mix the backbone's final decoder state into the output through one more gate.
         start_as_backbone: with merge_last (which beside a decoder-only model need not be written), add the upsampled side state to the
             backbone's final state without a gate, from an upsample of zeros: the first prediction is the backbone's own (PAC,
@@ -48,6 +52,7 @@ class LadderConfig:
             gradient is exact for taps that are off by at most 1/254 of a position's largest value.
         dropout: the side network's dropout rate; None takes the backbone's.
         precision: "fp32", or "bf16" for autocast; weights are float32 in both.
+        tail: of the design of that name; None: as `TailConfig` is.
         vision: how image tokens enter the side network beside the source's text; None: text only.
     """
 
@@ -66,9 +71,12 @@ class LadderConfig:
     recompute: bool = True
     tap_storage: str = "exact"
     vision: VisionConfig | None = None
+    tail: TailConfig | None = None
 
     def __post_init__(self) -> None:
         self._check_layers()
+        if isinstance(self.tail, Mapping):  # as a saved one reads back
+            vars(self)["tail"] = TailConfig(**self.tail)
         if isinstance(self.vision, Mapping):  # as a saved one reads back
             vars(self)["vision"] = VisionConfig(**self.vision)
         if type(self.reduction_factor) is not int:
@@ -108,11 +116,25 @@ class LadderConfig:
         return replace(
             self,
             side_layers=tuple(range(spec.depth)) if self.side_layers == "all" else self.side_layers,
-            normalize_taps=spec.large_states if self.normalize_taps is None else self.normalize_taps,
+            normalize_taps=(spec.large_states and self.design != "tail") if self.normalize_taps is None else self.normalize_taps,
             merge_last=self.merge_last or (self.start_as_backbone and spec.one_stack),
         )
 
+    def _check_tail(self) -> None:
+        if self.design != "tail":
+            if self.tail is not None:
+                raise LadderError(f"tail has no effect on design {self.design}: remove it, or write design tail")
+            return
+        vars(self)["tail"] = self.tail or TailConfig()
+        if self.side_layers == "all" or len(self.side_layers) != 1:
+            raise LadderError("design tail reads one block and runs those after it again: write side_layers as one block, such as [23]")
+        for name in NOT_OF_A_TAIL:
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if value != default:
+                raise LadderError(f"{name} {value!r} has no effect on design tail, which runs the backbone's own blocks: remove it")
+
     def _check_switches(self) -> None:
+        self._check_tail()
         if self.start_as_backbone and self.design == "adapter":
             raise LadderError("start_as_backbone needs an upsample that starts at zero, which design adapter lacks: choose another design")
         if self.vision is not None and self.design != "transformer":
@@ -132,10 +154,18 @@ class LadderConfig:
         """Refuse what does not fit this backbone, naming what would."""
         if self.start_as_backbone and not self.merge_last:
             raise LadderError("start_as_backbone has no effect without merge_last: write merge_last=true too")
+        what = f"design {self.design} stands beside"
         if spec.one_stack and self.design in ("cross_attention", "adapter"):
-            raise LadderError(f"design {self.design} stands beside an encoder-decoder: beside a {spec.model_type} write design transformer")
-        if not spec.one_stack and self.design == "pointwise":
-            raise LadderError(f"design pointwise stands beside a decoder-only model: beside a {spec.model_type} write design transformer")
+            raise LadderError(f"{what} an encoder-decoder: beside a {spec.model_type} write design transformer")
+        if not spec.one_stack and self.design in ("pointwise", "tail"):
+            raise LadderError(
+                f"design {self.design} stands beside a decoder-only model: beside a {spec.model_type} write design transformer"
+            )
         if spec.one_stack and self.vision is not None:
             raise LadderError(f"images stand beside an encoder's text, which a {spec.model_type} has not: choose a T5, or leave vision out")
         refuse_misfit(spec, self.reduction_factor, self.layers, self.side_heads)
+        if self.design == "tail" and self.layers[0] == spec.depth - 1:
+            raise LadderError(NOTHING_AFTER.format(layer=self.layers[0]))
+
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(LadderConfig)}

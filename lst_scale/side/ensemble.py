@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lst_scale.backbone import as_backbone
-from lst_scale.backbone.taps import FrozenHead, StackTaps, TapRequest, TargetState, selected_stack, union
+from lst_scale.backbone.taps import Backbone, FrozenHead, StackTaps, TapRequest, TargetState, selected_stack, union
 from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
 from lst_scale.side.cache import part_of
@@ -40,6 +40,10 @@ class SideNetworks(nn.Module):
         if any(side.vision != self.vision for side in sides):
             raise LadderError("side networks that answer as one must read the same images: their vision settings differ")
         self.num_cache_layers = sum(side.num_cache_layers for side in sides)
+
+    def beside(self, backbone: Backbone) -> None:
+        for side in self.each:
+            side.beside(backbone)
 
     def encode(self, taps: StackTaps, attention_mask_BS: Tensor, images: Images | None = None) -> SideEncoderState:
         """Return all final states side by side (B, S, sum of widths): one tensor, whose rows beam search can repeat."""

@@ -200,8 +200,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _design_digest(config: Any) -> str:
     told = {key: value for key, value in config.items() if key not in _NO_MATTER}
-    if told["vision"] is None:  # as they were told before there were images
-        del told["vision"]
+    for later in ("vision", "tail"):
+        if told.get(later) is None:  # as they were told before there were any
+            told.pop(later, None)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

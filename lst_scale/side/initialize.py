@@ -16,6 +16,7 @@ from lst_scale.backbone.families import BlockRef, Sublayer, WholeHeads, family_o
 from lst_scale.errors import LadderError
 from lst_scale.side.designs.beside_images import StackBesideImages
 from lst_scale.side.designs.parts import narrowing
+from lst_scale.side.designs.tail import LowRankUpdate
 from lst_scale.side.network import Gate, SideNetwork, TwoStepDownsample
 from lst_scale.side.vision import draw_as_torch_does
 
@@ -32,6 +33,7 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
     | downsamples, upsample, adapters | N(0, 0.01^2), bias 0; the upsample 0 with start_as_backbone |
     | gates | alpha 0, mu 1/2 |
     | norms | 1 |
+    | updates of the tail | A N(0, 1/3 of 1 / its inputs), B 0 |
     | side blocks | as their family draws its own blocks, at the narrow widths (`Family.draw`) |
     | with vision: downsamples, upsample | U(+-1/sqrt(fan in)), as the release's vision half leaves them |
     | with vision: image tokens | `VisualEmbedding.draw`; their object order as `VisionConfig.object_order` says |
@@ -58,6 +60,9 @@ def initialize_random(side: SideNetwork, *, seed: int, weights: WeightSource | N
         if isinstance(module, TwoStepDownsample):  # together they scale as one downsample does
             normal(module.first.weight, module.first.in_features**-0.5)
             normal(module.second.weight, LADDER_STD * (module.first.in_features / module.second.in_features) ** 0.5)
+        if isinstance(module, LowRankUpdate):  # of the variance that peft's has
+            normal(module.down, (3 * module.down.shape[1]) ** -0.5)
+            module.up.zero_()
     if side.config.vision is not None:
         _draw_beside_images(side, in_blocks, generator, weights)
     if side.config.start_as_backbone:
@@ -91,7 +96,7 @@ def initialize_by_pruning(side: SideNetwork, weights: WeightSource, importance: 
         weights: reads a backbone weight by its Hugging Face name.
         importance: reads a weight's importance, of the same shape; None takes the weight itself (its magnitude counts).
     """
-    if side.config.design in ("adapter", "pointwise"):
+    if side.config.design in ("adapter", "pointwise", "tail"):
         raise LadderError(f"design {side.config.design} has no blocks to carve out of the backbone: write method.initialization=random")
     spec, family = side.spec, family_of(side.spec.model_type, "this backbone")
     narrow, attends_to_tap = narrowing(spec, side.config), side.config.design == "cross_attention"

@@ -100,6 +100,7 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
         super().__init__()
         self._frozen = (backbone,)  # no submodule, even if it is an nn.Module
         self.side = side
+        side.beside(backbone)
         self.train(side.training)
         spec = backbone.spec
         self._form = form

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.families import family_of
 from lst_scale.backbone.masks import whole_mask
-from lst_scale.backbone.taps import BackboneSpec, FrozenHead, StackTaps, TapRequest, Taps, TargetState
+from lst_scale.backbone.taps import Backbone, BackboneSpec, FrozenHead, StackTaps, TapRequest, Taps, TargetState
 from lst_scale.inputs.images import Images
 from lst_scale.side.config import LadderConfig
 from lst_scale.side.designs.adapter import AdapterStack
@@ -28,6 +28,7 @@ from lst_scale.side.designs.cross_attention import CrossAttentionStack
 from lst_scale.side.designs.one_stack import OneStack, SidePrefix, followed_by
 from lst_scale.side.designs.parts import Gate, SideEncoderState, TwoStepDownsample
 from lst_scale.side.designs.pointwise import PointwiseStack
+from lst_scale.side.designs.tail import TailStack
 from lst_scale.side.designs.transformer import TransformerStack
 from lst_scale.side.vision import beside_images
 
@@ -40,8 +41,8 @@ class SideNetwork(nn.Module):
     def __new__(cls, spec: BackboneSpec | None = None, config: LadderConfig | None = None) -> SideNetwork:
         if cls is not SideNetwork or spec is None or not spec.one_stack:
             return super().__new__(cls)
-        pointwise = config is not None and config.design == "pointwise"
-        return super().__new__(PointwiseNetwork if pointwise else OneStackNetwork)
+        kinds = {"pointwise": PointwiseNetwork, "tail": TailNetwork}
+        return super().__new__(OneStackNetwork if config is None else kinds.get(config.design, OneStackNetwork))
 
     def __init__(self, spec: BackboneSpec, config: LadderConfig) -> None:
         config = config.on(spec)
@@ -50,7 +51,7 @@ class SideNetwork(nn.Module):
         self.spec, self.config = spec, config
         self.request, self.vision = self.request_of(config), config.vision
         self._make_stacks(spec, config)
-        wide = config.design == "adapter"
+        wide = config.design in ("adapter", "tail")
         self.upsample = nn.Identity() if wide else nn.Linear(spec.side_width(config.reduction_factor), spec.d_model)
         self.merge_gate = Gate(config.gate_temperature) if config.merge_last and not config.start_as_backbone else None
 
@@ -79,7 +80,16 @@ class SideNetwork(nn.Module):
     @property
     def num_cache_layers(self) -> int:
         """How many layers of a cache its decoder fills."""
+        if self.config.design == "tail":
+            return self.spec.depth - 1 - self.config.layers[0]
         return len(self.config.layers) * {"cross_attention": 2, "pointwise": 0}.get(self.config.design, 1)
+
+    def beside(self, backbone: Backbone) -> None:
+        """Take from a backbone what of it is run again here: nothing, but in the design "tail"."""
+
+    def held(self) -> Iterator[Tensor]:
+        """Yield the weights that came so: frozen, and no part of the module."""
+        return iter(())
 
     def gates(self) -> dict[str, Gate]:
         """Return the gates that train, each by the name of its parameter."""
@@ -168,6 +178,24 @@ class PointwiseNetwork(OneStackNetwork):
     def _on_target(self, taps: StackTaps, prefix: SidePrefix, cache: Any | None) -> Tensor:
         final_BTR: Tensor = self.stack(taps)
         return final_BTR
+
+
+class TailNetwork(OneStackNetwork):
+    """Beside a decoder-only model: its own last blocks, with updates that train, along the source and on into the target."""
+
+    def _make_stacks(self, spec: BackboneSpec, config: LadderConfig) -> None:
+        self.stack = TailStack(spec, config)
+
+    def stacks(self) -> Iterator[tuple[str, Any]]:
+        """There is no ladder of side blocks."""
+        return iter(())
+
+    def beside(self, backbone: Backbone) -> None:
+        self.stack.beside(backbone)
+
+    def held(self) -> Iterator[Tensor]:
+        held: Iterator[Tensor] = self.stack.held()
+        return held
 
 
 __all__ = ["STACKS", "Gate", "SideEncoderState", "SideNetwork", "TwoStepDownsample"]

@@ -342,6 +342,22 @@ class Family(Protocol):
 
     def side_norm(self, spec: Any, width: int) -> nn.Module: ...
 
+    def tail(self, spec: Any, first: int) -> Any:
+        """Return a model, unfilled on the meta device, of the blocks from number `first` on and the final norm.
+
+        Raises:
+            LadderError: there are two stacks.
+        """
+        ...
+
+    def tail_name(self, name: str, first: int) -> str:
+        """Return what a weight of such a model is called in the whole one."""
+        ...
+
+    def run_tail(self, model: Any, hidden_BTD: Tensor, mask_BS: Tensor, cache: Any | None) -> Tensor:
+        """Return final normed states (B, T, D) of the last of the tokens in `mask_BS` (B, past + T), given those before the blocks."""
+        ...
+
     def generation_config(self, spec: Any, *, side_layers: int) -> Any:
         """Return what transformers' generation reads of a model whose cache has so many layers beside the backbone's."""
         ...

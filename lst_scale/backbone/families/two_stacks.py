@@ -11,8 +11,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lst_scale.backbone.families import NO_PROBE
 from lst_scale.backbone.taps import BackboneSpec
-from lst_scale.errors import BackboneError
+from lst_scale.errors import BackboneError, LadderError
 from lst_scale.inputs.keys import IGNORED
+
+NO_TAIL = "design tail stands beside a decoder-only model: beside an encoder-decoder write design transformer"
 
 
 class TwoStacks:
@@ -34,6 +36,15 @@ class TwoStacks:
 
     def start_averaging(self, block: Any, channels: slice, to: slice, factors_Q: Tensor) -> None:
         raise BackboneError(NO_PROBE)
+
+    def tail(self, spec: Any, first: int) -> Any:
+        raise LadderError(NO_TAIL)
+
+    def tail_name(self, name: str, first: int) -> str:
+        raise LadderError(NO_TAIL)
+
+    def run_tail(self, model: Any, hidden_BTD: Tensor, mask_BS: Tensor, cache: Any | None) -> Tensor:
+        raise LadderError(NO_TAIL)
 
     def answers(self, generate: Callable[..., Tensor], ids_BS: Tensor, mask_BS: Tensor, **options: Any) -> Tensor:
         return generate(input_ids=ids_BS, attention_mask=mask_BS, **options)

@@ -74,7 +74,9 @@ class LocalBackbone:
         for ref in assemble.block_refs(checkpoint):
             assemble.fill_block(ref.get(model), ref.path, checkpoint, precision, torch.device(device))
         identity = BackboneIdentity(checkpoint=name, revision=revision, precision=precision, fingerprint=checkpoint.fingerprint())
-        return cls(model, checkpoint.spec, identity, checkpoint.tensor, num_parameters)
+        # In float32 what is in memory is as exact as what is stored, and a side network that runs some of it again may share it.
+        weights = _live_weight_source(model) if precision == "fp32" else checkpoint.tensor
+        return cls(model, checkpoint.spec, identity, weights, num_parameters)
 
     @classmethod
     def wrap(cls, model: Any) -> LocalBackbone:

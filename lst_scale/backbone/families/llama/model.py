@@ -108,7 +108,7 @@ class LlamaModel:
     def skeleton(self, config: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        _make_buffers(model, config)
+        fill_buffers(model, config)
         return model
 
     def blocks(self, spec: LlamaSpec) -> tuple[BlockRef, ...]:
@@ -160,7 +160,7 @@ class LlamaModel:
 
     def context(self, model: Any, embedding_1CD: Tensor) -> Prompt:
         cache, length = DynamicCache(config=model.config), embedding_1CD.shape[1]
-        _run(model, embedding_1CD, torch.ones(1, length, dtype=torch.long, device=embedding_1CD.device), cache)
+        run(model, embedding_1CD, torch.ones(1, length, dtype=torch.long, device=embedding_1CD.device), cache)
         return Prompt(cache=cache, context_length=length)
 
     def begun(self, context: Prompt | None, num_rows: int) -> Prompt | None:
@@ -169,7 +169,7 @@ class LlamaModel:
     def read(self, model: Any, embedding_BSD: Tensor, attention_mask_BS: Tensor, context: Prompt | None = None) -> Prompt:
         """Return the source's keys and values."""
         begun = self.begun(context, len(embedding_BSD)) or Prompt(cache=DynamicCache(config=model.config), context_length=0)
-        _run(model, embedding_BSD, attention_mask_BS, begun.cache, begun.context_length)
+        run(model, embedding_BSD, attention_mask_BS, begun.cache, begun.context_length)
         return begun
 
     def extend(
@@ -188,7 +188,7 @@ class LlamaModel:
         if source is not None and (cache is None or cache.get_seq_length() == 0):
             cache = continued(source.cache, cache)
         with _shortened(model.model, num_blocks):
-            return _run(model, embedding_BTD, attention_mask_BS, cache, 0 if source is None else source.context_length)
+            return run(model, embedding_BTD, attention_mask_BS, cache, 0 if source is None else source.context_length)
 
     def state(self, output: Any) -> Tensor:
         return _state(output)
@@ -219,7 +219,7 @@ def _state(output: Any) -> Tensor:
     return hidden
 
 
-def _run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache | None, context_length: int = 0) -> Tensor:
+def run(model: Any, embedding_BTD: Tensor, mask_BS: Tensor, cache: DynamicCache | None, context_length: int = 0) -> Tensor:
     """Run new tokens after those in the cache, and return their final normed states (B, T, D). The mask is without the context."""
     past, length = (0 if cache is None else cache.get_seq_length()), embedding_BTD.shape[1]
     mask = torch.nn.functional.pad(whole_mask(mask_BS, past - context_length, length), (context_length, 0), value=1)
@@ -255,7 +255,7 @@ def _shortened(stack: Any, count: int) -> Iterator[None]:
         stack.layers = whole
 
 
-def _make_buffers(model: Any, config: Any) -> None:
+def fill_buffers(model: Any, config: Any) -> None:
     """Make what no checkpoint stores: rotary frequencies, and the scale of the Gemmas' embedding."""
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     embedding = model.model.embed_tokens

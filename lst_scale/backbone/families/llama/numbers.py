@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lst_scale.backbone.families import Numbers
 from lst_scale.backbone.families.llama.config import problem_of
 from lst_scale.backbone.families.llama.spec import LlamaSpec, spec_from
-from lst_scale.errors import BackboneError
-from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
+from lst_scale.errors import BackboneError, did_you_mean
+from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe, TailRecipe
 
 NO_SOURCE_ATTENTION = "blocks of a decoder-only model have one attention: remove method.cross_attention"
 
@@ -23,16 +24,13 @@ class LlamaNumbers:
 
     def lora_targets(self, spec: LlamaSpec) -> Mapping[str, str]:
         """Attention's matrices go by T5's names as well, so that a recipe serves both families."""
-        matrices = _matrices(spec)
-        short = {name: next(matrix for matrix in matrices if name in matrix.partition("_")[0]) for name in ("q", "k", "v", "o")}
-        return {name: name for name in matrices} | short
+        return _names(spec)
 
     def trainable_parameters(self, spec: LlamaSpec, own_head: bool, method: Method) -> int:
         if isinstance(method, FullRecipe):
             return backbone_parameters(spec, own_head)
         if isinstance(method, LoraRecipe):
-            widths, names = _matrices(spec), self.lora_targets(spec)
-            updates = spec.num_layers * method.rank * sum(sum(widths[name]) for name in {names[target] for target in method.targets})
+            updates = spec.num_layers * _updates(spec, method.rank, method.targets)
             return updates + (_biases(spec) if method.bitfit else 0)
         if isinstance(method, PromptRecipe):
             return method.num_vectors * spec.d_model
@@ -53,6 +51,29 @@ def _matrices(spec: LlamaSpec) -> dict[str, tuple[int, int]]:
     fused = {"qkv_proj": (d, q + 2 * kv), "gate_up_proj": (d, 2 * f)}
     plain = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "gate_proj": (d, f), "up_proj": (d, f)}
     return (fused if spec.model_type == "phi3" else plain) | {"o_proj": (q, d), "down_proj": (f, d)}
+
+
+def _names(spec: LlamaSpec) -> dict[str, str]:
+    matrices = _matrices(spec)
+    short = {name: next(matrix for matrix in matrices if name in matrix.partition("_")[0]) for name in ("q", "k", "v", "o")}
+    return {name: name for name in matrices} | short
+
+
+def _updates(spec: LlamaSpec, rank: int, targets: Sequence[str]) -> int:
+    """Return the weights of low-rank updates in one block."""
+    widths, names = _matrices(spec), _names(spec)
+    return rank * sum(sum(widths[name]) for name in {names[target] for target in targets})
+
+
+def _tail(spec: LlamaSpec, method: Any) -> int:
+    """Return the weights of updates in the blocks after the one that is read."""
+    tail = method.tail or TailRecipe()
+    unknown = next((target for target in tail.targets if target not in _names(spec)), None)
+    if unknown is not None:
+        found = did_you_mean(unknown, tuple(_names(spec)))
+        raise BackboneError(f"method.tail.targets: blocks of this backbone have no matrix {unknown!r}.{found}")
+    read: int = method.side_layers[0]  # the recipe has seen that it is one block
+    return max(0, spec.num_layers - 1 - read) * _updates(spec, tail.rank, tail.targets)
 
 
 def _norms(spec: LlamaSpec) -> int:
@@ -94,6 +115,8 @@ def _ladder(spec: LlamaSpec, method: LstRecipe) -> int:
     if method.design in ("cross_attention", "adapter"):
         where = f"beside an encoder-decoder: beside a {spec.model_type} write method.design=transformer"
         raise BackboneError(f"design {method.design} stands {where}")
+    if method.design == "tail":
+        return _tail(spec, method)
     reason = spec.why_not_carved(method.reduction_factor, method.side_heads or spec.num_heads)
     if method.carves and reason is not None:
         raise BackboneError(f"{reason}: write method.initialization=random")

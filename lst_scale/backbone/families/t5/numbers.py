@@ -11,7 +11,7 @@ from lst_scale.backbone.spec import refuse_misfit
 from lst_scale.errors import BackboneError
 from lst_scale.recipe.method import AdaptersRecipe, BitfitRecipe, FullRecipe, LoraRecipe, LstRecipe, Method, PromptRecipe
 
-BESIDE_DECODERS = "design pointwise stands beside a decoder-only model:"
+BESIDE_DECODERS = "stands beside a decoder-only model:"
 
 
 class T5Numbers:
@@ -61,8 +61,8 @@ def trainable_parameters(spec: T5Spec, own_head: bool, method: Method) -> int:
 
 def _ladder(spec: T5Spec, method: LstRecipe) -> int:
     """Return the weights of a side network: per stack the blocks, |K| + 1 downsamples, |K| gates, a norm, a table."""
-    if method.design == "pointwise":
-        raise BackboneError(f"{BESIDE_DECODERS} beside a {spec.model_type} write method.design=transformer")
+    if method.design in ("pointwise", "tail"):
+        raise BackboneError(f"design {method.design} {BESIDE_DECODERS} beside a {spec.model_type} write method.design=transformer")
     r = method.reduction_factor
     refuse_misfit(spec, r, () if method.side_layers == "all" else method.side_layers, method.side_heads)
     kept = spec.depth if method.side_layers == "all" else len(method.side_layers)

@@ -85,7 +85,7 @@ def _ladder(spec: T5GemmaSpec, method: LstRecipe) -> int:
     if method.carves:
         raise BackboneError(f"side blocks are not carved out of a {spec.model_type}: write method.initialization=random")
     if method.design != "transformer":
-        what = "a decoder-only model" if method.design == "pointwise" else "a T5 alone"
+        what = "a decoder-only model" if method.design in ("pointwise", "tail") else "a T5 alone"
         raise BackboneError(f"method.design={method.design} stands beside {what}: beside a {spec.model_type} write transformer")
     r, kept = method.reduction_factor, spec.depth if method.side_layers == "all" else len(method.side_layers)
     width, hidden = spec.side_width(r), max(8, 8 * round(spec.d_ff / r / 8))
