@@ -65,7 +65,7 @@ LADDERS: dict[str, dict[str, Any]] = {
     "lst": LADDER,
     "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
-# The last blocks run again, with updates of the shape that LoRA's have; what is read is among what the ladders read, so one pass serves all.
+# The last blocks run again, with updates as LoRA's; what they read is among what the ladders read, so one pass serves all.
 TAILS: dict[str, dict[str, Any]] = {
     f"tail{29 - block}": {
         "name": "lst",

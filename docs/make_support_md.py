@@ -17,7 +17,7 @@ TAPS, RUNS, CONTEXT, PLACED = "test_decoder_only.py", "test_decoder_only_runs.py
 PLACED_TAPS = f"{PLACED}::test_every_placement_gives_the_taps_of_the_replicated_backbone"
 PLACED_RUNS = f"{PLACED}::test_every_placement_trains_to_the_losses_and_weights_of_one_process"
 INSIDE = "test_inside_llms.py"
-PROBE, POINTWISE = "test_probe.py", "test_pointwise.py"
+PROBE, POINTWISE, TAIL = "test_probe.py", "test_pointwise.py", "test_tail.py"
 EVAL = "test_eval_harness.py"
 MESSAGES = "test_messages_runs.py"
 EVERY = "test_methods.py::test_every_method_trains_scores_and_saves_what_trains_alone"
@@ -108,6 +108,11 @@ TABLES: dict[str, list[tuple[str, Cell, Cell]]] = {
             "refused: write `transformer`",
             f"{POINTWISE}::test_first_predictions_are_the_model_s_own_bit_for_bit_and_a_step_moves_the_side_network_alone",
         ),
+        (
+            "design `tail`",
+            "refused: write `transformer`",
+            f"{TAIL}::test_first_predictions_are_the_model_s_own_bit_for_bit_and_a_step_moves_the_updates_alone",
+        ),
     ],
     "What runs share": [
         (
@@ -156,6 +161,7 @@ OF_T5GEMMA: dict[str, Cell] = {
     "`lst`": f"{GEMMA_TAPS}::test_a_step_moves_the_side_network_alone",
     "`probe`": f"{PROBE}::test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored",
     "design `pointwise`": "refused: write `transformer`",
+    "design `tail`": "refused: write `transformer`",
     "`full`, `lora`": f"{GEMMA_RUNS}::test_methods_inside_the_model_train_too",
     "`adapters`, `bitfit`, `prompt`": f"{INSIDE}::test_a_finished_run_answers_a_file_as_it_was_scored",
     "members on one pass": f"{GEMMA_RUNS}::test_members_on_one_pass_end_as_each_would_alone",

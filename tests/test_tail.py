@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from helpers import llama_runs, programs, ranks
@@ -23,6 +24,7 @@ from lst_scale.backbone import as_backbone, load_backbone
 from lst_scale.backbone.families import family_of, numbers_of
 from lst_scale.errors import LadderError, NotReady, RecipeError
 from lst_scale.inference.predict import predict_file
+from lst_scale.peft import adapter_from_side_network
 from lst_scale.peft.config import LadderPeftConfig
 from lst_scale.plan.footprint import WEIGHTS, Setting, footprint
 from lst_scale.recipe.method import LstRecipe, TailRecipe
@@ -203,6 +205,18 @@ def test_it_trains_on_two_ranks(zero: str, write: Callable[..., Path]) -> None:
         torch.testing.assert_close(final_weights(two)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("placement", ["tensor_parallel", "zero3", "streamed"])
+def test_it_trains_beside_a_backbone_in_any_placement(placement: str, write: Callable[..., Path]) -> None:
+    path = write(placement, **TAIL, training__epochs=1, backbone__placement={"name": placement})
+    one = trained(write("whole", **TAIL, training__epochs=1))
+    done = ranks.run(programs.train, path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    recipe = load_recipe(str(path))
+    placed = Path(recipe.output_dir) / recipe.run_name
+    for name, tensor in final_weights(one).items():
+        torch.testing.assert_close(final_weights(placed)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_beside_a_quantized_backbone_its_blocks_are_in_full_precision(precision: str, write: Callable[..., Path]) -> None:
     folder = trained(write(precision, **TAIL, training__epochs=1, backbone__precision=precision))
@@ -268,8 +282,19 @@ def test_beside_an_encoder_decoder_it_is_refused() -> None:
         check_before_start([load_recipe("quickstart", [*method, "output_dir=/tmp/nowhere"])], resume=False)
 
 
-def test_it_is_no_adapter_of_peft() -> None:
-    with pytest.raises(LadderError, match=r"^a side network of design tail is no adapter"):
+def test_peft_reads_it_as_lora(model: Any, tmp_path: Path) -> None:
+    ids, made = texts(), ladder(model, trained=True)
+    made.save_pretrained(tmp_path / "side")
+    adapter_from_side_network(tmp_path / "side", tmp_path / "adapter")
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits
+        found = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+        torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_no_ladder_among_peft_s_adapters() -> None:
+    with pytest.raises(LadderError, match=r"^a side network of design tail is no ladder among adapters, but LoRA"):
         LadderPeftConfig.of(LadderConfig(**CONFIG))
     assert TailConfig(targets=["q"]).targets == ("q",)
 

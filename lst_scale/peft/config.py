@@ -57,7 +57,9 @@ class LadderPeftConfig(PeftConfig):  # type: ignore[misc]
             LadderError: a design with images, which no PEFT model takes, or a tail.
         """
         if config.design == "tail":
-            raise LadderError("a side network of design tail is no adapter of ladders: load it with LadderModel")
+            raise LadderError(
+                "a side network of design tail is no ladder among adapters, but LoRA: write it with adapter_from_side_network"
+            )
         if config.vision is not None:
             raise LadderError("a side network with vision is no PEFT adapter, whose models take text: load it with LadderModel")
         return cls(**{name: getattr(config, name) for name in _DESIGN}, **peft)

@@ -62,9 +62,12 @@ class TailStack(nn.Module):
             blocks.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         dropout = spec.dropout_rate if config.dropout is None else config.dropout
         updates: dict[str, nn.ModuleDict] = {}
-        for number, matrix, linear in _targets(spec, blocks, self.family, config.tail.targets):
+        self.paths: dict[str, str] = {}  # of each matrix that has an update: where it is in a block
+        for number, path, linear in _targets(spec, blocks, self.family, config.tail.targets):
             update = LowRankUpdate(linear.in_features, linear.out_features, rank=config.tail.rank, alpha=config.tail.alpha, dropout=dropout)
             linear.register_forward_hook(update.add)
+            matrix = path.rpartition(".")[2]
+            self.paths[matrix] = path
             updates.setdefault(str(number + self.first), nn.ModuleDict())[matrix] = update
         self.blocks = nn.ModuleDict(updates)  # updates by the number of their block in the backbone
         self._frozen = (blocks.requires_grad_(False),)  # no submodule
@@ -109,7 +112,7 @@ class TailStack(nn.Module):
 
 
 def _targets(spec: BackboneSpec, blocks: Any, family: Any, targets: Any) -> Iterator[tuple[int, str, nn.Linear]]:
-    """Yield the number of each block, the name in it and the map of every matrix that has an update.
+    """Yield the number of each block, the path in it and the map of every matrix that has an update.
 
     Raises:
         LadderError: blocks have no such matrix; names those that there are.
@@ -122,4 +125,4 @@ def _targets(spec: BackboneSpec, blocks: Any, family: Any, targets: Any) -> Iter
     for number, block in enumerate(family.stack_of(blocks, target=True)):
         for path, module in block.named_modules():
             if path.rpartition(".")[2] in wanted:
-                yield number, path.rpartition(".")[2], module
+                yield number, path, module
