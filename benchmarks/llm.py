@@ -17,7 +17,8 @@
 Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's ending, out of two (added to the
 backbone's final state, or alone), and its context, out of none and three draws of eight examples from the training rows, are chosen in the
 same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
-Numbers are answered by their mean (`evaluation.method: expectation`). Then three seeds, and the test once, by what is chosen:
+Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates)
+is of nine blocks or six, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is chosen:
 `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the backbone, from taps in int8.
 In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which validation chooses one.
 What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times are measured by
@@ -111,7 +112,7 @@ ROWS = {
     "headlines": (500, 200, 300),
 }
 ANSWERED = {"classification": "likelihood", "regression": "expectation", "text": "generation"}
-PARTS = ("ladder", "tail", "probe", "rivals", "longer")
+PARTS = ("ladder", "tail", "pair", "probe", "rivals", "longer")
 BATCH = 4  # rows a step: with 16, two epochs of 500 rows are 64 steps, in which no method learned what there was to learn
 EPOCHS, MANY = 2, 8  # of every method; of a ladder in less than the time that LoRA takes for those
 
@@ -286,6 +287,14 @@ def study_tail(folder: Path, model: str, task: str) -> list[tuple[str, list[Reci
     return [(f"tail: chosen {chosen.name.partition('-')[0]}", seeds)]
 
 
+def study_pair(folder: Path, model: str, task: str) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
+    """Average the answers of the best ladder without a context and of the best tail, which one pass serves."""
+    if TASKS[task].get("kind") == "text":
+        return []
+    ladders, tails = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task)[0][1]
+    return [("ladder and tail, averaged", list(zip(ladders, tails, strict=True)))]
+
+
 def study_longer(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
     """Train what two epochs chose, without a context and of all, for more of them, at each rate; then further seeds of the best."""
     chosen = sweep_ladders(folder, model, task, contexts)
@@ -341,51 +350,55 @@ def study_rival(folder: Path, model: str, task: str, method: str) -> list[tuple[
     return [(method, seeds)]
 
 
-def line(folder: Path, task: str, title: str, seeds: Sequence[Recipe]) -> str:
-    """Return a row of the table."""
-    answer(folder, seeds)
-    scores = [score(folder, [each]) for each in seeds]
-    first = found(seeds[0])
-    assert first is not None
-    rate = "" if seeds[0].method.name == "probe" else f"{seeds[0].optimizer.learning_rate:g}"
+def line(folder: Path, task: str, title: str, seeds: Sequence[Recipe | tuple[Recipe, ...]]) -> str:
+    """Return a row of the table: of each seed a run, or several that answer together."""
+    groups = [each if isinstance(each, tuple) else (each,) for each in seeds]
+    every = [run for group in groups for run in group]
+    answer(folder, every)
+    if len(groups[0]) > 1:
+        answer(folder, groups[0], "validation")
+        validation = score(folder, groups[0], "validation")
+    else:
+        validation = validated(groups[0][0])
+    scores = [score(folder, group) for group in groups]
+    rates = ", ".join(f"{run.optimizer.learning_rate:g}" for run in groups[0] if run.method.name != "probe")
     each = " ".join(f"{one:.1f}" for one in scores)
-    together = f"{score(folder, seeds):.1f}" if len(seeds) > 1 and TASKS[task].get("kind") != "text" else ""
-    return (
-        f"| {task} | {title} | {rate} | {first['validation_score']:.1f} | {statistics.mean(scores):.1f} ({each}) | {together} | "
-        f"{first['trainable_parameters']:,} |"
-    )
+    together = f"{score(folder, every):.1f}" if len(groups) > 1 and TASKS[task].get("kind") != "text" else ""
+    trained = sum((found(run) or {})["trainable_parameters"] for run in groups[0])
+    return f"| {task} | {title} | {rates} | {validation:.1f} | {statistics.mean(scores):.1f} ({each}) | {together} | {trained:,} |"
 
 
-def answers_of(folder: Path, run: Recipe) -> Path:
-    return folder / "answers" / f"{run.run_name}.jsonl"
+def answers_of(folder: Path, run: Recipe, split: str = "test") -> Path:
+    return folder / "answers" / f"{run.run_name}{'' if split == 'test' else f'-{split}'}.jsonl"
 
 
-def answer(folder: Path, runs: Sequence[Recipe]) -> None:
-    """Answer the test rows; side networks without a context on one pass."""
-    missing = [each for each in runs if not answers_of(folder, each).exists()]
+def answer(folder: Path, runs: Sequence[Recipe], split: str = "test") -> None:
+    """Answer the rows of a split; ladders without a context on one pass."""
+    missing = [each for each in runs if not answers_of(folder, each, split).exists()]
     if not missing:
         return
     task = missing[0].task_name
     labelled = TASKS[task].get("kind") is None
-    test, folders = folder / task / "test.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
+    asked, folders = folder / task / f"{split}.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
     answers_of(folder, missing[0]).parent.mkdir(exist_ok=True)
-    if missing[0].method.name != "lst" or missing[0].name.startswith("tail") or not labelled or missing[0].backbone.context is not None:
+    served = all(each.method.name == "lst" and not each.name.startswith("tail") and each.backbone.context is None for each in missing)
+    if not (served and labelled):
         for each, run in zip(missing, folders, strict=True):
-            predict_file([run], test, answers_of(folder, each), probabilities=labelled)
+            predict_file([run], asked, answers_of(folder, each, split), probabilities=labelled)
         return
-    all_of_them = folder / "answers" / f"{missing[0].run_name}-and-others.jsonl"
-    answer_file(folders, test, all_of_them, probabilities=True)
+    all_of_them = folder / "answers" / f"{missing[0].run_name}-and-others-{split}.jsonl"
+    answer_file(folders, asked, all_of_them, probabilities=True)
     rows = [json.loads(row) for row in all_of_them.read_text().splitlines()]
     for each in missing:
         own = [{"probabilities": row[f"probabilities_{each.run_name}"]} for row in rows]
-        answers_of(folder, each).write_text("".join(json.dumps(row) + "\n" for row in own))
+        answers_of(folder, each, split).write_text("".join(json.dumps(row) + "\n" for row in own))
 
 
-def score(folder: Path, runs: Sequence[Recipe]) -> float:
-    """Return the test score of a run, or of several whose probabilities, or numbers, are averaged."""
+def score(folder: Path, runs: Sequence[Recipe], split: str = "test") -> float:
+    """Return the score of a run, or of several whose probabilities, or numbers, are averaged."""
     task = runs[0].task_name
-    each = [[json.loads(row) for row in answers_of(folder, run).read_text().splitlines()] for run in runs]
-    targets = [json.loads(row)["target"] for row in (folder / task / "test.jsonl").read_text().splitlines()]
+    each = [[json.loads(row) for row in answers_of(folder, run, split).read_text().splitlines()] for run in runs]
+    targets = [json.loads(row)["target"] for row in (folder / task / f"{split}.jsonl").read_text().splitlines()]
     (metric,) = TASKS[task].get("metrics", ("accuracy",))
     if metric == "accuracy":
         chances = [[one["probabilities"] for one in row] for row in zip(*each, strict=True)]
@@ -454,9 +467,10 @@ def main() -> None:
     lines = list[str]()
     for task in options.tasks:
         given = folder, options.model, task
-        studies: dict[str, list[Callable[[], list[tuple[str, list[Recipe]]]]]] = {
+        studies: dict[str, list[Callable[[], list[Any]]]] = {
             "ladder": [partial(study_ladder, *given, options.contexts)],
             "tail": [partial(study_tail, *given)],
+            "pair": [partial(study_pair, *given)],
             "probe": [partial(study_probe, *given, options.contexts)],
             "rivals": [partial(study_rival, *given, method) for method in options.rivals],
             "longer": [partial(study_longer, *given, options.contexts)],
