@@ -36,7 +36,23 @@ from pathlib import Path
 from typing import Any
 
 from llm_answers import line
-from llm_recipes import CONTEXTS, EPOCHS, LADDERS, MANY, RIVALS, SEEDS, TAIL_RATES, TAILS, found, rates_of, recipe, validated
+from llm_recipes import (
+    CONTEXTS,
+    EPOCHS,
+    LADDER_RATES,
+    LADDERS,
+    MANY,
+    PLAIN_RATE,
+    PRETRAINED,
+    RIVALS,
+    SEEDS,
+    TAIL_RATES,
+    TAILS,
+    found,
+    rates_of,
+    recipe,
+    validated,
+)
 from llm_tasks import TASKS, prepare
 from llm_times import times
 from methods import claim, run_all
@@ -44,7 +60,7 @@ from methods import claim, run_all
 from lst_scale.recipe.schema import Recipe
 from lst_scale.training.run import run_together
 
-PARTS = ("ladder", "tail", "pair", "probe", "rivals", "longer")
+PARTS = ("ladder", "tail", "pair", "pretrained", "probe", "rivals", "longer")
 
 
 def train_together(recipes: Sequence[Recipe]) -> None:
@@ -92,6 +108,19 @@ def study_pair(folder: Path, model: str, task: str) -> list[tuple[str, list[tupl
         return []
     ladders, tails = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task)[0][1]
     return [("ladder and tail, averaged", list(zip(ladders, tails, strict=True)))]
+
+
+def study_pretrained(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
+    """Train a ladder on plain text, and on from there on the task."""
+    train_together([recipe(folder, model, "plain", "lst", PLAIN_RATE, 0)])
+    tried = [recipe(folder, model, task, PRETRAINED, rate, 0) for rate in LADDER_RATES["random"]]
+    train_together(tried)
+    return [
+        (
+            "ladder, trained on plain text first",
+            ladders_of_seeds(folder, model, task, PRETRAINED, "none", best(tried).optimizer.learning_rate),
+        )
+    ]
 
 
 def study_longer(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
@@ -154,14 +183,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--packages", type=Path, help="where they were downloaded to; a folder whose tasks are written needs none")
     parser.add_argument("--model", default="data/smollm2-135m")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=[task for task in TASKS if task != "plain"], choices=list(TASKS))
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=list(CONTEXTS), help="that are tried; none is the first")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--times", action="store_true", help="measure steps alone")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    prepare(folder, options.packages, ["few"] if options.times else options.tasks)
+    prepare(folder, options.packages, ["few"] if options.times else [*options.tasks, *(["plain"] if "pretrained" in options.parts else [])])
     if options.times:
         times(folder, options.model)
         return
@@ -172,6 +201,7 @@ def main() -> None:
             "ladder": [partial(study_ladder, *given, options.contexts)],
             "tail": [partial(study_tail, *given)],
             "pair": [partial(study_pair, *given)],
+            "pretrained": [partial(study_pretrained, *given)],
             "probe": [partial(study_probe, *given, options.contexts)],
             "rivals": [partial(study_rival, *given, method) for method in options.rivals],
             "longer": [partial(study_longer, *given, options.contexts)],

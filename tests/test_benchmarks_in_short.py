@@ -139,10 +139,11 @@ TABLE = {
     ),
     "beside an LLM": Short(
         shown="python benchmarks/llm.py /tmp/llm-study",
-        words="benchmarks/llm.py {here}/llm-study --model {llama} --tasks few --contexts none --parts ladder tail pair probe",
+        words="benchmarks/llm.py {here}/llm-study --model {llama} --tasks few --contexts none --parts ladder tail pair pretrained probe",
         says=rf"\| few \| ladder, no context: chosen \w+, none \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| tail: chosen tail\d \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| ladder and tail, averaged \| [\de.-]+, [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
+        rf"(.*\n)*\| few \| ladder, trained on plain text first \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| probe, no context \|  \| {N} \| {N} \({N}\) \|  \| {N} \|",
     ),
     "faces": Short(  # both train as many weights beside the language model
@@ -230,6 +231,7 @@ def write_studies(here: Path) -> None:
         moods = [{"text": row["definition"], "target": ("positive", "negative")[number % 2]} for number, row in enumerate(rows)]
         write_rows(here / "study" / "kind" / f"{split}.jsonl", kinds)
         write_rows(here / "llm-study" / "few" / f"{split}.jsonl", moods)
+        write_rows(here / "llm-study" / "plain" / f"{split}.jsonl", [{"text": row["word"], "target": row["definition"]} for row in rows])
 
 
 def write_predictions(rows: Path) -> None:
