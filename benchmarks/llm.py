@@ -103,11 +103,12 @@ def study_tail(folder: Path, model: str, task: str) -> list[tuple[str, list[Reci
 
 
 def study_pair(folder: Path, model: str, task: str) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
-    """Average the answers of the best ladder without a context and of the best tail, which one pass serves."""
+    """Average the answers of the best ladder without a context and of the best tail, on one pass; two of each take LoRA's time."""
     if TASKS[task].get("kind") == "text":
         return []
     ladders, tails = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task)[0][1]
-    return [("ladder and tail, averaged", list(zip(ladders, tails, strict=True)))]
+    pairs: list[tuple[Recipe, ...]] = list(zip(ladders, tails, strict=True))
+    return [("ladder and tail, averaged", pairs), ("two ladders and two tails, averaged", [pairs[0] + pairs[1]])]
 
 
 def study_pretrained(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
