@@ -17,8 +17,8 @@
 Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's ending, out of two (added to the
 backbone's final state, or alone), and its context, out of none and three draws of eight examples from the training rows, are chosen in the
 same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
-Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of nine blocks or
-six, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
+Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
+or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
 chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the backbone, from taps
 in int8. In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which validation
 chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times are

@@ -35,7 +35,7 @@ TAILS: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
         "tail": {"rank": 8, "alpha": 16, "targets": ("q", "v")},
     }
-    for block in (20, 23)
+    for block in (14, 20, 23)
 }
 TAIL_RATES = (1e-3, 3e-3, 1e-2)
 # A ladder that was trained on plain text first, once for all tasks.

@@ -16,6 +16,7 @@ TIMED: dict[str, dict[str, Any]] = {
     # At random: what a probe's pass costs before the first step is what the first epoch costs here.
     "ladder": {"method": "lst", "change": {"initialization": "random"}},
     "ladder, context of eight": {"method": "lst", "context": "draw0", "change": {"initialization": "random"}},
+    "tail of 15 blocks": {"method": "tail15"},
     "tail of nine blocks": {"method": "tail9"},
     "tail of six blocks": {"method": "tail6"},
     "lora": {"method": "lora"},
