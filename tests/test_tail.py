@@ -118,6 +118,7 @@ def test_what_is_saved_are_the_updates_and_their_count_is_known(model: Any, tmp_
     count = numbers_of(model.config.model_type, "it").trainable_parameters(spec, False, method)
     assert count == sum(parameter.numel() for parameter in made.parameters())
     assert all(name.startswith(("stack.blocks.2.", "stack.blocks.3.")) for name in made.side.state_dict())
+    assert "updates of rank 2 and alpha 4 on q, v, down_proj in the blocks after 1." in (tmp_path / "side/README.md").read_text()
 
 
 def test_the_backbone_runs_no_further_than_the_block_that_is_read_and_shares_its_weights() -> None:
@@ -296,6 +297,8 @@ def test_peft_reads_it_as_lora(model: Any, tmp_path: Path) -> None:
 def test_it_is_no_ladder_among_peft_s_adapters() -> None:
     with pytest.raises(LadderError, match=r"^a side network of design tail is no ladder among adapters, but LoRA"):
         LadderPeftConfig.of(LadderConfig(**CONFIG))
+    with pytest.raises(LadderError, match=r"^design tail is LoRA among adapters: write peft's LoraConfig with layers_to_transform"):
+        LadderPeftConfig(design="tail", side_layers=[1])
     assert TailConfig(targets=["q"]).targets == ("q",)
 
 

@@ -41,6 +41,8 @@ class LadderPeftConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ladder_type()
+        if self.design == "tail":
+            raise LadderError("design tail is LoRA among adapters: write peft's LoraConfig with layers_to_transform")
         checked = self.ladder.side_layers
         self.side_layers = checked if isinstance(checked, str) else list(checked)
 

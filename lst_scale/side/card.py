@@ -39,11 +39,15 @@ def head(checkpoint: str) -> str:
 def about(config: LadderConfig, identity: BackboneIdentity, count: int) -> list[str]:
     name = "a model that was given as an object" if identity.checkpoint == LIVE else identity.checkpoint
     layers = ", ".join(map(str, config.layers))
+    what = f"design {config.design}, reduction factor {config.reduction_factor}, side layers {layers}"
+    if config.tail is not None:
+        updates = f"updates of rank {config.tail.rank} and alpha {config.tail.alpha} on {', '.join(config.tail.targets)}"
+        what = f"design {config.design}, {updates} in the blocks after {layers}"
     return [
         f"# Side network for {name}",
         "",
-        f"A ladder side network (Sung et al., NeurIPS 2022) of {count:,} weights: design {config.design}, reduction factor "
-        f"{config.reduction_factor}, side layers {layers}. It needs its backbone, which stays as it is and is not in this folder.",
+        f"A ladder side network (Sung et al., NeurIPS 2022) of {count:,} weights: {what}. It needs its backbone, which stays as it is and "
+        "is not in this folder.",
         "",
     ]
 
