@@ -54,7 +54,7 @@ def answer(folder: Path, runs: Sequence[Recipe], split: str = "test") -> None:
         return
     all_of_them = folder / "answers" / f"{missing[0].run_name}-and-others-{split}.jsonl"
     answer_file(folders, asked, all_of_them, probabilities=True)
-    rows = [json.loads(row) for row in all_of_them.read_text().splitlines()]
+    rows = [json.loads(row) for row in all_of_them.read_text().split("\n") if row]
     for each in missing:
         own = [{"probabilities": row[f"probabilities_{each.run_name}"]} for row in rows]
         answers_of(folder, each, split).write_text("".join(json.dumps(row) + "\n" for row in own))
@@ -63,8 +63,8 @@ def answer(folder: Path, runs: Sequence[Recipe], split: str = "test") -> None:
 def score(folder: Path, runs: Sequence[Recipe], split: str = "test") -> float:
     """Return the score of a run, or of several whose probabilities, or numbers, are averaged."""
     task = runs[0].task_name
-    each = [[json.loads(row) for row in answers_of(folder, run, split).read_text().splitlines()] for run in runs]
-    targets = [json.loads(row)["target"] for row in (folder / task / f"{split}.jsonl").read_text().splitlines()]
+    each = [[json.loads(row) for row in answers_of(folder, run, split).read_text().split("\n") if row] for run in runs]
+    targets = [json.loads(row)["target"] for row in (folder / task / f"{split}.jsonl").read_text().split("\n") if row]
     (metric,) = TASKS[task].get("metrics", ("accuracy",))
     if metric == "accuracy":
         chances = [[one["probabilities"] for one in row] for row in zip(*each, strict=True)]
