@@ -74,8 +74,10 @@ class LocalBackbone:
         for ref in assemble.block_refs(checkpoint):
             assemble.fill_block(ref.get(model), ref.path, checkpoint, precision, torch.device(device))
         identity = BackboneIdentity(checkpoint=name, revision=revision, precision=precision, fingerprint=checkpoint.fingerprint())
-        # In float32 what is in memory is as exact as what is stored, and a side network that runs some of it again may share it.
-        weights = _live_weight_source(model) if precision == "fp32" else checkpoint.tensor
+        # In float32 what is in memory is as exact as what is stored, and a side network that runs some of it again may share it. Not on a
+        # GPU: side blocks are carved out of weights on the CPU.
+        shared = precision == "fp32" and torch.device(device).type == "cpu"
+        weights = _live_weight_source(model) if shared else checkpoint.tensor
         return cls(model, checkpoint.spec, identity, weights, num_parameters)
 
     @classmethod
