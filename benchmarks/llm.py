@@ -20,7 +20,7 @@ same way, as is the probe's. Where answers are labels or numbers a ladder starts
 Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
 or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
 chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the backbone, from taps
-in int8. In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which validation
+in int8 (tails: bf16). In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which validation
 chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times are
 measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are in `llm_tasks.py`, what is tried in
 `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
@@ -93,21 +93,21 @@ def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str]) -
     return lines
 
 
-def study_tail(folder: Path, model: str, task: str) -> list[tuple[str, list[Recipe]]]:
-    """Sweep both tails, then train further seeds of the better one."""
-    tried = [recipe(folder, model, task, tail, rate, 0) for tail in TAILS for rate in TAIL_RATES]
+def study_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
+    """Sweep the tails, then train further seeds of the best one."""
+    tried = [recipe(folder, model, task, tail, rate, 0) for tail in tails for rate in TAIL_RATES]
     train_together(tried)
     chosen = best(tried)
     seeds = ladders_of_seeds(folder, model, task, chosen.name.partition("-")[0], "none", chosen.optimizer.learning_rate)
     return [(f"tail: chosen {chosen.name.partition('-')[0]}", seeds)]
 
 
-def study_pair(folder: Path, model: str, task: str) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
+def study_pair(folder: Path, model: str, task: str, tails: Sequence[str]) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
     """Average the answers of the best ladder without a context and of the best tail, on one pass; two of each take LoRA's time."""
     if TASKS[task].get("kind") == "text":
         return []
-    ladders, tails = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task)[0][1]
-    pairs: list[tuple[Recipe, ...]] = list(zip(ladders, tails, strict=True))
+    of_ladder, of_tail = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task, tails)[0][1]
+    pairs: list[tuple[Recipe, ...]] = list(zip(of_ladder, of_tail, strict=True))
     return [("ladder and tail, averaged", pairs), ("two ladders and two tails, averaged", [pairs[0] + pairs[1]])]
 
 
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--model", default="data/smollm2-135m")
     parser.add_argument("--tasks", nargs="+", default=[task for task in TASKS if task != "plain"], choices=list(TASKS))
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
+    parser.add_argument("--tails", nargs="+", default=list(TAILS), choices=list(TAILS))
     parser.add_argument("--contexts", nargs="+", default=list(CONTEXTS), choices=list(CONTEXTS), help="that are tried; none is the first")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--times", action="store_true", help="measure steps alone")
@@ -200,8 +201,8 @@ def main() -> None:
         given = folder, options.model, task
         studies: dict[str, list[Callable[[], list[Any]]]] = {
             "ladder": [partial(study_ladder, *given, options.contexts)],
-            "tail": [partial(study_tail, *given)],
-            "pair": [partial(study_pair, *given)],
+            "tail": [partial(study_tail, *given, options.tails)],
+            "pair": [partial(study_pair, *given, options.tails)],
             "pretrained": [partial(study_pretrained, *given)],
             "probe": [partial(study_probe, *given, options.contexts)],
             "rivals": [partial(study_rival, *given, method) for method in options.rivals],
