@@ -20,9 +20,9 @@ same way, as is the probe's. Where answers are labels or numbers a ladder starts
 Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
 or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
 chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the backbone, from taps
-in int8 (tails: bf16). In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which validation
-chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times are
-measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are in `llm_tasks.py`, what is tried in
+in int8 (tails: bf16). In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which
+validation chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times
+are measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are in `llm_tasks.py`, what is tried in
 `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
 """
 

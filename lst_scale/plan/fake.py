@@ -51,13 +51,17 @@ def backbone(shape: Shape, recipe: Recipe, *, shards: int = 1) -> LocalBackbone:
     identity = BackboneIdentity(checkpoint=recipe.backbone.checkpoint, revision=None, precision=precision, fingerprint="")
 
     @functools.cache
-    def whole() -> Any:
-        return family.unfilled(shape.spec, shards=1)
+    def sizes() -> dict[str, torch.Size]:
+        """Sizes of whole matrices, also where the model holds shards or packed ones."""
+        with torch.device("meta"):
+            return {
+                name: parameter.shape for name, parameter in family.unfilled(shape.spec, shards=1).named_parameters(remove_duplicate=False)
+            }
 
     def weight(name: str) -> Tensor:
         """Position tables, which a ladder starts from, and blocks that are run again; nothing else is asked of random initialisation."""
-        found: Tensor = (model if shards == 1 and precision not in precisions.QUANTIZED else whole()).get_parameter(name).float()
-        return found
+        shared = shards == 1 and precision not in precisions.QUANTIZED
+        return model.get_parameter(name).detach().float() if shared else torch.empty(sizes()[name])
 
     return LocalBackbone(model, spec, identity, weight, num_parameters=0)
 
