@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from helpers.llamas import FAMILIES, make_beside_images, make_llama
-from lst_scale import LadderConfig, LadderModel
+from helpers.targets import scored_together_and_apart
+from lst_scale import LadderConfig, LadderEnsemble, LadderModel
 from lst_scale.backbone import as_backbone, load_backbone
 from lst_scale.backbone.families import family_of, numbers_of, text_part
 from lst_scale.backbone.taps import TapRequest
@@ -238,6 +239,23 @@ def test_a_target_does_not_know_how_long_the_sources_beside_its_own_are(model: A
     torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-4)
     if not getattr(model.config, "sliding_window", None):  # in which padding counts, as in transformers
         torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"merge_last": False, "start_as_backbone": False}, {"tap_storage": "int8"}], ids=str)
+def test_a_side_network_reads_a_source_once_for_several_targets(model: Any, changes: dict[str, Any]) -> None:
+    made = ladder(model, trained=True, **changes)
+    lengths, together, apart = scored_together_and_apart(made, made.side.stack)
+    assert lengths == [6 + 3, 5, 1]
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_several_networks_read_a_source_once_for_several_targets() -> None:
+    model = make_llama("llama")
+    made = LadderEnsemble(model, [ladder(model, trained=True, side_layers=[layer]).side for layer in (1, 3)])
+    for stack in (each.stack for each in made.side.each):
+        lengths, together, apart = scored_together_and_apart(made, stack)
+        assert lengths == [6 + 3, 5, 1]
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
 def test_the_text_part_of_a_model_of_images_is_a_backbone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from helpers import llama_runs, programs, ranks
 from helpers.llama_runs import METHOD, trained
 from helpers.llamas import FAMILIES, make_llama
 from helpers.runs import assert_same_weights, final_weights, result
+from helpers.targets import scored_together_and_apart
 from helpers.tiny import tiny_t5
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import as_backbone, load_backbone
@@ -150,6 +151,13 @@ def test_it_answers_together_with_a_ladder() -> None:
     (logits,) = LadderEnsemble(model, each[:1] * 2).logits_for_targets(ids[:, :6], mask, [ids[:, 6:]])
     (alone,) = ladder(model, trained=True).logits_for_targets(ids[:, :6], mask, [ids[:, 6:]])
     torch.testing.assert_close(logits, alone.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_it_reads_a_source_once_for_several_targets(model: Any) -> None:
+    made = ladder(model, trained=True)
+    lengths, together, apart = scored_together_and_apart(made, made.side.stack)
+    assert lengths == [6 + 3, 5, 1]
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
 def test_recomputed_blocks_leave_the_gradient_right(model: Any) -> None:

@@ -23,6 +23,13 @@ def new_cache() -> EncoderDecoderCache:
 def cache_beside(spec: BackboneSpec, side_layers: int) -> DynamicCache:
     """Return an empty cache for a decoder-only model, whose layers may slide, and for side layers after them."""
     cache = DynamicCache(config=family_of(spec.model_type, "this backbone").generation_config(spec, side_layers=side_layers))
+    cache.layers.extend(side_cache(side_layers).layers)
+    return cache
+
+
+def side_cache(side_layers: int) -> DynamicCache:
+    """Return an empty cache for side layers alone."""
+    cache = DynamicCache()
     cache.layers.extend(DynamicLayer() for _ in range(side_layers))
     return cache
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from lst_scale.backbone.families import family_of
@@ -28,7 +28,7 @@ from lst_scale.backbone.taps import (
 )
 from lst_scale.errors import LadderError
 from lst_scale.inputs.images import Images
-from lst_scale.side.cache import part_of
+from lst_scale.side.cache import part_of, side_cache
 from lst_scale.side.card import LIVE
 from lst_scale.side.face import Face
 from lst_scale.side.loss import cross_entropy, shift_right
@@ -304,11 +304,15 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
 
 
 class LadderScoring:
-    """Several targets of the rows of one batch; the side encoder runs for the first."""
+    """Several targets of the rows of one batch. What depends on their source alone is made for the first.
+
+    That is the side encoder's state or, beside a decoder-only model, the keys and values of the source's tokens.
+    """
 
     def __init__(self, model: Ladder, images: Images | None = None) -> None:
         self._model, self._images = model, images
         self._source: SideEncoderState | None = None
+        self._begun: DynamicCache | None = None
 
     @torch.no_grad()
     def logits(self, decoder_input_ids_BT: Tensor, taps: Taps, *, last: bool = False) -> Tensor:
@@ -316,7 +320,13 @@ class LadderScoring:
         side = self._model.side
         own = select(taps, side.request)
         self._source = self._source or side.encode(own.source, own.source_mask_BS, self._images)
-        return self._model._logits(TargetState(taps=own.target, final_BTD=own.final_BTD), self._source)
+        if self._begun is None and self._model.spec.one_stack and not last:
+            self._begun = side_cache(side.num_cache_layers)
+        target = TargetState(taps=own.target, final_BTD=own.final_BTD)
+        logits_BTV: Tensor = side.logits(self._model.backbone.head, target, self._source, self._begun)
+        if self._begun is not None:
+            self._begun.crop(-decoder_input_ids_BT.shape[1])  # the next target's tokens come after the source, too
+        return logits_BTV
 
 
 def _where_its_tokenizer_is(backbone: Backbone) -> str:
