@@ -39,7 +39,7 @@ def answers_of(folder: Path, run: Recipe, split: str = "test") -> Path:
 
 
 def answer(folder: Path, runs: Sequence[Recipe], split: str = "test") -> None:
-    """Answer the rows of a split; ladders without a context on one pass."""
+    """Answer the rows of a split; side networks without a context on one pass."""
     missing = [each for each in runs if not answers_of(folder, each, split).exists()]
     if not missing:
         return
@@ -47,7 +47,7 @@ def answer(folder: Path, runs: Sequence[Recipe], split: str = "test") -> None:
     labelled = TASKS[task].get("kind") is None
     asked, folders = folder / task / f"{split}.jsonl", [Path(each.output_dir) / each.run_name for each in missing]
     answers_of(folder, missing[0]).parent.mkdir(exist_ok=True)
-    served = all(each.method.name == "lst" and not each.name.startswith("tail") and each.backbone.context is None for each in missing)
+    served = all(each.method.name == "lst" and each.backbone.context is None for each in missing)
     if not (served and labelled):
         for each, run in zip(missing, folders, strict=True):
             predict_file([run], asked, answers_of(folder, each, split), probabilities=labelled)

@@ -25,7 +25,7 @@ from lst_scale.serving.jobs import Ended, TooManyWait
 LADDER = {"start_as_backbone": True, "merge_last": True}
 
 
-@pytest.fixture(params=["t5", "llama", "gemma2", "mistral", "llama pointwise"])
+@pytest.fixture(params=["t5", "llama", "gemma2", "mistral", "llama pointwise", "llama tail", "gemma2 tail"])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[str, Path], Any]:
     """A model, side networks beside it, and a tokenizer."""
     if request.param == "t5":
@@ -35,7 +35,8 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[st
     tokenizer = make_tokenizer(**ENDS)
     model_type, _, design = request.param.partition(" ")
     model = as_backbone(make_llama(model_type, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=None))
-    return model, save_sides(model, tmp_path, 5, **LADDER, design=design or "transformer"), tokenizer
+    added = {} if design == "tail" else LADDER
+    return model, save_sides(model, tmp_path, 5, **added, design=design or "transformer"), tokenizer
 
 
 def prompts_of(count: int, vocabulary: int) -> list[list[int]]:

@@ -70,6 +70,15 @@ def test_every_row_meets_the_weights_of_its_own_network(config: str, backbone: A
             torch.testing.assert_close(second[number], after[0], rtol=1e-4, atol=1e-4)
 
 
+def test_tails_of_one_shape_share_the_blocks_that_they_run_again() -> None:
+    backbone = as_backbone(make_llama("llama"))
+    config = LadderConfig(design="tail", side_layers=[1], tail={"rank": 2, "alpha": 4, "targets": ["q"]})
+    sides = [LadderModel(backbone, config).eval().side for _ in range(2)]
+    stack = Stack(sides[0])
+    mine = {tensor.data_ptr() for tensor in sides[0].held()}
+    assert mine == {tensor.data_ptr() for tensor in stack.side.held()} == {tensor.data_ptr() for tensor in sides[1].held()}
+
+
 def test_another_design_is_another_shape(backbone: Any) -> None:
     one, other = (sides_of(backbone, 1, {"normalize_taps": normalize})[0] for normalize in (True, False))
     assert shape_of(one) != shape_of(other)

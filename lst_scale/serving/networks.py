@@ -187,6 +187,7 @@ class Networks:
         side = SideNetwork(self._backbone.spec, replace(saved.config, recompute=False))
         files.load_weights(side, saved)
         side = side.to(self._backbone.device).eval().requires_grad_(False)
+        side.beside(self._backbone)
         chat = None
         if run is not None and run.conversational:
             chat = Chat(self._tokenizer, run.recipe.backbone.checkpoint, run.recipe.backbone.context)
@@ -206,7 +207,7 @@ class Networks:
                 f"{saved.folder} was trained on {theirs.checkpoint} with fingerprint {theirs.fingerprint[:12]}; the backbone that is "
                 f"served, {mine.checkpoint}, has {mine.fingerprint[:12]}: serve it beside its own"
             )
-        if saved.config.vision is not None or saved.config.design not in ("transformer", "pointwise"):
+        if saved.config.vision is not None or saved.config.design not in ("transformer", "pointwise", "tail"):
             what = "pictures" if saved.config.vision is not None else f"design {saved.config.design}"
             raise LadderError(f"{saved.folder} has {what}, which is not served: use lst-scale predict")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lst_scale.backbone.families import family_of
 from lst_scale.serving.networks import Network
 from lst_scale.side.designs.parts import Gate
+from lst_scale.side.designs.tail import LowRankUpdate
 from lst_scale.side.network import SideNetwork
 
 
@@ -70,22 +71,38 @@ class _Stacked(nn.Module):
 class StackedLinear(_Stacked):
     def forward(self, states: Tensor) -> Tensor:
         """Return (N, ..., out) of states (N, ..., in)."""
-        route, weight = self._routing, self.get_buffer("weight")
         bias = dict(self.named_buffers(recurse=False)).get("bias")
-        if route.networks == 1:
-            return nn.functional.linear(states, weight[0], None if bias is None else bias[0])
-        flat = states.reshape(len(states), -1, states.shape[-1])  # (N, T, in)
-        length = flat.shape[1]
-        if route.in_order:
-            padded = flat
-        else:
-            padded = flat.new_zeros(route.networks * route.widest, length, flat.shape[-1])
-            padded[route.place_N] = flat
-        grouped = padded.reshape(route.networks, route.widest * length, -1)
-        weights = weight[: route.networks].transpose(1, 2)
-        product = torch.bmm(grouped, weights) if bias is None else torch.baddbmm(bias[: route.networks, None], grouped, weights)
-        rows = product.view(route.networks * route.widest, length, -1)
-        return (rows if route.in_order else rows[route.place_N]).view(*states.shape[:-1], -1)
+        return _mapped(states, self.get_buffer("weight"), bias, self._routing)
+
+
+class StackedUpdate(_Stacked):
+    """Low-rank updates of a frozen map."""
+
+    def __init__(self, like: LowRankUpdate, routing: Routing) -> None:
+        super().__init__(like, routing)
+        self.scale = like.scale
+
+    def forward(self, states: Tensor) -> Tensor:
+        narrow = _mapped(states.to(self.get_buffer("down").dtype), self.get_buffer("down"), None, self._routing)
+        return _mapped(narrow, self.get_buffer("up"), None, self._routing) * self.scale
+
+
+def _mapped(states: Tensor, weight: Tensor, bias: Tensor | None, route: Routing) -> Tensor:
+    """Return (N, ..., out) of states (N, ..., in), each row by its own network's map out of those side by side (G, out, in)."""
+    if route.networks == 1:
+        return nn.functional.linear(states, weight[0], None if bias is None else bias[0])
+    flat = states.reshape(len(states), -1, states.shape[-1])  # (N, T, in)
+    length = flat.shape[1]
+    if route.in_order:
+        padded = flat
+    else:
+        padded = flat.new_zeros(route.networks * route.widest, length, flat.shape[-1])
+        padded[route.place_N] = flat
+    grouped = padded.reshape(route.networks, route.widest * length, -1)
+    weights = weight[: route.networks].transpose(1, 2)
+    product = torch.bmm(grouped, weights) if bias is None else torch.baddbmm(bias[: route.networks, None], grouped, weights)
+    rows = product.view(route.networks * route.widest, length, -1)
+    return (rows if route.in_order else rows[route.place_N]).view(*states.shape[:-1], -1)
 
 
 class StackedNorm(_Stacked):
@@ -123,6 +140,8 @@ class StackedTable(_Stacked):
 def _kind_of(module: nn.Module, is_norm: bool) -> type[_Stacked] | None:
     if isinstance(module, nn.Linear):
         return StackedLinear
+    if isinstance(module, LowRankUpdate):
+        return StackedUpdate  # type: ignore[return-value]
     if isinstance(module, nn.Embedding):
         return StackedTable
     if isinstance(module, Gate):
@@ -136,7 +155,8 @@ class Stack:
     def __init__(self, like: SideNetwork) -> None:
         self._room, self._routing = 1, Routing()
         self._slots: list[SideNetwork] = []  # those that answer at the moment, each in its slot
-        self.side: SideNetwork = copy.deepcopy(like).eval().requires_grad_(False)
+        shared = {id(weight): weight for weight in like.held()}  # frozen, and the backbone's: no network has its own
+        self.side: SideNetwork = copy.deepcopy(like, shared).eval().requires_grad_(False)
         self._layers: dict[str, _Stacked] = {}
         family = family_of(like.spec.model_type, "this backbone")
         for path, module in list(self.side.named_modules()):

@@ -25,7 +25,10 @@ def save_sides(model: Any, folder: Path, count: int, **config: Any) -> dict[str,
     for number in range(count):
         torch.manual_seed(number)
         layers, narrower = ([0, 2], [1, 3])[number % 2], 8 if number % 5 == 4 else 4
-        ladder = LadderModel(backbone, LadderConfig(reduction_factor=narrower, side_layers=layers, **config))
+        own = {"reduction_factor": narrower, "side_layers": layers}
+        if config.get("design") == "tail":
+            own = {"side_layers": layers[:1], "tail": {"rank": narrower, "alpha": 4, "targets": ["q", "v"]}}
+        ladder = LadderModel(backbone, LadderConfig(**own, **config))
         with torch.no_grad():
             for parameter in ladder.side.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -14,6 +14,7 @@ precision, shared by all side networks beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,10 +44,11 @@ class LowRankUpdate(nn.Module):
             x = x.to(self.down.dtype)
         return nn.functional.linear(nn.functional.linear(self.dropout(x), self.down), self.up) * self.scale
 
-    def add(self, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Stand behind a linear map as its hook."""
-        updated: Tensor = output + self(inputs[0]).to(output.dtype)
-        return updated
+
+def _updated(updates: nn.ModuleDict, matrix: str, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Stand behind a linear map as its hook: add what its block's update of this name says."""
+    updated: Tensor = output + updates[matrix](inputs[0]).to(output.dtype)
+    return updated
 
 
 class TailStack(nn.Module):
@@ -65,10 +67,11 @@ class TailStack(nn.Module):
         self.paths: dict[str, str] = {}  # of each matrix that has an update: where it is in a block
         for number, path, linear in _targets(spec, blocks, self.family, config.tail.targets):
             update = LowRankUpdate(linear.in_features, linear.out_features, rank=config.tail.rank, alpha=config.tail.alpha, dropout=dropout)
-            linear.register_forward_hook(update.add)
             matrix = path.rpartition(".")[2]
             self.paths[matrix] = path
-            updates.setdefault(str(number + self.first), nn.ModuleDict())[matrix] = update
+            of_block = updates.setdefault(str(number + self.first), nn.ModuleDict())
+            of_block[matrix] = update
+            linear.register_forward_hook(partial(_updated, of_block, matrix))
         self.blocks = nn.ModuleDict(updates)  # updates by the number of their block in the backbone
         self._frozen = (blocks.requires_grad_(False),)  # no submodule
         self._is_filled = False
