@@ -305,18 +305,19 @@ def test_it_is_no_ladder_among_peft_s_adapters() -> None:
     assert TailConfig(targets=["q"]).targets == ("q",)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "nf4"])
-def test_the_plan_counts_what_is_run_again(precision: str, write: Callable[..., Path]) -> None:
-    """Two of four blocks: shared in float32, and held in full beside a backbone in fewer bits; a ladder holds nothing."""
+@pytest.mark.parametrize(
+    ("precision", "on_gpu", "bytes_each"), [("fp32", False, 0), ("fp32", True, 4), ("bf16", False, 2), ("nf4", False, 2)]
+)
+def test_the_plan_counts_what_is_run_again(precision: str, on_gpu: bool, bytes_each: int, write: Callable[..., Path]) -> None:
+    """Two of four blocks: shared in float32 on a CPU, and held in full elsewhere, or beside fewer bits; a ladder holds nothing."""
     weights = {}
     for name, method in (("tail", TAIL["method"]), ("ladder", METHOD)):
         recipe = load_recipe(str(write(name, method=method, backbone__precision=precision)))
         shape = shape_of(recipe.backbone.checkpoint)
         assert shape is not None
-        weights[name] = footprint(recipe, shape, Setting(rows=2, source=16, target=4, on_gpu=False)).parts[WEIGHTS]
+        weights[name] = footprint(recipe, shape, Setting(rows=2, source=16, target=4, on_gpu=on_gpu)).parts[WEIGHTS]
     block = 2 * 64 * (64 + 32) + 3 * 64 * 96 + 2 * 64 + 2 * 64 + 2 * 32  # with attention's biases
-    again = 0 if precision == "fp32" else 2 * (2 * block + 64)
-    assert weights["tail"] - weights["ladder"] == again
+    assert weights["tail"] - weights["ladder"] == bytes_each * (2 * block + 64)
 
 
 @pytest.mark.slow

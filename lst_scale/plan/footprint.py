@@ -173,10 +173,10 @@ def _resident(recipe: Recipe, backbone: LocalBackbone, trainee: Trainee, setting
     blocks = [nbytes(held_tensors(ref.get(model))) for ref in backbone.family.blocks(backbone.spec)]
     if isinstance(trainee, LadderTrainee):
         ends = nbytes(held_tensors(model)) - sum(blocks)
-        if setting.cached or setting.on_gpu or not (isinstance(placement, Replicated) and recipe.backbone.precision == "fp32"):
-            ends += nbytes(
-                trainee.module.held()
-            )  # what a side network runs again of the backbone, which shares it in float32 on a CPU alone
+        # What a side network runs again of the backbone, which shares it in float32 on a CPU alone.
+        is_shared = isinstance(placement, Replicated) and recipe.backbone.precision == "fp32" and not (setting.cached or setting.on_gpu)
+        if not is_shared:
+            ends += nbytes(trainee.module.held())
         if setting.cached:
             return ends
         return ends + placement.resident(blocks, setting.world_size)
