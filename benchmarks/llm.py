@@ -19,11 +19,11 @@ backbone's final state, or alone), and its context, out of none and three draws 
 same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
 Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
 or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
-chosen: `lst-scale predict` answers the file. Side networks that share a context train, and answer, on one pass of the backbone, from taps
-in int8 (tails: bf16). In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of which
-validation chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work. Times
-are measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are in `llm_tasks.py`, what is tried in
-`llm_recipes.py`, and how the test is answered in `llm_answers.py`.
+chosen: `lst-scale predict` answers the file. Ladders that share a context train on one pass of the backbone, from taps in int8, and tails
+on another, in bf16; without a context all answer labels on one. In less than the time that LoRA takes for two epochs the ladder of the
+chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it once a core, with other
+tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are
+in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def study_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> lis
 
 
 def study_pair(folder: Path, model: str, task: str, tails: Sequence[str]) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
-    """Average the answers of the best ladder without a context and of the best tail, on one pass; two of each take LoRA's time."""
+    """Average the answers of the best ladder without a context and of the best tail."""
     if TASKS[task].get("kind") == "text":
         return []
     of_ladder, of_tail = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task, tails)[0][1]
