@@ -12,6 +12,7 @@ import pytest
 
 from helpers import programs, ranks
 from helpers.launchers import free_port
+from helpers.served import save_sides
 from helpers.serving import Served, made, measure
 
 __all__ = ["made"]
@@ -31,9 +32,13 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("placement", ["tensor_parallel", "zero3"])
-def test_two_ranks_answer_as_one(placement: str, made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("placement", "design"), [("tensor_parallel", "transformer"), ("zero3", "transformer"), ("tensor_parallel", "tail")]
+)
+def test_two_ranks_answer_as_one(placement: str, design: str, made: Any, tmp_path: Path) -> None:
     port = free_port()
+    if design == "tail":
+        made = made[0], save_sides(str(made[0]), tmp_path, 3, design=design)
     served = Served(f"http://127.0.0.1:{port}", *made, tmp_path, [])
     started = ranks.start(programs.command, command(made, placement, port), processes=2)
     with ranks.ended(started):
