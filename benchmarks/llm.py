@@ -19,11 +19,11 @@ backbone's final state, or alone), and its context, out of none and three draws 
 same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
 Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
 or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
-chosen: `lst-scale predict` answers the file. Ladders that share a context train on one pass of the backbone, from taps in int8, and tails
-on another, in bf16; without a context all answer labels on one. In less than the time that LoRA takes for two epochs the ladder of the
-chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it once a core, with other
-tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are
-in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
+chosen: `lst-scale predict` answers the file. All that share a context read one cache, in bf16, so that the backbone runs once; a ladder
+and a tail that answer together train together, and without a context all answer labels on one pass. In less than the time that LoRA takes
+for two epochs the ladder of the chosen design also trains for eight, of which validation chooses one. What is finished is not done again;
+start it once a core, with other tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine
+that does nothing else. Tasks are in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from methods import claim, run_all
 from lst_scale.recipe.schema import Recipe
 from lst_scale.training.run import run_together
 
-PARTS = ("ladder", "tail", "pair", "pretrained", "probe", "rivals", "longer")
+PARTS = ("pair", "ladder", "tail", "pretrained", "probe", "rivals", "longer")
 
 
 def train_together(recipes: Sequence[Recipe]) -> None:
@@ -95,19 +95,27 @@ def study_ladder(folder: Path, model: str, task: str, contexts: Sequence[str]) -
 
 def study_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
     """Sweep the tails, then train further seeds of the best one."""
-    tried = [recipe(folder, model, task, tail, rate, 0) for tail in tails for rate in TAIL_RATES]
-    train_together(tried)
-    chosen = best(tried)
-    seeds = ladders_of_seeds(folder, model, task, chosen.name.partition("-")[0], "none", chosen.optimizer.learning_rate)
-    return [(f"tail: chosen {chosen.name.partition('-')[0]}", seeds)]
+    tail, rate = best_tail(folder, model, task, tails)
+    return [(f"tail: chosen {tail}", ladders_of_seeds(folder, model, task, tail, "none", rate))]
+
+
+def best_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> tuple[str, float]:
+    """Train each tail at each rate; return the best one's name and rate."""
+    tried = {(tail, rate): recipe(folder, model, task, tail, rate, 0) for tail in tails for rate in TAIL_RATES}
+    train_together(list(tried.values()))
+    return max(tried, key=lambda which: validated(tried[which]))
 
 
 def study_pair(folder: Path, model: str, task: str, tails: Sequence[str]) -> list[tuple[str, list[tuple[Recipe, ...]]]]:
-    """Average the answers of the best ladder without a context and of the best tail."""
+    """Train the best ladder without a context and the best tail together, and average their answers."""
     if TASKS[task].get("kind") == "text":
         return []
-    of_ladder, of_tail = study_ladder(folder, model, task, ["none"])[0][1], study_tail(folder, model, task, tails)[0][1]
-    pairs: list[tuple[Recipe, ...]] = list(zip(of_ladder, of_tail, strict=True))
+    chosen = sweep_ladders(folder, model, task, ["none"])
+    ladder, context = best_of(chosen, ["none"])
+    which = (ladder, chosen[ladder, context].optimizer.learning_rate), best_tail(folder, model, task, tails)
+    pairs = [tuple(recipe(folder, model, task, design, rate, seed) for design, rate in which) for seed in SEEDS]
+    for pair in pairs:
+        train_together(pair)
     return [("ladder and tail, averaged", pairs), ("two ladders and two tails, averaged", [pairs[0] + pairs[1]])]
 
 

@@ -24,7 +24,7 @@ LADDERS: dict[str, dict[str, Any]] = {
     "lst": LADDER,
     "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
-# The last blocks run again, with updates as LoRA's. They read raw states, whose few large channels int8 would blur: in bf16, then.
+# The last blocks run again, with updates as LoRA's. They read raw states, whose few large channels int8 would blur: hence bf16.
 TAILS: dict[str, dict[str, Any]] = {
     f"tail{29 - block}": {
         "name": "lst",
@@ -80,7 +80,7 @@ def recipe(
         "backbone": {"checkpoint": model, "precision": "fp32", "context": CONTEXTS[context]},
         "method": PROBE if method == "probe" else TAILS.get(method) or _ladder(method, own) or RIVALS[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
-        "cache": {"enabled": method not in RIVALS, "dtype": "bf16" if method in TAILS else "int8", "folder": str(folder / "taps")},
+        "cache": {"enabled": method not in RIVALS, "dtype": "bf16", "folder": str(folder / "taps")},
         "evaluation": {"method": ANSWERED[own.get("kind", "classification")], "batch_size": 32},
     }
     if method != "probe":

@@ -78,6 +78,9 @@ IN_A_FOLDER = {  # in that of the README's two commands
     "lst-scale cache rows": Short(),
     "lst-scale plan --recipe qwen3-8b": Short("QLoRA, nf4, checkpointed"),
     "lst-scale plan --recipe t5-3b --gpu-memory 24GB --json": Short('"fits": true'),
+    "lst-scale plan --recipe smollm2-135m --cpu backbone.precision=fp32 training.global_batch_size=4 backbone.context=null": Short(
+        "LoRA, checkpointed"
+    ),
     "lst-scale train baskets.yaml": Short(
         more=(
             "backbone.checkpoint=t5",
