@@ -20,6 +20,7 @@ from helpers.llamas import FAMILIES, make_llama
 from helpers.runs import assert_same_weights, final_weights, result
 from helpers.targets import scored_together_and_apart
 from helpers.tiny import tiny_t5
+from helpers.training import train
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import as_backbone, load_backbone
 from lst_scale.backbone.families import family_of, numbers_of
@@ -200,6 +201,19 @@ def test_a_cache_of_one_block_trains_to_the_live_weights(answers: str, write: Ca
     rows.write_text(json.dumps({"word": "whippet", "definition": "a small dog that runs"}) + "\n")
     predict_file([live], rows, tmp_path / "answers.jsonl")
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_ladder_and_a_tail_train_on_one_pass_as_each_would_alone(write: Callable[..., Path], tmp_path: Path) -> None:
+    """As members that have names of their own, which their folders keep."""
+    common: dict[str, Any] = {"data__shuffle_seed": 0, "training__epochs": 1}
+    common |= {"cache": {"enabled": True, "dtype": "fp32", "folder": str(tmp_path / "taps")}}
+    ladder = trained(write("ladder-alone", **common))
+    tail = trained(write("tail-alone", optimizer__learning_rate=1e-2, **TAIL, **common))
+    members = ["name=ladder", f"name=tail 'method={json.dumps(TAIL['method'])}' optimizer.learning_rate=1e-2"]
+    train(write("both", members=members, **common | {"cache__folder": str(tmp_path / "others")}))
+    for name, alone in {"ladder": ladder, "tail": tail}.items():
+        assert_same_weights(tmp_path / "runs" / f"{name}-kind-seed0", final_weights(alone))
+    assert result(tmp_path / "runs/tail-kind-seed0")["cache"]["rows_run"] == result(ladder)["cache"]["rows_run"]
 
 
 @pytest.mark.parametrize(

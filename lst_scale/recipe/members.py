@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from lst_scale.errors import RecipeError
@@ -58,6 +59,7 @@ def members_of(recipe: Recipe) -> list[Recipe]:
 
 def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Recipe]) -> list[Recipe]:
     swept = _swept_keys(members)
+    names = Counter(_values(member).get("name") for member in members)
     found: list[Recipe] = []
     problems: list[str] = []
     for member in members:
@@ -66,10 +68,10 @@ def _named(members: Sequence[Sequence[str]], load: Callable[[Sequence[str]], Rec
         except RecipeError as error:
             problems += [line for line in str(error).split("\n") if line.strip() not in (seen.strip() for seen in problems)]
             continue
-        values = dict(override.split("=", 1) for override in member)
-        parts = [f"{_short(key, swept)}-{values[key]}" for key in swept if key in values]
-        name = "-".join([loaded.name, *parts])
-        found.append(loaded.renamed(fitting_name(name)))
+        values = _values(member)
+        has_its_own = "name" in values and names[values["name"]] == 1  # then it needs no other
+        parts = [] if has_its_own else [f"{_short(key, swept)}-{values[key]}" for key in swept if key in values]
+        found.append(loaded.renamed(fitting_name("-".join([loaded.name, *parts]))))
     if problems:
         raise RecipeError("\n       ".join(line.strip() for line in problems))
     return found
@@ -142,8 +144,13 @@ def _swept_keys(members: Sequence[Sequence[str]]) -> list[str]:
             values.setdefault(override.partition("=")[0], set())
     for key in values:
         for member in members:
-            values[key].add(dict(o.partition("=")[::2] for o in member).get(key))
+            values[key].add(_values(member).get(key))
     return [key for key, seen in values.items() if len(seen) > 1 and key not in _IN_THE_FOLDER_NAME_ALREADY]
+
+
+def _values(member: Sequence[str]) -> dict[str, str]:
+    """Return what a member's overrides say, by key."""
+    return {key: value for key, _, value in (override.partition("=") for override in member)}
 
 
 def _short(key: str, swept: Sequence[str]) -> str:
