@@ -78,9 +78,6 @@ IN_A_FOLDER = {  # in that of the README's two commands
     "lst-scale cache rows": Short(),
     "lst-scale plan --recipe qwen3-8b": Short("QLoRA, nf4, checkpointed"),
     "lst-scale plan --recipe t5-3b --gpu-memory 24GB --json": Short('"fits": true'),
-    "lst-scale plan --recipe smollm2-135m --cpu backbone.precision=fp32 training.global_batch_size=4 backbone.context=null": Short(
-        "LoRA, checkpointed"
-    ),
     "lst-scale train baskets.yaml": Short(
         more=(
             "backbone.checkpoint=t5",
@@ -321,6 +318,12 @@ def test_make_quickstart_llm(tmp_path: Path) -> None:
     assert ladder["start_scores"]["accuracy"] > 60 and ladder["scores"]["accuracy"] > 60 and probe["scores"]["accuracy"] > 60
     assert ladder["context"].count("Sentiment:") == 8 and ladder["steps"] == 6 and ladder["cache"]["rows_run"] > 0
     assert {json.loads(line)["prediction"] for line in (data / "answers.jsonl").read_text().splitlines()} <= {"negative", "positive"}
+
+    (data / "smollm2-135m").symlink_to(tmp_path / "llm")
+    line = "lst-scale plan --recipe smollm2-135m --cpu backbone.precision=fp32 training.global_batch_size=4 backbone.context=null"
+    assert line in LINES
+    with contextlib.chdir(tmp_path):
+        assert "checkpointed" in lst_scale(*shlex.split(line)[1:])
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ Measured through torch's allocator events with one and two processes (DeepSpeed 
 | ZeRO | held all the time | more in a step |
 | --- | --- | --- |
 | 0 | weights, two moments | gradients, one flat copy of them for the reduction |
-| 1 | weights, bucket; master copy and two moments divided | gradients; a flat copy and AdamW's two temporaries, divided |
-| 2 | the same | gradients, a flat copy and AdamW's two temporaries, all divided |
-| 3 | bucket, small weights; weights, gradients, master copy and two moments divided | a flat copy and AdamW's two temporaries, divided |
+| 1 | weights, bucket; master copy and two moments divided | gradients; a flat copy of them, divided |
+| 2 | the same | gradients and a flat copy of them, both divided |
+| 3 | bucket, small weights; weights, gradients, master copy and two moments divided | a flat copy of gradients, divided |
+
+AdamW is fused: its step makes nothing as large as a tensor.
 """
 
 from __future__ import annotations
@@ -38,12 +40,11 @@ def engine_bytes(sizes: Sequence[int], *, stage: int, world_size: int) -> Engine
     """Return what the engine holds for trained parameters of `sizes` elements."""
     copy = 4 * sum(sizes)
     share = copy // world_size
-    largest = 4 * max(sizes, default=0)
     if stage == 0:
-        return EngineBytes(weights=copy, state=2 * copy, gradients=0, step=2 * copy + 2 * largest)
+        return EngineBytes(weights=copy, state=2 * copy, gradients=0, step=2 * copy)
     if stage in (1, 2):
         apart = share if stage == 2 else copy
-        return EngineBytes(weights=copy, state=copy + 3 * share, gradients=apart if world_size > 1 else 0, step=4 * share)
+        return EngineBytes(weights=copy, state=copy + 3 * share, gradients=apart if world_size > 1 else 0, step=2 * share)
     small = 4 * sum(size for size in sizes if size <= PERSISTENT)
     weights = small + (copy - small) // world_size
-    return EngineBytes(weights=weights, state=copy + 4 * share, gradients=share if world_size > 1 else 0, step=3 * share + copy - weights)
+    return EngineBytes(weights=weights, state=copy + 4 * share, gradients=share if world_size > 1 else 0, step=share + copy - weights)
