@@ -2,14 +2,15 @@
 
 Measured through torch's allocator events with one and two processes (DeepSpeed 0.19.8, `tests/test_plan.py` repeats it):
 
-| ZeRO | held all the time | more in a step |
-| --- | --- | --- |
-| 0 | weights, two moments | gradients, one flat copy of them for the reduction |
-| 1 | weights, bucket; master copy and two moments divided | gradients; a flat copy of them, divided |
-| 2 | the same | gradients and a flat copy of them, both divided |
-| 3 | bucket, small weights; weights, gradients, master copy and two moments divided | a flat copy of gradients, divided |
+| ZeRO | held all the time | from the first gradient on | at the end |
+| --- | --- | --- | --- |
+| 0 | weights, two moments | autograd's gradients | these, one flat copy of them for the reduction |
+| 1 | weights; master copy and two moments divided | autograd's gradients, a bucket | bucket; gradients divided, or the bucket once more |
+| 2 | the same | a bucket, into which autograd's gradients go | the same |
+| 3 | bucket, small weights; weights, gradients, master copy and two moments divided | autograd's gradients | two buckets and a share |
 
-AdamW is fused: its step makes nothing as large as a tensor.
+A bucket is taken to hold all that trains: beyond 5e8 elements it does not (`training/engine.py`), and such plans are too large by the rest.
+AdamW is fused: its step makes nothing as large as a tensor. At the end of ZeRO-3 one of the two buckets is gloo's own: NCCL needs none.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ class EngineBytes:
 
     weights: trained weights, as the module reads them.
     state: Adam's moments, master copies, buckets.
-    gradients: beyond those that autograd makes, while a backward pass runs.
-    step: temporaries of the optimizer step, gradients included.
+    gradients: beyond those that autograd makes, or in their place, once a backward pass has made one.
+    takes_gradients: autograd's own are gone as soon as they are made.
+    step: where gradients are reduced and the optimizer steps, gradients included.
     """
 
     weights: int
     state: int
     gradients: int
+    takes_gradients: bool = False
     step: int
 
 
@@ -43,8 +46,9 @@ def engine_bytes(sizes: Sequence[int], *, stage: int, world_size: int) -> Engine
     if stage == 0:
         return EngineBytes(weights=copy, state=2 * copy, gradients=0, step=2 * copy)
     if stage in (1, 2):
-        apart = share if stage == 2 else copy
-        return EngineBytes(weights=copy, state=copy + 3 * share, gradients=apart if world_size > 1 else 0, step=2 * share)
+        step = 2 * copy if world_size > 1 else copy + share
+        return EngineBytes(weights=copy, state=3 * share, gradients=copy, takes_gradients=stage == 2, step=step)
     small = 4 * sum(size for size in sizes if size <= PERSISTENT)
     weights = small + (copy - small) // world_size
-    return EngineBytes(weights=weights, state=copy + 4 * share, gradients=share if world_size > 1 else 0, step=share + copy - weights)
+    apart = share if world_size > 1 else 0
+    return EngineBytes(weights=weights, state=copy + 4 * share, gradients=apart, step=2 * copy + apart)

@@ -32,8 +32,9 @@ WEIGHTS, TRAINED, OPTIMIZER = "backbone weights", "trained weights", "optimizer 
 TAPS, SAVED, GRADIENTS = "taps", "saved for backward", "gradients"
 FORWARD, METHOD, BACKWARD, STEP = "backbone forward", "forward and loss", "backward", "optimizer step"
 PARTS = (WEIGHTS, TRAINED, OPTIMIZER, TAPS, SAVED, GRADIENTS, FORWARD, METHOD, BACKWARD, STEP)
-# Where a peak can be.
-MOMENTS = (FORWARD, METHOD, BACKWARD, STEP)
+# Where a peak can be. ZeRO's bucket comes with the first gradient, when the widest of what was saved is gone.
+NO_GRADIENT = "backward, no gradient yet"
+MOMENTS = (FORWARD, METHOD, NO_GRADIENT, BACKWARD, STEP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,5 +193,11 @@ def _at(live: LiveBytes, moment: str, engine: EngineBytes) -> dict[str, int]:
     if moment == STEP:
         # Gradients are where ZeRO has put them: counted with the step.
         return {part: size for part, size in live.at_mark().items() if part != GRADIENTS} | {STEP: engine.step}
-    found = live.at_peak(moment)
-    return found | ({GRADIENTS: found.get(GRADIENTS, 0) + engine.gradients} if moment == BACKWARD else {})
+    if moment not in (NO_GRADIENT, BACKWARD):
+        return live.at_peak(moment)
+    start, end = live.spans[BACKWARD]
+    first = live.first(GRADIENTS) or end
+    if moment == NO_GRADIENT:
+        return live.at_worst((start, first), without=GRADIENTS)
+    found = live.at_worst((first, end), without=GRADIENTS if engine.takes_gradients else None)
+    return found | {GRADIENTS: found.get(GRADIENTS, 0) + engine.gradients}

@@ -43,11 +43,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     lives: list[Life] = field(default_factory=list)
     now: int = 0
     peaks: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each phase: bytes, and the event at which they were reached
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each phase that ended: its first event, and the next phase's
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
-        self._events = self._mark = 0
+        self._events = self._mark = self._began = 0
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
@@ -99,11 +100,29 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for life in self.lives:
                 if life.phase == self.phase and life.died is None:
                     life.phase = survivors
-        self.phase = phase
+        self.spans[self.phase] = self._began, self._events + 1
+        self.phase, self._began = phase, self._events + 1
 
     def at_peak(self, phase: str) -> dict[str, int]:
         """Return what was alive at the worst point of a phase, in bytes by the phase that made it."""
         return self._alive_at(self.peaks.get(phase, (0, 0))[1])
+
+    def at_worst(self, span: tuple[int, int], *, without: str | None) -> dict[str, int]:
+        """Return what was alive at the worst of some events, by the phase that made it, but for what belongs to one of them."""
+        counted = [life for life in self.lives if life.phase is not None and life.phase != without]
+        changes = [(life.born, life.bytes) for life in counted] + [(life.died, -life.bytes) for life in counted if life.died is not None]
+        now, most, worst = 0, -1, span[0]
+        for event, change in sorted(changes):
+            if event >= span[1]:
+                break
+            now += change
+            if event >= span[0] and now > most:
+                most, worst = now, event
+        return {phase: size for phase, size in self._alive_at(worst).items() if phase != without}
+
+    def first(self, phase: str) -> int | None:
+        """Return the event that made the first of what belongs to a phase now; None: nothing does."""
+        return min((life.born for life in self.lives if life.phase == phase), default=None)
 
     def mark(self) -> None:
         """Remember this point for `at_mark`."""

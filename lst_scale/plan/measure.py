@@ -14,7 +14,7 @@ from lst_scale.plan.live import nbytes
 def peak_bytes(step: Callable[[], None]) -> int:
     """Return the most bytes that tensors took while `step` ran: those that were there before, and those that came and went."""
     gc.collect()
-    before = nbytes(found for found in gc.get_objects() if isinstance(found, Tensor))
+    before = nbytes(found for found in gc.get_objects() if isinstance(found, Tensor) and not found.is_meta)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     now = most = 0
