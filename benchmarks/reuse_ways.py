@@ -88,7 +88,7 @@ def ladder_step(options: argparse.Namespace, way: str, precision: str, backbone:
     from lst_scale.side.loss import cross_entropy_sum
 
     sides = build_sides(options, way, precision, backbone, plain=plain)
-    optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-4) for side in sides]
+    optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-4, fused=True) for side in sides]
     request = sides[0].request
     kept = backbone(inputs_of(backbone, batches[0]), request) if way in ("side", "loop") else None
 
@@ -138,7 +138,7 @@ def stacked_step(options: argparse.Namespace, precision: str, backbone: Any, bat
 def rival_step(options: argparse.Namespace, way: str, precision: str, device: torch.device, batches: list[Batch]) -> Step:
     """Return the step of a method that trains inside the backbone."""
     loss, trained, _ = steps.whole_model_loss(options, way, precision, device, batches[0])
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(number: int) -> None:
         loss().backward()
