@@ -136,6 +136,12 @@ def test_what_can_share_a_pass_is_put_together_in_order() -> None:
         share_passes([load_recipe("t5-base", [f"seed={seed}"]) for seed in (0, 1)], 4)
 
 
+def test_a_name_of_its_own_is_a_member_s_folder_and_one_that_two_have_is_not(write_recipe: Callable[..., Path]) -> None:
+    lines = ["name=one optimizer.learning_rate=1e-3", "name=two seed=0 optimizer.learning_rate=1e-2", "name=two seed=0"]
+    found = [member.name for member in members_of(load_recipe(str(write_recipe("named", members=lines, **SHARED))))]
+    assert found == ["one", "two-learning_rate-1e-2", "two"]
+
+
 def test_a_grid_stands_for_every_combination_and_is_stored_as_lines(write_recipe: Callable[..., Path]) -> None:
     path = write_recipe("grid", **SHARED)
     grid = "members={seed: [0, 1], method.side_layers: [all, [0, 2]], optimizer.learning_rate: [1e-3, 3e-3]}"

@@ -9,7 +9,7 @@ Measured through torch's allocator events with one and two processes (DeepSpeed 
 | 2 | the same | a bucket, into which autograd's gradients go | the same |
 | 3 | bucket, small weights; weights, gradients, master copy and two moments divided | autograd's gradients | two buckets and a share |
 
-A bucket is taken to hold all that trains: beyond 5e8 elements it does not (`training/engine.py`), and such plans are too large by the rest.
+A bucket holds all that trains, or LARGEST_BUCKET; in that case gradients that left it wait beside it, divided.
 AdamW is fused: its step makes nothing as large as a tensor. At the end of ZeRO-3 one of the two buckets is gloo's own: NCCL needs none.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LARGEST_BUCKET = 4 * 500_000_000  # bytes, as `training/engine.py` sizes it
 PERSISTENT = 100_000  # ZeRO-3 keeps parameters below this whole (DeepSpeed's stage3_param_persistence_threshold)
 
 
@@ -42,13 +43,14 @@ class EngineBytes:
 def engine_bytes(sizes: Sequence[int], *, stage: int, world_size: int) -> EngineBytes:
     """Return what the engine holds for trained parameters of `sizes` elements."""
     copy = 4 * sum(sizes)
-    share = copy // world_size
+    share, bucket = copy // world_size, min(copy, LARGEST_BUCKET)
     if stage == 0:
         return EngineBytes(weights=copy, state=2 * copy, gradients=0, step=2 * copy)
     if stage in (1, 2):
-        step = 2 * copy if world_size > 1 else copy + share
-        return EngineBytes(weights=copy, state=3 * share, gradients=copy, takes_gradients=stage == 2, step=step)
+        step = max(bucket + share, 2 * share, 2 * bucket if world_size > 1 else 0)
+        waiting = share if bucket < copy else 0
+        return EngineBytes(weights=copy, state=3 * share, gradients=bucket + waiting, takes_gradients=stage == 2, step=step)
     small = 4 * sum(size for size in sizes if size <= PERSISTENT)
     weights = small + (copy - small) // world_size
-    apart = share if world_size > 1 else 0
-    return EngineBytes(weights=weights, state=copy + 4 * share, gradients=apart, step=2 * copy + apart)
+    apart, reduced = (share, bucket // world_size) if world_size > 1 else (0, 0)
+    return EngineBytes(weights=weights, state=bucket + 4 * share, gradients=apart, step=max(2 * bucket + reduced, bucket + share))
