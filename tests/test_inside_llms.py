@@ -146,6 +146,29 @@ def test_answers_are_the_likeliest_next_tokens_whatever_stands_beside_a_row(fold
         assert len(beams) == 2 and not torch.equal(beams[0], beams[1])
 
 
+@pytest.mark.parametrize("name", ["lora-bitfit", "prompt"])
+def test_what_all_rows_begin_with_is_run_once_and_changes_nothing(name: str, folder: Path) -> None:
+    made = trainee_of(name, folder, moved=True)
+    family, spec = made.backbone.family, made.backbone.spec  # type: ignore[attr-defined]
+    rows = batch()
+    before_BC = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(1)).expand(3, -1)
+    ids_BS = torch.cat([before_BC, rows.input_ids_BS], 1)
+    mask_BS = torch.cat([torch.ones_like(before_BC), rows.attention_mask_BS], 1)
+    source_BS, source_mask_BS, target_BT = family.divide(spec, ids_BS, mask_BS, LABELS)
+    tokens = list[int]()
+    embedding = made.module.get_input_embeddings()  # type: ignore[operator]
+    with made.evaluating(trained_parameters(made.module)) as model:
+        whole = family.whole_logits(model.run, source_BS, source_mask_BS, target_BT)[0]
+        counting = embedding.register_forward_pre_hook(lambda _, given: tokens.append(given[0].numel()))
+        scoring = model.scoring(source_BS, source_mask_BS)
+        for last in (False, True):
+            torch.testing.assert_close(scoring.logits(target_BT, last=last), whole, rtol=1e-4, atol=1e-4)  # of logits up to tens
+        counting.remove()
+    if spec.one_stack:
+        answers = target_BT.numel()
+        assert tokens == [9, source_BS.numel() - 3 * 9 + answers, answers]
+
+
 def given(rows: Batch) -> tuple[Tensor, Tensor]:
     return rows.input_ids_BS, rows.attention_mask_BS
 

@@ -141,10 +141,11 @@ def _logits(
     source: Any | None = None,
     *,
     keep: bool = False,
+    share: bool = False,
 ) -> tuple[Tensor, Any]:
     """Return a target's logits (B, T, V) and, with `keep`, the `source` that other targets of these rows need not run again."""
     if images is None:
-        return family.whole_logits(run, source_BS, mask_BS, target_BT, source, keep=keep)
+        return family.whole_logits(run, source_BS, mask_BS, target_BT, source, keep=keep, share=share)
     found: tuple[Tensor, Any] = run(source_BS, mask_BS, images, target_BT, source)  # `methods.images.ReadingImages`
     return found
 
@@ -197,7 +198,9 @@ class WholeModelScoring:
         self._source: Any | None = None
 
     def logits(self, target_BT: Tensor, taps: None = None, *, last: bool = False) -> Tensor:
-        keep = not (last or self._model.replica.in_step)  # ZeRO-3 fetches weights in the order in which modules ran before
-        logits_BTV, source = _logits(self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source, keep=keep)
+        free = not self._model.replica.in_step  # ZeRO-3 fetches weights in the order in which modules ran before
+        keep = free and not last
+        given = self._model.family, self._model.run, *self._rows, target_BT, self._images, self._source
+        logits_BTV, source = _logits(*given, keep=keep, share=free)
         self._source = source if keep else None
         return logits_BTV

@@ -292,11 +292,13 @@ class Family(Protocol):
         source: Any | None = None,
         *,
         keep: bool = False,
+        share: bool = False,
     ) -> tuple[Tensor, Any]:
         """Return a target's logits (B, T, V) and, for other targets of these rows, the `source` that need not be run again.
 
         `run` is the whole model, perhaps wrapped; `source_BS` are token ids, or their embeddings (B, S, D). Without `keep` nothing is held
-        for other targets that would cost memory, and there may be no `source`; one that is given stays as it is.
+        for other targets that would cost memory, and there may be no `source`; one that is given stays as it is. With `share` what rows
+        begin alike may run once for all of them: instructions, or a context.
         """
         ...
 

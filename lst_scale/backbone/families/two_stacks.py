@@ -64,8 +64,9 @@ class TwoStacks:
         source: Tensor | None = None,
         *,
         keep: bool = False,
+        share: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The source's final states are there in any case."""
+        """The source's final states are there in any case, and none of them is another row's, however alike both begin."""
         given = {"inputs_embeds" if source_BS.is_floating_point() else "input_ids": source_BS}
         if source is not None:
             given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=source)}

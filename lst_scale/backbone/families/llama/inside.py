@@ -29,23 +29,25 @@ class LlamaInside:
         source: DynamicCache | None = None,
         *,
         keep: bool = False,
+        share: bool = False,
     ) -> tuple[Tensor, DynamicCache | None]:
         """Source and target are one text, and what is kept are the source's keys and values.
 
         They are those of all blocks at full length: where a window is seen, the mask alone says so.
         """
         num_new = target_BT.shape[1]
-        ids = torch.cat([source_BS, target_BT], 1) if source is None else target_BT
+        past = 0 if source is not None or not share else _length_alike(source_BS, source_mask_BS)
+        ids = torch.cat([source_BS[:, past:], target_BT], 1) if source is None else target_BT
         mask = torch.cat([source_mask_BS, torch.ones_like(target_BT)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": num_new}
         if source is not None:
             return run(**inputs, use_cache=True, **cache_argument(continued(source, None))).logits, source
-        if not keep:
+        if not keep and not past:
             return run(**inputs, use_cache=False).logits, None
-        cache = DynamicCache()
+        cache = _beginning(run, source_BS, past) if past else DynamicCache()
         logits_BTV: Tensor = run(**inputs, use_cache=True, **cache_argument(cache)).logits
-        return logits_BTV, _without_last(cache, num_new)
+        return logits_BTV, _without_last(cache, num_new) if keep else None
 
     def adapter_sites(self, model: Any, *, after_source_attention: bool) -> Iterator[str]:
         if after_source_attention:
@@ -62,6 +64,24 @@ class LlamaInside:
 
     def is_norm(self, module: nn.Module) -> bool:
         return type(module).__name__.endswith("RMSNorm")
+
+
+def _length_alike(source_BS: Tensor, mask_BS: Tensor) -> int:
+    """Return how many tokens all rows begin with, where that is half of what there is to run or more; else 0."""
+    alike_S = ((source_BS == source_BS[:1]) & mask_BS.bool()).all(0)
+    length = int(alike_S.cumprod(0).sum())
+    return length if len(source_BS) > 1 and 2 * length >= source_BS.shape[1] else 0
+
+
+def _beginning(run: Callable[..., Any], source_BS: Tensor, length: int) -> DynamicCache:
+    """Return the keys and values of what all rows begin with, run as one row's."""
+    cache, ids_1P = DynamicCache(), source_BS[:1, :length]
+    positions_1P = torch.arange(length, device=ids_1P.device)[None]
+    inputs = {"input_ids": ids_1P, "attention_mask": torch.ones_like(ids_1P), "position_ids": positions_1P, "logits_to_keep": 1}
+    run(**inputs, use_cache=True, **cache_argument(cache))
+    for layer in cache.layers:
+        layer.keys, layer.values = (held.expand(len(source_BS), -1, -1, -1) for held in (layer.keys, layer.values))
+    return cache
 
 
 def _without_last(cache: DynamicCache, count: int) -> DynamicCache:
