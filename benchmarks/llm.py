@@ -20,10 +20,11 @@ same way, as is the probe's. Where answers are labels or numbers a ladder starts
 Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
 or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
 chosen: `lst-scale predict` answers the file. All that share a context read one cache, in bf16, so that the backbone runs once; a ladder
-and a tail that answer together train together, and without a context all answer labels on one pass. In less than the time that LoRA takes
-for two epochs the ladder of the chosen design also trains for eight, of which validation chooses one. What is finished is not done again;
-start it once a core, with other tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine
-that does nothing else. Tasks are in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
+and a tail that answer together train together, and without a context all answer labels on one pass. LoRA of rank 8 trains after the draw
+of examples that ladders do best after, too (`after`): each of its rows begins with them. In less than the time that LoRA takes for two
+epochs the ladder of the chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it
+once a core, with other tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine that does
+nothing else. Tasks are in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ from methods import claim, run_all
 from lst_scale.recipe.schema import Recipe
 from lst_scale.training.run import run_together
 
-PARTS = ("pair", "ladder", "tail", "pretrained", "probe", "rivals", "longer")
+PARTS = ("pair", "ladder", "tail", "pretrained", "probe", "rivals", "after", "longer")
 
 
 def train_together(recipes: Sequence[Recipe]) -> None:
@@ -178,13 +179,21 @@ def study_probe(folder: Path, model: str, task: str, contexts: Sequence[str]) ->
     return [("probe, no context", [tried["none"]]), (f"probe: chosen {after}", [tried[after]])]
 
 
-def study_rival(folder: Path, model: str, task: str, method: str) -> list[tuple[str, list[Recipe]]]:
-    tried = [recipe(folder, model, task, method, rate, 0) for rate in RIVALS[method][1]]
+def study_rival(folder: Path, model: str, task: str, method: str, context: str = "none") -> list[tuple[str, list[Recipe]]]:
+    tried = [recipe(folder, model, task, method, rate, 0, context) for rate in RIVALS[method][1]]
     run_all(tried)
     rate = best(tried).optimizer.learning_rate
-    seeds = [recipe(folder, model, task, method, rate, seed) for seed in SEEDS]
+    seeds = [recipe(folder, model, task, method, rate, seed, context) for seed in SEEDS]
     run_all(seeds)
-    return [(method, seeds)]
+    return [(method if context == "none" else f"{method}, {context}", seeds)]
+
+
+def study_after(folder: Path, model: str, task: str, contexts: Sequence[str]) -> list[tuple[str, list[Recipe]]]:
+    """Train the first rival after the draw of examples that ladders do best after."""
+    draws = [context for context in contexts if CONTEXTS[context] is not None]
+    if not draws:
+        return []
+    return study_rival(folder, model, task, next(iter(RIVALS)), best_of(sweep_ladders(folder, model, task, draws), draws)[1])
 
 
 def main() -> None:
@@ -214,6 +223,7 @@ def main() -> None:
             "pretrained": [partial(study_pretrained, *given)],
             "probe": [partial(study_probe, *given, options.contexts)],
             "rivals": [partial(study_rival, *given, method) for method in options.rivals],
+            "after": [partial(study_after, *given, options.contexts)],
             "longer": [partial(study_longer, *given, options.contexts)],
         }
         for title, seeds in (each for part in options.parts for study in studies[part] for each in study()):
