@@ -68,8 +68,8 @@ IN_A_FOLDER = {  # in that of the README's two commands
     "lst-scale predict RUN FILE --output answers.jsonl": Short("answers.jsonl", ON_A_RUN),
     "lst-scale predict RUN FILE --with RUN": Short("4 predictions", ON_A_RUN, ("--output", "with.jsonl")),
     "lst-scale ensemble RUN RUN ...": Short("score", ON_A_RUN | {"...": OTHER}),
-    "lst-scale predict runs/reviews-seed0 rows.csv --beside runs/tone-seed0 --beside runs/topic-seed0 --output answers.jsonl": Short(
-        "each answered by 3 runs", where="server"
+    "lst-scale predict runs/t5-base-reviews-seed0 rows.csv --beside runs/t5-base-tone-seed0 --output answers.jsonl": Short(
+        "each answered by 2 runs", where="server"
     ),
     "lst-scale eval runs/kinds-person-or-food-seed0 --tasks kinds --include my-tasks --output kinds.json": Short("acc"),
     "lst-scale train --recipe t5-3b --print-recipe": Short("normalize_taps"),
@@ -109,7 +109,7 @@ ELSEWHERE = {  # what a command begins with: what carries it out, or why nothing
     "python pretraining/": "tests/test_benchmarks_in_short.py",
     "cd ": "a shell's; what follows it is carried out",
     "echo ": "a shell's; what reads it is carried out",
-    "jupyter nbconvert": "tests/test_examples.py carries the notebook out",
+    "jupyter execute": "tests/test_examples.py carries the notebook out",
     "make test": "this test is part of it; CI carries out test-newest after it, and test-fast is a part of that",
     "make docs": "tests/test_docs_site.py builds the site by the same command",
     "pip ": "from a registry: make setup, which comes before every test, and make test-newest, which installs the wheel and its extras",
@@ -177,7 +177,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lst_scale(*shlex.split(second)[1:])
         for seed in (0, 1):
             lst_scale("train", "tone.yaml", f"seed={seed}", "training.global_batch_size=2", *STEPS)
-    for name in ("reviews-seed0", "tone-seed0", "topic-seed0", "kinds-seed0"):
+    for name in ("t5-base-reviews-seed0", "t5-base-tone-seed0", "t5-base-kinds-seed0", "t5-11b-reviews-seed0"):
         shutil.copytree(here / RUN, here / "server" / "runs" / name)
     for name in ("t5", "rows.csv"):
         (here / "server" / name).symlink_to(here / name)
@@ -365,10 +365,12 @@ def asks(address: str) -> dict[str, dict[str, float]]:
 
 @pytest.mark.slow
 def test_a_server_answers_the_request_that_is_shown(here: Path) -> None:
-    line = "lst-scale serve --backbone google-t5/t5-base --side reviews=runs/reviews-seed0 --side kinds=runs/kinds-seed0"
+    line = "lst-scale serve --backbone google-t5/t5-base --side reviews=runs/t5-base-reviews-seed0 --side kinds=runs/t5-base-kinds-seed0"
     assert line in LINES
     port, words = free_port(), line.replace("google-t5/t5-base", "t5").split()
-    with started(BIN / words[0], *words[1:], "--side", "tone=runs/tone-seed0", "--port", port, cwd=here / "server", port=port) as address:
+    with started(
+        BIN / words[0], *words[1:], "--side", "tone=runs/t5-base-tone-seed0", "--port", port, cwd=here / "server", port=port
+    ) as address:
         said = asks(address)
     assert said["reviews"] == said["tone"] and said["tone"].keys() == {"good", "bad"}
 
@@ -378,7 +380,7 @@ def test_a_server_on_two_ranks_answers_as_one_process(here: Path) -> None:
     [line] = [line for line in LINES if line.startswith("torchrun ")]
     port, words = free_port(), line.replace("google-t5/t5-11b", "t5").split()
     launcher = [BIN / words[0], "--master-port", free_port(), *words[1:]]
-    with started(*launcher, "--side", "tone=runs/tone-seed0", "--port", port, cwd=here / "server", port=port) as address:
+    with started(*launcher, "--side", "tone=runs/t5-base-tone-seed0", "--port", port, cwd=here / "server", port=port) as address:
         said = asks(address)
     assert sum(said["reviews"].values()) == pytest.approx(1)
 

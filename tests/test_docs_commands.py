@@ -38,7 +38,7 @@ from lst_scale.serving.schemas import Classification
 SHOWN = commands()
 LINES = {shlex.join(shown.words) for shown in SHOWN}
 EXCUSED = {  # what a command begins with: why it is not tried
-    "jupyter nbconvert": "tests/test_examples.py carries the notebook out",
+    "jupyter execute": "tests/test_examples.py carries the notebook out",
     "python -m lst_scale.data.easy_vqa": "tests/test_vision_runs.py writes that data set",
     "pip download": "other people's packages, from a registry",
     "apt-get download": "another's package, from Debian",
@@ -149,7 +149,7 @@ def try_pip(words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
         if word != "." and not word.startswith("-"):
-            wanted = Requirement(word)
+            wanted = Requirement(f"lst_scale{word[1:]}" if word.startswith(".[") else word)
             assert wanted.name not in ("lst_scale", "lst-scale") or wanted.extras <= extras.keys(), f"{word}: there are {', '.join(extras)}"
 
 
@@ -219,6 +219,21 @@ def test_the_plan_that_pages_show_is_what_its_command_says() -> None:
         assert len(shown) == rows, page
         for method, precision, peak in shown:
             assert f"{peaks[name_of(method, precision)]:{'.1f' if '.' in peak else '.0f'}}" == peak, (page, method)
+
+
+@pytest.mark.slow
+def test_the_plans_of_language_models_are_those_of_their_recipes() -> None:
+    text = (ROOT / "docs" / "plan.md").read_text()
+    lines = re.findall(r"^\| `([\w.-]+)`(.*?) \| (\d+) \| (.*) \|$", text, flags=re.MULTILINE)
+    assert len(lines) == 6
+    methods = ("lst", "QLoRA, nf4, checkpointed", "LoRA, bf16, checkpointed", "LoRA, bf16")
+    for name, more, rows, shown in lines:
+        gpus = 2 if "2 GPUs" in more else 1
+        planned = json.loads(CliRunner().invoke(app, ["plan", "--recipe", name, "--gpus", str(gpus), "--json"]).stdout)
+        peaks = {each["method"]: each["peak_bytes"] / 1e9 for each in planned["methods"]}
+        for method, peak in zip(methods, shown.split(" | "), strict=True):
+            assert f"{peaks[method]:{'.1f' if '.' in peak else '.0f'}} GB" == peak, (name, method)
+        assert load_recipe(name).training.global_batch_size == gpus * int(rows)
 
 
 def name_of(method: str, precision: str) -> str:

@@ -73,7 +73,7 @@ def test_a_ladder_as_an_adapter_as_its_page_shows_it(capsys: pytest.CaptureFixtu
 
 def test_what_is_converted_to_peft_and_back_as_its_page_shows_it() -> None:
     ladder = LadderModel(SMALLER["google-t5/t5-base"], LadderConfig(reduction_factor=8, side_layers=[3]))
-    ladder.save_pretrained("runs/kinds-seed0/side_network")
+    ladder.save_pretrained("runs/kinds-person-or-food-seed0/side_network")
     exec(block("docs/peft.md", "adapter_from_side_network"), {})
     again = LadderModel.from_pretrained("side", SMALLER["google-t5/t5-base"])
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ladder.parameters(), strict=True))

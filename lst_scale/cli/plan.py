@@ -107,7 +107,7 @@ def _print(report: Any, loaded: Any, shape: Any, setting: Any, found: Sequence[A
     if gpu is not None and memory is not None:
         typer.echo(
             f"fits: with {gpu.context / 1e9:.1f} GB for the CUDA context and workspaces and {gpu.fragmentation:.0%} for the allocator "
-            "(typical values, not measured on a GPU yet)"
+            "(the first is typical, the second was 13 to 20 % in steps of T5-3B on an H200)"
         )
     if isinstance(loaded.method, LstRecipe):
         rows, size, known = report.cache_bytes(loaded, shape, setting)

@@ -71,7 +71,7 @@ def _named(sides: list[str]) -> dict[str, Path]:
     for each in sides:
         name, equals, folder = each.partition("=")
         if not (name and equals and folder):
-            raise ArgumentError(f"--side {each!r} must be a name and a folder: write --side reviews=runs/reviews-seed0")
+            raise ArgumentError(f"--side {each!r} must be a name and a folder: write --side reviews=runs/t5-base-reviews-seed0")
         if name in found:
             raise ArgumentError(f"--side names {name} twice: write another name for one of them")
         found[name] = Path(folder)

@@ -55,7 +55,7 @@ class OptimizerRecipe(Section):
 
 
 class TrainingRecipe(Section):
-    epochs: Epochs | None = None  # None: the task's own
+    epochs: Epochs | None = None  # None: 3 for one's own files, 10 or 20 for GLUE by task, 20 for the release's tasks
     max_steps: Count | None = None  # ends the run earlier than epochs would
     global_batch_size: Annotated[Rows, ONE_FOR_MEMBERS, KEPT_BY_RESUME] = 100  # rows an optimizer step, over all ranks
     micro_batch_size: Annotated[Rows | None, ONE_FOR_MEMBERS] = None  # rows a forward pass; None: all of a rank's share
