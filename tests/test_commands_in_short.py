@@ -116,6 +116,7 @@ ELSEWHERE = {  # what a command begins with: what carries it out, or why nothing
     "apt-get download": "another's package, from Debian",
     "git ": "git's, and of an older commit",
     "sbatch ": "Slurm's; tests/test_slurm_jobs.py submits slurm/train.sbatch",
+    "python slurm/submit.py --predict runs/NAME": "tests/test_slurm_jobs.py",
     "python slurm/sweep.py ... --together 8": "a part of a command that is carried out",
     "python slurm/status.py --watch 10": "never ends; without --watch it is carried out",
     "lst-scale slurm sweep ... backbone.context.draw=0,1,2": "a part of a command; tests/test_context.py trains after draws",
