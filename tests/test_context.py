@@ -108,6 +108,15 @@ def test_a_ladder_that_starts_as_its_backbone_goes_on_from_the_context(model: An
         assert torch.equal(made.generate(ids, max_new_tokens=6, use_cache=False, **options), whole)
 
 
+@pytest.mark.parametrize("order", [("plain", "after"), ("after", "plain")])
+def test_side_networks_after_different_contexts_do_not_answer_together(order: tuple[str, str], tmp_path: Path) -> None:
+    backbone = as_backbone(make_llama("llama"))
+    ladder(backbone).save_pretrained(tmp_path / "plain")
+    ladder(backbone.after(CONTEXT)).save_pretrained(tmp_path / "after")
+    with pytest.raises(LadderError, match="context"):
+        LadderEnsemble.from_pretrained([tmp_path / name for name in order], backbone)
+
+
 def test_a_saved_side_network_brings_its_context_and_refuses_another(tmp_path: Path) -> None:
     model, ids = make_llama("llama"), texts()
     made = ladder(as_backbone(model).after(CONTEXT))

@@ -96,11 +96,13 @@ class LadderEnsemble(Ladder):
         """Read saved side networks of one backbone, loaded once by its recorded name unless given.
 
         Raises:
-            LadderError: a folder is not whole, or a side network was trained on another backbone.
+            LadderError: a folder is not whole, or a side network was trained on another backbone, or after another context.
         """
         sides: list[SideNetwork] = []
         for folder in folders:
             one = LadderModel.from_pretrained(folder, backbone, allow_other_backbone=allow_other_backbone)
+            if sides and one.backbone.identity.context != backbone.identity.context:
+                raise LadderError(f"{folder} was trained after another context than {folders[0]}: they can't read one backbone's pass")
             backbone = one.backbone
             sides.append(one.side)
         return cls(backbone, sides)
