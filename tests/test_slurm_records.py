@@ -187,6 +187,24 @@ def test_what_runs_comes_from_the_site_never_from_a_runs_folder(site: Path, tmp_
     assert err.count("is not taken from the run's folder") == 3
 
 
+def test_a_run_whose_folder_is_another_from_here_is_not_begun_elsewhere(
+    site: Path, tmp_path: Path, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lst_scale.runs.folder import write_recipe as write_resolved
+
+    recipe = load_recipe(str(write_recipe("lost")), ["output_dir=runs"])
+    write_resolved(tmp_path / "runs" / recipe.run_name, recipe)
+    write(tmp_path / "runs" / recipe.run_name / "slurm" / "jobs.jsonl", JOB)
+    words = ("slurm", "resubmit", "--output-dir", tmp_path / "runs", "--cluster", site, "--dry-run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, out, err = lst_scale(*words)
+    assert status == 0 and "left out: its output_dir runs leads elsewhere from here" in err and "nothing to resubmit" in out
+    monkeypatch.chdir(tmp_path)
+    status, out, err = lst_scale(*words)
+    assert status == 0 and "left out" not in err and "#SBATCH" in out
+
+
 def test_a_sweep_without_end_is_refused_before_it_is_written_out(write_recipe: Callable[..., Path]) -> None:
     numbers = ",".join(map(str, range(1000)))
     arguments = [f"seed={numbers}", f"optimizer.learning_rate={numbers}", "--dry-run"]

@@ -206,6 +206,9 @@ def resubmit_command(
         except LstScaleError as error:
             odd.append(f"{run} left out: {error}")
             continue
+        if runs.folder_of(recipe) != run.resolve():
+            odd.append(f"{run} left out: its output_dir {recipe.output_dir} leads elsewhere from here: start this where it was submitted")
+            continue
         # What shared a job shares one again.
         groups.setdefault(options, {}).setdefault(job["job"], []).append(recipe)
     _tell_odd(odd)
