@@ -136,6 +136,11 @@ def test_what_can_share_a_pass_is_put_together_in_order() -> None:
         share_passes([load_recipe("t5-base", [f"seed={seed}"]) for seed in (0, 1)], 4)
 
 
+def test_a_name_that_looks_like_a_number_comes_back_as_a_name(write_recipe: Callable[..., Path]) -> None:
+    recipe = load_recipe(str(write_recipe("numbers")), ["name='1e5'", "backbone.revision='12e4567'"])
+    assert parse_recipe(to_yaml(recipe), "stored") == recipe and (recipe.name, recipe.backbone.revision) == ("1e5", "12e4567")
+
+
 def test_a_name_of_its_own_is_a_member_s_folder_and_one_that_two_have_is_not(write_recipe: Callable[..., Path]) -> None:
     lines = ["name=one optimizer.learning_rate=1e-3", "name=two seed=0 optimizer.learning_rate=1e-2", "name=two seed=0"]
     found = [member.name for member in members_of(load_recipe(str(write_recipe("named", members=lines, **SHARED))))]

@@ -384,4 +384,4 @@ def _remove(tree: dict[str, Any], key: str) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe, every value written out; it loads back equal."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=decode.Dumper, sort_keys=False, allow_unicode=True)
