@@ -58,6 +58,15 @@ def test_features_are_the_tower_s_patches_row_by_row(tower: Path, rows: Path) ->
     torch.testing.assert_close(images.features_BIGF[0].float(), expected, rtol=1e-3, atol=1e-3)  # float16's steps
 
 
+def test_a_tower_in_bf16_reads_larger_pictures_than_its_own(tower: Path, rows: Path, tmp_path: Path) -> None:
+    """Computed in float32, positions interpolated."""
+    CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    CLIPImageProcessor.from_pretrained(tower).save_pretrained(tmp_path / "half")
+    recipe = VisionRecipe.model_validate(vision_of(tmp_path / "half", image_size=64))
+    images = ImageReader(recipe).read(files_of(rows)[:1]).of([0])
+    assert images.features_BIGF.shape == (1, 1, 8 * 8, CHANNELS) and bool(images.features_BIGF.isfinite().all())
+
+
 def test_a_picture_is_read_once_a_machine_and_image_model(tower: Path, rows: Path) -> None:
     recipe, files = VisionRecipe.model_validate(vision_of(tower)), files_of(rows)
     assert len(files) == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -49,12 +50,15 @@ class OfTransformers:
         with fence(LadderError, f"vision.image_model=transformers:{name} can't be loaded"):
             self._processor = AutoImageProcessor.from_pretrained(name)
             config = AutoConfig.from_pretrained(name)
-            model = AutoModel.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)
             self._model = getattr(model, "vision_model", model).eval()
         self._model.requires_grad_(False)
         own = getattr(config, "vision_config", config)
         self._size = size or int(own.image_size)
         self._patch = int(own.patch_size)
+        # Positions that were learned for another size are interpolated, where a model does not do that by itself.
+        fixed = self._size != int(own.image_size) and "interpolate_pos_encoding" in inspect.signature(self._model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if fixed else {}
         self._name = name
         self.identity = digest_of_weights(self._model, "transformers", name, self._size, self._processor.to_dict())
 
@@ -66,7 +70,7 @@ class OfTransformers:
 
     @torch.no_grad()
     def features(self, pixels_B3HW: Tensor) -> Tensor:
-        states: Tensor = self._model(pixel_values=pixels_B3HW).last_hidden_state
+        states: Tensor = self._model(pixel_values=pixels_B3HW, **self._options).last_hidden_state
         count = (self._size // self._patch) ** 2
         refuse_no_grid(f"transformers:{self._name}", count)
         return states[:, states.shape[1] - count :]  # class tokens come first
