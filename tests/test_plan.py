@@ -126,6 +126,15 @@ def test_taps_from_disk_need_no_backbone() -> None:
     assert cached.found.parts[TAPS] == live.found.parts[TAPS]
 
 
+def test_a_cache_holds_what_any_member_reads() -> None:
+    alone, whole = (load_recipe("t5-base", [f"method.side_layers={layers}"]) for layers in ("[11]", "all"))
+    both = load_recipe("t5-base", ["method.side_layers=[11]", "members={method.side_layers: [[11], all]}"])
+    shape = shape_of(whole.backbone.checkpoint)
+    assert shape is not None
+    sizes = [report.cache_bytes(recipe, shape, SMALL)[1] for recipe in (alone, whole, both)]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
 def test_members_keep_their_own_weights_and_share_the_taps() -> None:
     one = load_recipe("quickstart")
     four = load_recipe("quickstart", ["data.shuffle_seed=0", 'members=["seed=0", "seed=1", "seed=2", "seed=3"]'])

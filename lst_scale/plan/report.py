@@ -267,16 +267,18 @@ def where_a_cache_pays(recipe: Recipe, shape: Shape, setting: Setting) -> str:
 
 def _cache_key(recipe: Recipe, shape: Shape) -> CacheKey:
     """Return what says how many bytes a token takes; it is no cache's own."""
-    assert isinstance(recipe.method, LstRecipe)
     from lst_scale.backbone.cache.key import CacheKey
+    from lst_scale.backbone.taps import union
+    from lst_scale.methods import request_of
 
-    layers = tuple(range(shape.spec.depth)) if recipe.method.side_layers == "all" else recipe.method.side_layers
+    members = [recipe] if recipe.members is None else members_of(recipe)
+    wanted = union([request for each in members if (request := request_of(each, shape.spec)) is not None])
     return CacheKey(
         fingerprint="",
         precision=recipe.backbone.precision,
-        layers=layers,
-        decoder_final=recipe.method.merge_last,
-        target_only=recipe.method.design == "pointwise",
+        layers=wanted.layers,
+        decoder_final=wanted.target_final,
+        target_only=not wanted.source,
         d_model=shape.spec.d_model,
         dtype=recipe.cache.dtype,
     )
