@@ -222,6 +222,11 @@ def test_a_mistaken_member_is_one_line(members: list[str], message: str) -> None
         read_list("seed=1\nseed='0")
 
 
+def test_a_comment_begins_where_it_begins_in_a_shell() -> None:
+    lines = "# one\ntraining.start_from=runs/a#2/x seed=1  # two 'three\nname='b # c' seed=2\n\nname=\"d #\" # e\n  #"
+    assert read_list(lines) == [["training.start_from=runs/a#2/x", "seed=1"], ["name=b # c", "seed=2"], ["name=d #"]]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"zero_optimization": 3}', b'{"zero_optimization": {"stage": "banana"}}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,12 +13,14 @@ from lst_scale.recipe.marks import ONE_FOR_MEMBERS, marked
 from lst_scale.recipe.schema import Recipe, load_recipe, parse_recipe, to_yaml
 from lst_scale.system.names import fitting_name, shown
 
+# What stands before a # that begins a word, as in a shell, outside of quotes.
+_BEFORE_COMMENT = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|(?<=\S)\#|[^#])*""")
 _IN_THE_FOLDER_NAME_ALREADY = ("task", "seed", "name", "output_dir")
 
 
 def read_list(text: str) -> list[list[str]]:
     """Return the members of a list file: one a line, overrides divided by spaces; empty lines and # comments are skipped."""
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    lines = (_BEFORE_COMMENT.match(line)[0].strip() for line in text.splitlines())  # type: ignore[index]  # it matches everything
     return [words_of(line, f"line {number}") for number, line in enumerate(lines, start=1) if line]
 
 
