@@ -111,6 +111,8 @@ def test_a_single_question_gets_the_answer_that_predict_gives(method: str, t5_ru
         assert talk.answer(json.dumps({"definition": definitions[0]}), lambda piece: None).strip() == answers[0]
         with pytest.raises(DataError, match="definition"):
             talk.answer('{"eggs": "x"}', lambda piece: None)
+        for line in ("[1, 2, 3]", "[]", "3"):  # a text like any other
+            talk.answer(line, lambda piece: None)
         with pytest.raises(ArgumentError, match="--system begins a conversation"):
             Talk(talk._opened, Style(system="x"))
         with pytest.raises(ArgumentError, match="--conversation: the tokenizer of t5 has no chat template"):

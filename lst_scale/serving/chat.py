@@ -19,7 +19,7 @@ from lst_scale.backbone.families import family_of
 from lst_scale.data.prompts import chat_text, going_on
 from lst_scale.errors import ArgumentError
 from lst_scale.inference.opened import Opened, open_folder
-from lst_scale.inference.prompts import Prompts
+from lst_scale.inference.prompts import Prompts, is_conversation
 from lst_scale.serving.text import GrowingText
 from lst_scale.training.evaluation import ends_of
 
@@ -105,7 +105,7 @@ class Talk:
                 record = json.loads(line)
         if self._opened.chat is not None and not isinstance(record, dict):
             record = [{"role": "user", "content": line}]
-        given = record if isinstance(record, dict | list) else line
+        given = record if isinstance(record, dict) or is_conversation(record) else line
         return list(self._prompts.encoded([given]).input_ids[0])
 
     def _generate(self, ids: Sequence[int], show: Callable[[str], None]) -> str:
