@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 
 from helpers.models import make_t5
 from helpers.recipes import recipe_writer
-from lst_scale.errors import ArgumentError, CheckpointError, LadderError, LstScaleError
+from lst_scale.errors import ArgumentError, CheckpointError, LadderError, LstScaleError, NotReady
 from lst_scale.recipe.schema import load_recipe
-from lst_scale.training.run import run
+from lst_scale.training.preflight import check_before_start
+from lst_scale.training.run import run, run_together
 
 LORA = {"name": "lora", "rank": 2, "dropout": 0.0}
 FEW = {"training__max_steps": 2, "training__micro_batch_size": 6, "evaluation__method": "likelihood", "data__max_eval_rows": 2}
@@ -95,6 +97,24 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(
     with pytest.raises(error) as caught:
         run(recipe, overwrite=True)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_that_would_begin_with_what_it_overwrites_is_refused_and_nothing_is_removed(
+    finished: dict[str, Path], write: Callable[..., Path]
+) -> None:
+    runs = finished["lst"].parent
+    shutil.copytree(finished["lst"], runs / "own-kind-seed0")
+    (runs / "link").symlink_to("own-kind-seed0")
+    there = {file: file.read_bytes() for file in (runs / "own-kind-seed0").rglob("*") if file.is_file()}
+    alone = [load_recipe(str(write("own", **FEW, training__start_from=str(runs / "link" / "side_network"))))]
+    beside = [load_recipe(str(write(name, **FEW, training__start_from=str(runs / "own-kind-seed0")))) for name in ("new", "own")]
+    for recipes in (alone, beside):
+        message = r"^training.start_from: \S+ is in a run that --overwrite removes: write another name=$"
+        with pytest.raises(NotReady, match=message):
+            check_before_start(recipes, resume=False, overwrite=True)
+        with pytest.raises(ArgumentError, match=message):
+            run_together(recipes, overwrite=True)
+    assert {file: file.read_bytes() for file in (runs / "own-kind-seed0").rglob("*") if file.is_file()} == there
 
 
 def test_more_steps_of_a_finished_run_are_refused_with_a_way_to_have_them(finished: dict[str, Path], write: Callable[..., Path]) -> None:

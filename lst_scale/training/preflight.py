@@ -26,7 +26,7 @@ from lst_scale.runs.callbacks import check_callbacks
 from lst_scale.runs.folder import check_folder, folder_of
 from lst_scale.side.count import shape_of, trainable_of
 from lst_scale.system.assets import load_ds_config
-from lst_scale.training.warm_start import start_folder
+from lst_scale.training.warm_start import refuse_overwritten_start, start_folder
 
 FIRST_ROWS = 2000  # of each file: some hundredths of a second
 
@@ -52,6 +52,9 @@ def check_before_start(recipes: Sequence[Recipe], *, resume: bool, overwrite: bo
             start_folder(recipe)
         with _gathering(problems):
             check_callbacks(recipe.logging)
+    if overwrite:
+        with _gathering(problems):
+            refuse_overwritten_start(recipes)
     for name in dict.fromkeys(recipe.training.deepspeed for recipe in recipes):
         with _gathering(problems):
             load_ds_config(name)

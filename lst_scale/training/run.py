@@ -36,7 +36,7 @@ from lst_scale.training.member import Member
 from lst_scale.training.probe_start import Starts, begins_as_probe, sample_of
 from lst_scale.training.sessions import SomeFailed, fit_together
 from lst_scale.training.shared import load_data, load_shared
-from lst_scale.training.warm_start import start_folder
+from lst_scale.training.warm_start import refuse_overwritten_start, start_folder
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -68,6 +68,8 @@ def run_together(recipes: Sequence[Recipe], *, resume: bool = False, overwrite: 
         check_method(each)
         start_folder(each)
         check_callbacks(each.logging)
+    if overwrite:
+        refuse_overwritten_start(recipes)
     world = distributed.connect()
     check_ds_config(ds_config, recipes[0].training.deepspeed)
     folders = [folder_of(each) for each in recipes]

@@ -5,11 +5,12 @@ Its optimizer, schedule, scores and steps are the new run's own. Imports no torc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lst_scale.errors import ArgumentError
 from lst_scale.recipe.schema import Recipe
-from lst_scale.runs.folder import RECIPE
+from lst_scale.runs.folder import RECIPE, folder_of
 
 # Where a run puts what it trained, and the files that it, transformers' Trainer or peft leave there.
 _FOLDERS = {
@@ -40,3 +41,18 @@ def start_folder(recipe: Recipe) -> Path | None:
     if (given / RECIPE).is_file():
         raise ArgumentError(f"{where} is a run that is not finished: end it with --resume first, or give another one")
     raise ArgumentError(f"{where} holds no trained weights: give the folder of a finished run, or its {ours}/")
+
+
+def refuse_overwritten_start(recipes: Sequence[Recipe]) -> None:
+    """Refuse to overwrite the runs of these recipes where one of them begins with the weights of such a run.
+
+    Raises:
+        ArgumentError: it does, or has no weights to begin with.
+    """
+    folders = [folder_of(recipe).resolve() for recipe in recipes]
+    for recipe in recipes:
+        start = start_folder(recipe)
+        if start is not None and any(start.resolve().is_relative_to(folder) for folder in folders):
+            raise ArgumentError(
+                f"training.start_from: {recipe.training.start_from} is in a run that --overwrite removes: write another name="
+            )
