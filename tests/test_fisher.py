@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from transformers import T5ForConditionalGeneration
 from helpers.llamas import make_llama
 from helpers.models import make_t5
 from lst_scale.backbone.families import family_of
+from lst_scale.backbone.placement.load import load_placed
 from lst_scale.backbone.weights import fisher
 from lst_scale.backbone.weights.checkpoint import open_checkpoint
 from lst_scale.backbone.weights.fisher import Example, fisher_importance, stored_importance
+from lst_scale.data.encode import encode
+from lst_scale.data.rows import Row
+from lst_scale.data.tokenizer import load_tokenizer
+from lst_scale.methods.importance import task_importance
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.system import distributed
 
 
 def examples(count: int) -> list[Example]:
@@ -93,3 +101,22 @@ def test_what_was_made_once_is_read_afterwards(tmp_path: Path) -> None:
         assert torch.equal(stored_importance(tmp_path, key, make)("a"), torch.ones(2))
     stored_importance(tmp_path, key | {"seed": 1}, make)
     assert len(made) == 2
+
+
+def test_rows_that_have_changed_under_the_same_name_are_not_pruned_by_what_was_made_of_the_old_ones(
+    write_recipe: Callable[..., Path], tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = load_recipe(str(write_recipe("pruned", method__initialization="fisher", method__fisher_samples=2)))
+    world = distributed.connect()
+    backbone, tokenizer = load_placed(recipe.backbone, world), load_tokenizer(str(tiny_t5_dir))
+
+    def importance(*sources: str) -> torch.Tensor:
+        split = encode([Row(source, "act") for source in sources], tokenizer, 24, None)
+        read = task_importance(recipe, [split], backbone, world)
+        assert read is not None
+        return read("shared.weight")
+
+    old, new = importance("a deed", "a walk"), importance("a deed", "a soup")
+    assert not torch.equal(old, new)
+    assert torch.equal(importance("a deed", "a walk"), old) and len(list(tmp_path.glob("lst_scale/fisher/*/key.json"))) == 2

@@ -39,7 +39,7 @@ def task_importance(recipe: Recipe, splits: Sequence[EncodedSplit], backbone: Ba
         examples.append(Example(input_ids_S=_tensor(splits[task].input_ids[row]), labels_T=_tensor(splits[task].labels[row])))
     tree = recipe.model_dump(mode="json")
     key = {"backbone": backbone.identity.fingerprint, "task": tree["task"], "data": tree["data"], "samples": len(examples)}
-    key |= {"seed": recipe.seed} | ({} if recipe.tasks is None else {"tasks": tree["tasks"]})
+    key |= {"rows": [split.digest for split in splits], "seed": recipe.seed} | ({} if recipe.tasks is None else {"tasks": tree["tasks"]})
     folder = cache_folder("fisher")
 
     def make() -> dict[str, Tensor]:
