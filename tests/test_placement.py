@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from helpers.runs import assert_same_weights, final_weights, losses, result
 from helpers.t5gemmas import make_t5gemma
 from helpers.training import train
 from lst_scale.backbone.placement import streamed
-from lst_scale.backbone.placement.load import load_placed
+from lst_scale.backbone.placement.load import load_alone, load_placed
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.backbone.weights.precision import Int8Linear
@@ -36,6 +37,7 @@ from lst_scale.plan.footprint import WEIGHTS, Setting, footprint
 from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.side.count import shape_of
+from lst_scale.system.distributed import World
 
 pytestmark = pytest.mark.slow
 DISK = {"name": "streamed", "source": "disk"}
@@ -341,7 +343,7 @@ def test_quantized_blocks_travel_quantized(precision: str, kind: str, tmp_path: 
 def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_dir: Path, tmp_path: Path) -> None:
     placement = DISK | {"folder": str(tmp_path)}
     expected = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("[!.]*")
     victim = folder / ("decoder.block.1.safetensors" if damage != "index" else streamed.INDEX)
     if damage == "delete":
         victim.unlink()
@@ -351,6 +353,39 @@ def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_d
     found = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
     assert streamed.is_whole(folder)
     assert torch.equal(found.target.hidden[0], expected.target.hidden[0])
+
+
+def test_of_ranks_that_load_by_themselves_the_first_writes_block_files_and_the_others_wait(
+    tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do behind a tap cache, each at the first row that it lacks."""
+    recipe = BackboneRecipe.model_validate(
+        {"checkpoint": str(tiny_t5_dir), "precision": "fp32", "placement": DISK | {"folder": str(tmp_path)}}
+    )
+    written, entered, go_on = [], threading.Event(), threading.Event()
+    write_blocks = streamed.write_blocks
+
+    def slowly(folder: Path, *how: Any) -> None:
+        written.append(folder)
+        entered.set()
+        assert go_on.wait(60)
+        write_blocks(folder, *how)
+
+    monkeypatch.setattr(streamed, "write_blocks", slowly)
+    found: list[torch.Tensor] = []
+
+    def load_and_run(local_rank: int) -> None:
+        alone = World(rank=0, size=1, local_rank=local_rank, device=torch.device("cpu"))
+        found.append(load_alone(recipe, alone)(inputs_of(*batch()), TapRequest(layers=(2,))).target.hidden[0])
+
+    ranks_alone = [threading.Thread(target=load_and_run, args=[local_rank]) for local_rank in (1, 2, 0)]
+    for rank in ranks_alone:
+        rank.start()
+        assert entered.wait(60)
+    go_on.set()
+    for rank in ranks_alone:
+        rank.join(60)
+    assert len(written) == 1 and len(found) == 3 and all(torch.equal(taps, found[0]) for taps in found)
 
 
 # Failures: every rank ends, within a minute, and says why

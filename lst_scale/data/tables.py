@@ -13,14 +13,12 @@ is used: few rows need no table.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import mmap
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +29,7 @@ import numpy as np
 from lst_scale.data.columns import Chunk, Ids, Texts
 from lst_scale.errors import StorageError
 from lst_scale.system.assets import cache_folder
-from lst_scale.system.durable import write_directory
+from lst_scale.system.durable import alone, write_directory
 
 FORMAT = 4
 ROWS, FACTS = "rows.arrow", "facts.json"
@@ -145,7 +143,7 @@ def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Fac
     folder = cache_folder("rows") / key
     if (found := known_table(key, kinds)) is not None:
         return found
-    with _alone(folder):
+    with alone(folder, SETTING):
         if (found := known_table(key, kinds)) is not None:  # another process wrote it meanwhile
             return found
         _refuse_full_disk(folder.parent, likely_bytes)
@@ -177,24 +175,6 @@ def _chunk(column: Any, dtype: str) -> Chunk:
     """Return a column of a record batch as arrays on the mapped file itself."""
     _, ends, _, values = column.buffers()
     return Chunk(np.frombuffer(ends, np.int64)[: len(column) + 1], np.frombuffer(values, dtype) if values else np.zeros(0, dtype))
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes this table, and keep others waiting."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StorageError(
-            f"the rows' table can't be written to {folder.parent} ({error.strerror}): make it writable, or choose another {SETTING}"
-        ) from error
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: each writes, and the last one's stays
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_full_disk(folder: Path, needed: int) -> None:

@@ -6,6 +6,7 @@ A disk that refuses is one line, and what stood there before stays.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -72,6 +73,24 @@ def write_directory(path: Path, fill: Callable[[Path], None], check: Callable[[P
     check(path)
     _keep_what_others_added(replaced, path)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path, setting: str = "output_dir") -> Iterator[None]:
+    """Wait until no other process makes `path`, and keep others waiting: it may be there by then. The system lets go when a process ends.
+
+    Raises:
+        StorageError: nothing can be written beside it.
+    """
+    with writing(path, setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: each writes, and the last one's stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _keep_what_others_added(replaced: Path, path: Path) -> None:

@@ -121,17 +121,12 @@ def _disk_source(
     """Open the block files, written first where this machine has none for these weights in this precision."""
     folder = blocks_folder(placement) / f"{identity.fingerprint[:16]}-{identity.precision}"
 
-    def write() -> None:
-        if world.local_rank == 0 and not streamed.is_whole(folder):
+    def build_and_forget_last(index: int) -> nn.Module:
+        if index:
+            empty(blocks[index - 1])
+        return build(index)
 
-            def build_and_forget_last(index: int) -> nn.Module:
-                if index:
-                    empty(blocks[index - 1])
-                return build(index)
-
-            streamed.write_blocks(folder, [ref.path for ref in refs], build_and_forget_last)
-
-    distributed.agree(world, write)
+    distributed.agree(world, lambda: streamed.write_missing(folder, [ref.path for ref in refs], build_and_forget_last))
     for block in blocks:
         assemble.make_room(block, identity.precision)
     return distributed.agree(world, lambda: streamed.DiskSource(folder, world.device))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.placement.prefetch import Done, Layout, Pending, named_tensors
 from lst_scale.errors import BackboneError
-from lst_scale.system.durable import sha256_of, write_directory
+from lst_scale.system.durable import alone, sha256_of, write_directory
 
 INDEX, FORMAT = "blocks.json", 1
+SETTING = "backbone.placement.folder"  # what to change for another place
 
 
 class CopyStream:
@@ -142,6 +143,15 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def write_missing(folder: Path, names: Sequence[str], build: Callable[[int], nn.Module]) -> None:
+    """Write block files unless they are there: the first process that asks does, others wait for it."""
+    if is_whole(folder):
+        return
+    with alone(folder, SETTING):
+        if not is_whole(folder):
+            write_blocks(folder, names, build)
+
+
 def write_blocks(folder: Path, names: Sequence[str], build: Callable[[int], nn.Module]) -> None:
     """Write one file a block, made by `build(index)` one at a time, and read them back."""
 
@@ -158,7 +168,7 @@ def write_blocks(folder: Path, names: Sequence[str], build: Callable[[int], nn.M
             if sha256_of(whole / name) != digest:
                 raise BackboneError(f"{whole / name} reads back different from what was written: check the disk")
 
-    write_directory(folder, fill, check)
+    write_directory(folder, fill, check, SETTING)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
