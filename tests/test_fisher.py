@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def test_what_was_made_once_is_read_afterwards(tmp_path: Path) -> None:
         assert torch.equal(stored_importance(tmp_path, key, make)("a"), torch.ones(2))
     stored_importance(tmp_path, key | {"seed": 1}, make)
     assert len(made) == 2
+
+
+def test_of_runs_that_need_it_at_once_one_makes_it(tmp_path: Path) -> None:
+    made, entered, go_on = [], threading.Event(), threading.Event()
+    found: list[torch.Tensor] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        entered.set()
+        assert go_on.wait(60)
+        return {"a": torch.ones(2)}
+
+    runs = [threading.Thread(target=lambda: found.append(stored_importance(tmp_path, {"seed": 0}, make)("a"))) for _ in range(3)]
+    for one in runs:
+        one.start()
+    assert entered.wait(60)
+    go_on.set()
+    for one in runs:
+        one.join(60)
+    assert made == [1] and len(found) == 3
 
 
 def test_rows_that_have_changed_under_the_same_name_are_not_pruned_by_what_was_made_of_the_old_ones(

@@ -27,10 +27,11 @@ from lst_scale.backbone.families import BlockRef
 from lst_scale.backbone.masks import causal_mask
 from lst_scale.backbone.weights.assemble import filled, return_freed_memory
 from lst_scale.backbone.weights.checkpoint import Checkpoint, read_to
-from lst_scale.system.durable import write_directory
+from lst_scale.system.durable import alone, write_directory
 
 TOKENS_AT_ONCE = 4096  # of the examples whose block inputs are kept: each costs (blocks of a stack) x d_model floats
 FILE = "importance.safetensors"
+SETTING = "XDG_CACHE_HOME"  # what to change for another place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,13 @@ def _few_at_once(examples: Sequence[Example]) -> Iterator[list[Example]]:
 
 
 def stored_importance(folder: Path, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> Callable[[str], Tensor]:
-    """Return a reader of the importance stored under `key` in `folder`; made and stored first when it is not there."""
+    """Return a reader of the importance stored under `key` in `folder`; made and stored first when it is not there, by one process."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / digest
     if not (path / FILE).exists():
-        _store(path, key, make())
+        with alone(path, SETTING):
+            if not (path / FILE).exists():  # another process may have made it meanwhile
+                _store(path, key, make())
         return_freed_memory()
     return functools.partial(_stored, path / FILE)
 
@@ -82,7 +85,7 @@ def _store(path: Path, key: dict[str, Any], sums: dict[str, Tensor]) -> None:
         save_file(sums, partial / FILE)
         (partial / "key.json").write_text(json.dumps(key, indent=2) + "\n")
 
-    write_directory(path, fill, lambda whole: _names(whole / FILE))
+    write_directory(path, fill, lambda whole: _names(whole / FILE), SETTING)
 
 
 def _names(file: Path) -> list[str]:
