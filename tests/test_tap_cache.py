@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -83,6 +84,28 @@ def test_damage_is_found_and_named_and_the_rest_is_used(damage: str, tmp_path: P
     again = TapCache(tmp_path, KEY)
     readable = [again.read(source_digest(torch.tensor([row])), 2) for row in range(4)]
     assert all(r is not None for r in readable), "what was made again is found"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("most", [7, 6 * 8 * 4, 6 * 8 * 4 + 1], ids=["within a state", "one state", "into the next"])
+def test_a_payload_that_the_system_reads_in_parts_is_whole(most: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads 2,147,479,552 bytes a call at most."""
+    cache = TapCache(tmp_path, key(dtype=dtype))
+    cache.write(source_digest(torch.tensor([0])), states(6, 0))
+    expected = cache.read(source_digest(torch.tensor([0])), 2)
+    preadv = os.preadv
+
+    def short(descriptor: int, places: list[memoryview], offset: int) -> int:
+        parts, left = [], most
+        for place in places:
+            parts.append(place.cast("B")[:left])
+            left -= len(parts[-1])
+        return preadv(descriptor, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    found = cache.read(source_digest(torch.tensor([0])), 2)
+    assert expected is not None and found is not None
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and not cache.damaged
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_payload(tmp_path: Path) -> None:

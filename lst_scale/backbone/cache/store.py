@@ -179,7 +179,7 @@ class TapCache:
         states, width = len(into), self.key.d_model
         packed = torch.empty(states * tokens * self.key.bytes_a_token() if self.key.dtype == "int8" else 0, dtype=torch.uint8)
         places = [packed] if self.key.dtype == "int8" else [state.view(torch.uint8) for state in into]
-        if tokens != len(into[0]) or not self._fill(path, offset, [place.numpy().data for place in places], checksum):
+        if tokens != len(into[0]) or not self._fill(path, offset, [place.numpy().reshape(-1).data for place in places], checksum):
             self._drop(digest, path, offset)
             return False
         if self.key.dtype == "int8":
@@ -194,7 +194,7 @@ class TapCache:
         try:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
-            count = os.preadv(self._files[path], places, offset)
+            count = _read_all(self._files[path], places, offset)
         except OSError:
             return False
         found = 0
@@ -286,6 +286,18 @@ class TapCache:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's own memory on the CPU."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _read_all(descriptor: int, places: Sequence[memoryview], offset: int) -> int:
+    """Fill places, each of one dimension, one after another; return how many bytes there were. One call reads 2 GiB at most."""
+    left, count = list(places), 0
+    while left and (some := os.preadv(descriptor, left, offset + count)):
+        count += some
+        while left and some >= len(left[0]):
+            some -= len(left.pop(0))
+        if some:
+            left[0] = left[0][some:]
+    return count
 
 
 def _write_all(file: Any, data: bytes | memoryview) -> None:
