@@ -27,6 +27,8 @@ from lst_scale.backbone.cache.key import CacheKey
 from lst_scale.backbone.cache.store import RECORD, TapCache
 from lst_scale.errors import BackboneError
 from lst_scale.inputs.keys import source_digest, target_digest
+from lst_scale.recipe.schema import load_recipe
+from lst_scale.training.shared import build_cache
 
 
 def key(**changes: Any) -> CacheKey:
@@ -111,6 +113,23 @@ def test_a_payload_that_the_system_reads_in_parts_is_whole(most: int, dtype: str
 def test_a_disk_that_is_too_small_is_refused_before_the_first_payload(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"taps need \d+\.\d\d GB in .* GB are free: .*cache.dtype=int8"):
         TapCache(tmp_path, KEY).refuse_if_too_large(10**13, 0)
+
+
+def test_room_is_asked_for_what_is_written_then(write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source once, however many rows have it, and none that is there already."""
+    asked: list[int] = []
+    monkeypatch.setattr(TapCache, "refuse_if_too_large", lambda cache, *tokens: asked.append(cache.key.bytes_of(*tokens)))
+    rows = [("a long deed", "act"), ("a long deed", "food"), ("a long deed", "act"), ("soup", "food")]
+    written = 0
+    for more in ([], [("a long deed", "state")], [("bread", "food")], []):
+        rows += more
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps({"word": word, "kind": kind}) + "\n" for word, kind in rows))
+        task = {"task__train": str(data), "task__validation": str(data), "task__source": ["word"]}
+        build_cache(load_recipe(str(cached(write_recipe, tmp_path / "taps", "asking", **task))))
+        size = sum(file.stat().st_size for file in (tmp_path / "taps").rglob("*.taps"))
+        assert asked.pop() == size - written
+        written = size
 
 
 @pytest.mark.slow

@@ -84,13 +84,17 @@ class KeyTable:
         lengths: NDArray[np.int32] = self._rows["lengths"][:-1]
         return lengths
 
-    def distinct_tokens(self) -> tuple[int, int]:
-        """Return the tokens of all different sources, and of all different pairs of source and target: equal ones are remembered once."""
-        source, target = (self._distinct_tokens(side) for side in (0, 1))
-        return source, target
+    def distinct_tokens(self, sources: NDArray[np.bool_] | None = None, targets: NDArray[np.bool_] | None = None) -> tuple[int, int]:
+        """Return the tokens of all different sources, and of all different pairs of source and target: equal ones are remembered once.
 
-    def _distinct_tokens(self, side: int) -> int:
-        rows = self._rows[:-1]
+        Args:
+            sources: of which rows the source counts; None: of all.
+            targets: of which rows the target does.
+        """
+        return self._distinct_tokens(0, sources), self._distinct_tokens(1, targets)
+
+    def _distinct_tokens(self, side: int, counted: NDArray[np.bool_] | None) -> int:
+        rows = self._rows[:-1] if counted is None else self._rows[:-1][counted]
         heads = np.ascontiguousarray(rows["digests"][:, side, :8]).view(np.uint64)[:, 0]  # half a digest tells them apart well enough
         return int(rows["lengths"][np.unique(heads, return_index=True)[1], side].sum(dtype=np.int64))
 

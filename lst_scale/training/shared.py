@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lst_scale.backbone.cache import pay
@@ -310,10 +309,10 @@ def _remembering(
     keyed = tuple(replace(task, splits={name: with_keys(split, backbone.spec) for name, split in task.splits.items()}) for task in tasks)
     rows = joined([task.train.keys for task in keyed if task.train.keys is not None])
     writes = backbone.claim_rows(rows, world)
-    missing = ~backbone.known(rows)
-    num_missing = int(missing.sum())
+    sources, targets = backbone.known(rows)
+    num_missing = int((~(sources & targets)).sum())
     if writes:
-        backbone.cache.refuse_if_too_large(*map(int, rows.lengths[missing].sum(0, dtype=np.int64)))
+        backbone.cache.refuse_if_too_large(*rows.distinct_tokens(~sources, ~targets))
     why = backbone.lock.refused
     others = f"the others can't be written: {why}" if why else "another run writes the others"
     elsewhere = f"; {others}" if num_missing and not writes else ""

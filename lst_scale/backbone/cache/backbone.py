@@ -166,10 +166,10 @@ class CachingBackbone:
         """
         return self.lock.claim(Claim(self.cache.folder, name_of(rows.targets)), world)
 
-    def known(self, rows: KeyTable) -> NDArray[np.bool_]:
-        """Return of which rows the taps are in the cache."""
-        targets = self.cache.has_each(rows.targets)
-        return targets if self.cache.key.target_only else targets & self.cache.has_each(rows.sources)
+    def known(self, rows: KeyTable) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return of which rows the source's taps are in the cache, or none are kept, and of which rows the target's are."""
+        sources = np.ones(len(rows), bool) if self.cache.key.target_only else self.cache.has_each(rows.sources)
+        return sources, self.cache.has_each(rows.targets)
 
     def _write(self, inputs: Inputs, taps: Taps) -> None:
         keys = inputs.keys
