@@ -33,6 +33,7 @@ from lst_scale.backbone.placement.load import load_alone, load_placed
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.backbone.weights.precision import Int8Linear
+from lst_scale.errors import BackboneError
 from lst_scale.plan.footprint import WEIGHTS, Setting, footprint
 from lst_scale.recipe.backbone import BackboneRecipe
 from lst_scale.recipe.schema import load_recipe
@@ -339,7 +340,7 @@ def test_quantized_blocks_travel_quantized(precision: str, kind: str, tmp_path: 
     assert moved[precision] / moved["bf16"] < {"int8": 0.54, "nf4": 0.34}[precision]  # half and a quarter, and small blocks' padding
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "index"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "header", "index"])
 def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_dir: Path, tmp_path: Path) -> None:
     placement = DISK | {"folder": str(tmp_path)}
     expected = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
@@ -347,11 +348,39 @@ def test_block_files_that_are_not_whole_are_written_again(damage: str, tiny_t5_d
     victim = folder / ("decoder.block.1.safetensors" if damage != "index" else streamed.INDEX)
     if damage == "delete":
         victim.unlink()
+    elif damage == "header":
+        victim.write_bytes(victim.read_bytes()[:8] + b"\xff" + victim.read_bytes()[9:])
     else:
         victim.write_bytes(victim.read_bytes()[:-9])
     assert not streamed.is_whole(folder)
     found = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
     assert streamed.is_whole(folder)
+    assert torch.equal(found.target.hidden[0], expected.target.hidden[0])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_block_file_that_can_not_be_used_ends_the_run_and_the_next_start_writes_it_again(
+    damage: str, tiny_t5_dir: Path, tmp_path: Path
+) -> None:
+    placement = DISK | {"folder": str(tmp_path)}
+    backbone = load(tiny_t5_dir, placement)
+    expected = backbone(inputs_of(*batch()), TapRequest(layers=(2,)))
+    (victim,) = tmp_path.rglob("decoder.block.1.safetensors")
+    raw = victim.read_bytes()
+    victim.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) if damage == "flip" else raw[:-9])
+    if damage == "flip":
+        backbone = load(tiny_t5_dir, placement)
+    with pytest.raises(BackboneError, match=r"block.1.safetensors can't be used \(.*\): start again, and all blocks are written anew$"):
+        backbone(inputs_of(*batch()), TapRequest(layers=(2,)))
+    found = load(tiny_t5_dir, placement)(inputs_of(*batch()), TapRequest(layers=(2,)))
+    assert torch.equal(found.target.hidden[0], expected.target.hidden[0]) and victim.read_bytes() == raw
+
+
+def test_block_files_that_were_copied_serve_as_they_are(tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load(tiny_t5_dir, DISK | {"folder": str(tmp_path / "blocks")})(inputs_of(*batch()), TapRequest(layers=(2,)))
+    shutil.copytree(tmp_path / "blocks", tmp_path / "copied")
+    monkeypatch.setattr(streamed, "write_blocks", lambda *_: pytest.fail("they were written again"))
+    found = load(tiny_t5_dir, DISK | {"folder": str(tmp_path / "copied")})(inputs_of(*batch()), TapRequest(layers=(2,)))
     assert torch.equal(found.target.hidden[0], expected.target.hidden[0])
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from lst_scale.data.columns import Chunk, Ids, Texts
 from lst_scale.errors import StorageError
 from lst_scale.system.assets import cache_folder
-from lst_scale.system.durable import alone, write_directory
+from lst_scale.system.durable import alone, last_touched, write_directory
 
 FORMAT = 4
 ROWS, FACTS = "rows.arrow", "facts.json"
@@ -96,15 +96,9 @@ def _is_whole(folder: Path) -> bool:
         known = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         if not isinstance(known["facts"], dict) or (folder / ROWS).stat().st_size != known["bytes"]:
             return False
-        return bool(known["touched"] == _last_touched(folder / ROWS) or known["crc32"] == _checksum_of(folder / ROWS))
+        return bool(known["touched"] == last_touched(folder / ROWS) or known["crc32"] == _checksum_of(folder / ROWS))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-def _last_touched(path: Path) -> list[int]:
-    """Return what changes when a file is written to, or replaced, or any attribute of it is changed."""
-    state = path.stat()
-    return [state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def _checksum_of(path: Path) -> int:
@@ -151,7 +145,7 @@ def stored_table(key: str, kinds: Mapping[str, str], fill: Callable[[Write], Fac
         def write(partial: Path) -> None:
             facts = _write_rows(partial / ROWS, kinds, fill)
             rows = partial / ROWS
-            state = {"bytes": rows.stat().st_size, "crc32": _checksum_of(rows), "touched": _last_touched(rows)}
+            state = {"bytes": rows.stat().st_size, "crc32": _checksum_of(rows), "touched": last_touched(rows)}
             (partial / FACTS).write_text(json.dumps({"facts": facts, **state}), encoding="utf-8")
 
         write_directory(folder, write, lambda whole: Table(whole, kinds).facts, SETTING)

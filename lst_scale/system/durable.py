@@ -140,6 +140,12 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def last_touched(file: Path) -> list[int]:
+    """Return what changes when a file is written to, or replaced, or any attribute of it is changed."""
+    state = file.stat()
+    return [state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+
+
 def flush(path: Path) -> None:
     """Force a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

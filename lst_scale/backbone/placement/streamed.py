@@ -1,4 +1,9 @@
-"""Sources for blocks that wait in host memory or on disk (placement `streamed`)."""
+"""Sources for blocks that wait in host memory or on disk (placement `streamed`).
+
+Block files are gigabytes, so a start looks at sizes and headers alone, and writes all again where one is wrong. A file that somebody has
+touched since it was written, by what the system says of it, is compared with its digest when it is first read. One that can't be used
+ends the run, and the next start writes all again. What a disk changes by itself is not noticed.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,9 @@ from torch import Tensor, nn
 
 from lst_scale.backbone.placement.prefetch import Done, Layout, Pending, named_tensors
 from lst_scale.errors import BackboneError
-from lst_scale.system.durable import alone, sha256_of, write_directory
+from lst_scale.system.durable import alone, last_touched, sha256_of, write_directory
 
-INDEX, FORMAT = "blocks.json", 1
+INDEX, FORMAT = "blocks.json", 2
 SETTING = "backbone.placement.folder"  # what to change for another place
 
 
@@ -93,6 +98,8 @@ class DiskSource(_Waiting):
         self.folder = folder
         index = _read_index(folder)
         self._files = [folder / name for name in index["sha256"]]
+        self._digests = list(index["sha256"].values())
+        self._unsure = {place for place, file in enumerate(self._files) if last_touched(file) != index["touched"][file.name]}
         self.layouts = [Layout.of(_open_meta(file)) for file in self._files]
         # One thread: reads stay in order. Staging memory is pinned, one for each slot; without CUDA reads go to the slot itself.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
@@ -118,12 +125,24 @@ class DiskSource(_Waiting):
         return arrival
 
     def _load(self, index: int, buffer: Tensor) -> None:
+        path = self._files[index]
         try:
-            with safe_open(self._files[index], framework="pt") as file:
+            if index in self._unsure and sha256_of(path) != self._digests[index]:
+                raise self._unusable(path, "it has changed since it was written")
+            self._unsure.discard(index)
+            with safe_open(path, framework="pt") as file:
                 for name, view in self.layouts[index].views(buffer).items():
                     view.copy_(file.get_tensor(name))
         except (SafetensorError, OSError) as error:
-            raise BackboneError(f"{self._files[index]} can't be read any more ({error}): start again, it will be rebuilt") from error
+            raise self._unusable(path, error) from error
+
+    def _unusable(self, file: Path, why: object) -> BackboneError:
+        """Take away what says that the files are whole, so that the next start writes them again, and return what to say."""
+        try:
+            (self.folder / INDEX).unlink(missing_ok=True)
+        except OSError:
+            return BackboneError(f"{file} can't be used ({why}): remove {self.folder} and start again")
+        return BackboneError(f"{file} can't be used ({why}): start again, and all blocks are written anew")
 
 
 class _Read:
@@ -135,11 +154,13 @@ class _Read:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds block files that were written to the end and have their sizes still."""
+    """Whether `folder` holds block files that were written to the end and have their sizes still, and headers that can be read."""
     try:
         index = _read_index(folder)
-        return index["format"] == FORMAT and all((folder / name).stat().st_size == size for name, size in index["bytes"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+        return index["format"] == FORMAT and all(
+            (folder / name).stat().st_size == size and bool(_open_meta(folder / name)) for name, size in index["bytes"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 
 
@@ -156,12 +177,13 @@ def write_blocks(folder: Path, names: Sequence[str], build: Callable[[int], nn.M
     """Write one file a block, made by `build(index)` one at a time, and read them back."""
 
     def fill(partial: Path) -> None:
-        digests, sizes = {}, {}
+        digests, sizes, touched = {}, {}, {}
         for index, name in enumerate(names):
             file = partial / f"{name}.safetensors"
             save_file({key: tensor.cpu().contiguous() for key, tensor in named_tensors(build(index)).items()}, file)
-            digests[file.name], sizes[file.name] = sha256_of(file), file.stat().st_size
-        (partial / INDEX).write_text(json.dumps({"format": FORMAT, "sha256": digests, "bytes": sizes}, indent=2) + "\n")
+            digests[file.name], sizes[file.name], touched[file.name] = sha256_of(file), file.stat().st_size, last_touched(file)
+        known = {"format": FORMAT, "sha256": digests, "bytes": sizes, "touched": touched}
+        (partial / INDEX).write_text(json.dumps(known, indent=2) + "\n")
 
     def check(whole: Path) -> None:
         for name, digest in _read_index(whole)["sha256"].items():
