@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from lst_scale.errors import CheckpointError
+from lst_scale.recipe.schema import load_recipe
 from lst_scale.runs.logs import Logger
 from lst_scale.system.durable import sha256_of
 from lst_scale.training import checkpoint
 from lst_scale.training.checkpoint import Progress, Resuming, load_latest, remove_old_checkpoints, save_checkpoint, update_progress
 from lst_scale.training.engine import Snapshot
+from lst_scale.training.run import run
 
 IDENTITY = {"seed": 0, "task": "rte"}
 
@@ -249,6 +251,28 @@ def test_a_broken_later_checkpoint_pushes_out_no_whole_one_and_what_others_put_t
     left = sorted(str(path.relative_to(folder / "checkpoints")) for path in (folder / "checkpoints").rglob("*"))
     names = [f"step-00000008/{name}" for name in ("moments.safetensors", "state.json", "weights.safetensors")]
     assert left == ["step-00000004", "step-00000004/notes.txt", "step-00000008", *names, "step-99999999"]
+
+
+def test_best_weights_are_kept_while_a_checkpoint_needs_them_and_a_run_resumes_from_each(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    often = {"training__result": "last", "training__evaluate_every": 1, "training__save_every_steps": 1, "training__max_steps": 5}
+    recipe = load_recipe(str(write_recipe("often", evaluation__method="likelihood", **often)))
+    (result,) = run(recipe)
+    folder = tmp_path / "runs" / "often-kind-seed0"
+
+    def steps(name: str) -> list[str]:
+        return sorted(path.name for path in (folder / name).iterdir())
+
+    assert steps("best") == steps("checkpoints") == ["step-00000004", "step-00000005"]
+    (folder / "best" / "step-00000001").mkdir()
+    for name in ("weights.safetensors", "notes.txt"):
+        (folder / "best" / "step-00000001" / name).touch()
+    (folder / "checkpoints" / "step-00000005" / "weights.safetensors").unlink()
+    (again,) = run(recipe, resume=True)
+    assert again["scores"] == result["scores"] and "resuming at step 4" in (folder / "log.txt").read_text()
+    assert steps("best/step-00000001") == ["notes.txt"]
+    assert steps("best") == ["step-00000001", "step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,20 @@ def remove_old_checkpoints(folder: Path, keep: int, *, newest: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_unneeded_best(folder: Path, checkpoints: Path) -> None:
+    """Remove the best weights of all steps but those that a checkpoint names, which a resume from it reads. What others put there stays."""
+    needed = set()
+    for path in _newest_first(checkpoints):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # nobody resumes from a damaged one
+            needed.add(json.loads((path / STATE).read_text(encoding="utf-8"))["progress"]["best_step"])
+    for path in _newest_first(folder):
+        if step_of(path) not in needed:
+            with writing(path):
+                (path / WEIGHTS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def step_of(path: Path) -> int | None:
     """Return the step that a checkpoint's name says; None: it is no such name."""
     found = re.fullmatch(r"step-(\d{1,18})", path.name)

@@ -28,7 +28,7 @@ from lst_scale.runs.logs import Logger
 from lst_scale.system import distributed, preemption
 from lst_scale.system.distributed import World
 from lst_scale.system.preemption import Interrupted
-from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, save_checkpoint, update_progress
+from lst_scale.training.checkpoint import Progress, remove_old_checkpoints, remove_unneeded_best, save_checkpoint, update_progress
 from lst_scale.training.engine import full_weights, set_learning_rate, snapshot
 from lst_scale.training.schedule import learning_rate
 from lst_scale.training.sessions import TRAINING, BackboneRequest, Moment, Session, timed
@@ -304,6 +304,7 @@ class Trainer:
             distributed.on_main_rank(self.world, lambda: update_progress(folder, progress, self.identity))
         else:
             self._save(folder, progress)
+        distributed.on_main_rank(self.world, lambda: remove_unneeded_best(self.folder / "best", folder))
         self._saved = progress
 
     def _save(self, folder: Path, progress: Progress) -> None:
