@@ -19,19 +19,19 @@ from helpers.llama_runs import trained
 from helpers.models import make_t5
 from helpers.paths import EMBEDDED
 from helpers.recipes import recipe_writer
-from helpers.runs import result
+from helpers.runs import metrics, result
 from helpers.training import train
 from lst_scale.backbone.placement.replicated import LocalBackbone
 from lst_scale.backbone.taps import TapRequest
 from lst_scale.data.batches import Batch
-from lst_scale.errors import BackboneError, LadderError, NotReady, RecipeError
+from lst_scale.errors import BackboneError, LadderError, MembersFailed, NotReady, RecipeError
 from lst_scale.inference.predict import predict_file
 from lst_scale.methods import check_method
 from lst_scale.methods.linear import fits
 from lst_scale.methods.lst import taps_of
 from lst_scale.methods.probe import Probe, states_of
 from lst_scale.recipe.method import ProbeRecipe
-from lst_scale.recipe.schema import load_recipe
+from lst_scale.recipe.schema import Recipe, load_recipe
 from lst_scale.training.preflight import check_before_start
 from lst_scale.training.run import run
 
@@ -285,6 +285,27 @@ def test_a_plan_has_a_line_for_the_pass(write: Callable[..., Path]) -> None:
     line = next(line for line in done.stdout.splitlines() if line.startswith("│ probe"))
     assert f"{8 * (2 * 64 + 1):,}" in line and "backbone forward" in line
     assert "a probe takes no step" in done.stdout and "│ LoRA" in done.stdout
+
+
+def test_callbacks_are_told_what_was_chosen_and_how_each_member_ended(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(states_NF: torch.Tensor, recipe: Recipe) -> None:
+        if recipe.name.endswith("3"):
+            raise BackboneError("no states")
+
+    monkeypatch.setattr("lst_scale.training.fitted._refuse_not_finite", refuse)
+    members = ["method.layers=[1] name=of-1", "method.layers=[3] name=of-3"]
+    with pytest.raises(MembersFailed, match="no states"):
+        run(load_recipe(str(write("told", members=members, logging__callbacks=["helpers.own_callbacks:Writes"]))))
+    good, bad = (tmp_path / "runs" / f"of-{block}-kind-seed0" for block in (1, 3))
+    told = {folder: [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()][1:] for folder in (good, bad)}
+    (validation,) = (line for line in metrics(good) if line["kind"] == "validation")
+    assert told[good] == [
+        {"what": "evaluate", "step": 1, "score": validation["score"], "loss": validation["loss"]},
+        {"what": "end", "score": result(good)["scores"]["score"], "error": "NoneType"},
+    ]
+    assert told[bad] == [{"what": "end", "score": None, "error": "BackboneError"}]
 
 
 def test_states_that_are_not_finite_are_named(checkpoint: Callable[[str], Path], write: Callable[..., Path], tmp_path: Path) -> None:

@@ -87,10 +87,13 @@ class FittedMember:
                 target_tokens=self._tokens[1],
             )
             run = (self.recipe, self.folder, self.logger, self.shared, self._probe)
-            return (yield from finish(*run, weights, progress, trainable=trainable))
+            result = yield from finish(*run, weights, progress, trainable=trainable)
+            self.logger.callbacks.on_end(result, None)
+            return result
         except LstScaleError as error:
             if not isinstance(error, Interrupted):
                 self.logger.say(f"failed: {error}")
+            self.logger.callbacks.on_end(None, error)
             raise
 
     def _plan(self) -> str:
@@ -145,7 +148,7 @@ class FittedMember:
             if best is None or found.rank > best.rank:
                 best = found
         assert best is not None
-        self.logger.record("validation", 1, {"score": best.score, "loss": best.loss})
+        self.logger.evaluated(1, {"score": best.score, "loss": best.loss}, {})
         self.logger.say(f"chosen by validation: {_named(best.layers)}, weight decay {best.weight_decay:g}, score {best.score:.2f}")
         trainable = best.fitted.weight_LF.numel() + best.fitted.bias_L.numel()
         return self._probe.widened(best.fitted, best.layers), best.score, trainable
