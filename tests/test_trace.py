@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lst_scale.errors import RecipeError
+from lst_scale.errors import RecipeError, TrainingError
 from lst_scale.methods.lst import LadderTrainee
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.system import distributed
+from lst_scale.training.loop import Trainer
 from lst_scale.training.run import run
 
 
@@ -25,6 +27,22 @@ def test_the_steps_that_a_recipe_names_are_traced_once_for_all_members(write_rec
     assert trace.name == "steps-2-3-rank0.trace.json"
     names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "Optimizer.step#AdamW.step" in names and len(names) > 50
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_while_it_is_traced_leaves_the_trace_of_what_it_did(
+    fails: bool, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(trainer: Trainer, step: int) -> None:
+        if fails and step == 2:
+            raise TrainingError("no gradient")
+
+    monkeypatch.setattr(Trainer, "_refuse_gradient", refuse)
+    recipe = load_recipe(str(write_recipe("short", training__max_steps=3, logging__profile_steps=[2, 9])))
+    with pytest.raises(TrainingError, match="no gradient") if fails else contextlib.nullcontext():
+        run(recipe)
+    (trace,) = (tmp_path / "runs").rglob("profile/*")
+    assert trace.name == f"steps-2-{2 if fails else 3}-rank0.trace.json" and json.loads(trace.read_text())["traceEvents"]
 
 
 def test_a_trace_that_ends_before_it_begins_is_refused(write_recipe: Callable[..., Path]) -> None:

@@ -107,6 +107,13 @@ class Trainer:
         self.logger.start_bar(plan.total_steps, progress.step)
         self.logger.record("plan", progress.step, {"total_steps": plan.total_steps, "steps_per_epoch": plan.steps_per_epoch})
         self._saved = progress
+        try:
+            return (yield from self._train_to_the_end(progress))
+        finally:
+            self._trace.close()
+
+    def _train_to_the_end(self, progress: Progress) -> Session[Progress]:
+        plan = self.plan
         while True:
             try:
                 self._leave_if_asked()

@@ -21,7 +21,7 @@ MEMORY_EVENTS = 1_000_000
 
 
 class Trace:
-    """Records from the first of two steps to the end of the last; None: never.
+    """Records from the first of two steps to the end of the last, or of the run; None: never.
 
     The profiler sees the whole process: of members that train side by side one records, and the others' work is in its trace.
     """
@@ -29,6 +29,7 @@ class Trace:
     def __init__(self, steps: tuple[int, int] | None, folder: Path, world: World, say: Callable[[str], None]) -> None:
         self._steps, self._folder, self._world, self._say = steps, folder / "profile", world, say
         self._profile: profile | None = None
+        self._last = 0  # step that is recorded
         self._while_recording = ExitStack()
 
     def before(self, step: int) -> None:
@@ -45,9 +46,11 @@ class Trace:
         self._while_recording.enter_context(set_checkpoint_early_stop(False))
         self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
         self._profile.start()
+        self._last = step
 
     def after(self, step: int) -> None:
         """Write the files when `step` is the last to be recorded."""
+        self._last = step
         if self._steps is not None and step >= self._steps[1]:
             self.close()
 
@@ -58,11 +61,11 @@ class Trace:
         recorded, self._profile = self._profile, None
         recorded.stop()
         self._while_recording.close()
-        path = self._folder / f"steps-{self._steps[0]}-{self._steps[1]}-rank{self._world.rank}"
+        path = self._folder / f"steps-{self._steps[0]}-{self._last}-rank{self._world.rank}"
         with fence(TrainingError, f"the trace {path} could not be written"):
             self._folder.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(f"{path}.trace.json")
             if self._world.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")  # type: ignore[no-untyped-call]
                 torch.cuda.memory._record_memory_history(enabled=None)
-        self._say(f"steps {self._steps[0]} to {self._steps[1]} are traced in {path}.trace.json")
+        self._say(f"steps {self._steps[0]} to {self._last} are traced in {path}.trace.json")
