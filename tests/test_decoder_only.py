@@ -201,6 +201,7 @@ def test_what_is_recomputed_and_what_is_dropped_leave_the_gradient_right(reducti
         ),
         ({"design": "cross_attention", "gate": "learnable"}, "^design cross_attention stands beside an encoder-decoder"),
         ({"side_layers": [4]}, "^side_layers names block 4, but this backbone has blocks 0 to 3"),
+        ({"reduction_factor": 0}, "^reduction_factor 0 must be 1 or more, such as 8$"),
     ],
 )
 def test_what_does_not_fit_is_one_line(changes: dict[str, Any], message: str) -> None:

@@ -101,6 +101,8 @@ def refuse_misfit(spec: BackboneSpec, reduction_factor: int, side_layers: Sequen
         LadderError: it does not fit.
     """
     common = gcd(*spec.widths.values())
+    if reduction_factor < 1 and not spec.widths:
+        raise LadderError(f"reduction_factor {reduction_factor} must be 1 or more, such as 8")
     if reduction_factor < 1 or common % reduction_factor:
         valid = [str(n) for n in range(1, common + 1) if common % n == 0]
         *others, last = (f"{name} {value}" for name, value in spec.widths.items())
