@@ -37,7 +37,7 @@ from lst_scale.errors import BackboneError, reason_of
 from lst_scale.system.durable import write_file
 
 RECORD = struct.Struct("<16sQII")  # digest, offset, tokens, CRC-32 of the payload
-MANY = 4096  # records that are mapped and looked up where they are; fewer are read
+MANY = 4096  # records that are left in their file (segment.py); of fewer, each is an object in memory
 STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
