@@ -199,6 +199,17 @@ def test_a_pass_that_fails_ends_its_rows_and_the_next_ones_are_answered(served: 
     assert tokens == alone(sides["side0"], model)(prompt, 5)
 
 
+@pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)
+def test_a_row_that_can_not_begin_ends_and_the_next_ones_are_answered(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+    assert Asked(engine, networks.get("side0"), prompt, 5, seed=1 << 64).events.get(timeout=10).reason == "error"
+    tokens = Asked(engine, networks.get("side0"), prompt, 5).tokens()
+    engine.stop()
+    assert tokens == alone(sides["side0"], model)(prompt, 5)
+
+
 def test_a_side_network_of_another_backbone_is_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(**ENDS)
     shape = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -28,7 +29,7 @@ from lst_scale.cli.main import app
 from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.errors import ArgumentError
 from lst_scale.serving.networks import Networks
-from lst_scale.serving.start import OPEN_TO_ALL, Options, serve
+from lst_scale.serving.start import OPEN_TO_ALL, Options, build, serve
 
 __all__ = ["made"]
 
@@ -127,6 +128,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "two answers": ("/v1/completions", {"model": "side0", "prompt": "x", "n": 2}, 400, "n must be 1"),
     "logprobs in a stream": ("/v1/completions", {"model": "side0", "prompt": "x", "stream": True, "logprobs": 1}, 400, "not streamed"),
     "too hot": ("/v1/completions", {"model": "side0", "prompt": "x", "temperature": 99}, 400, "temperature"),
+    "a seed beyond 64 bits": ("/v1/completions", {"model": "side0", "prompt": "x", "seed": 1 << 64}, 400, "seed"),
     "too long": ("/v1/completions", {"model": "side0", "prompt": "word " * 5000}, 400, "the prompt has"),
     "a path as a name": ("/v1/side-networks", {"name": "../../etc"}, 400, "name"),
     "an unknown folder": ("/v1/side-networks", {"name": "nothing"}, 404, "there is no 'nothing'"),
@@ -231,6 +233,19 @@ def test_keys_are_asked_for_by_all_but_health_and_the_page(made: Any, tmp_path: 
             assert httpx.get(f"{served.url}{path}").status_code == 401
             assert httpx.get(f"{served.url}{path}", headers={"authorization": "Bearer third"}).status_code == 401
             assert httpx.get(f"{served.url}{path}", headers={"authorization": "Bearer second"}).status_code == 200
+
+
+def test_health_is_that_of_the_thread_that_answers(made: Any, tmp_path: Path) -> None:
+    app, _ = build(Options(checkpoint=str(made[0]), sides={}, precision="fp32"), print)
+    inner = app._app  # type: ignore[attr-defined]
+
+    async def statuses() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=inner), base_url="http://here") as client:
+            async with inner.router.lifespan_context(inner):
+                running = await client.get("/health")
+            return [running.status_code, (await client.get("/health")).status_code]
+
+    assert asyncio.run(statuses()) == [200, 503]
 
 
 def test_a_full_queue_and_a_late_answer_are_told(made: Any, tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ class Engine:
         self._thread.join(seconds)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs, without which nothing is answered."""
+        return self._thread.is_alive()
+
+    @property
     def num_running(self) -> int:
         return len(self._rows)
 
@@ -179,12 +184,12 @@ class Engine:
             return
         try:
             prompts = self.reader.read(taken)
+            groups = [[_Row(job, Chooser(job.sampling)) for job in jobs] for jobs in by_shape(taken).values()]
         except Exception as error:
             traceback.print_exc()
             tell_failure(taken, error)
             return
-        for jobs in by_shape(taken).values():
-            rows = [_Row(job, Chooser(job.sampling)) for job in jobs]
+        for rows in groups:
             self._guarded(lambda rows=rows: self._join(rows, [prompts[key_of(row.job)] for row in rows]), rows)  # type: ignore[misc]
 
     def _join(self, rows: list[_Row], prompts: list[Prompt]) -> None:

@@ -121,6 +121,8 @@ def make_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not server.engine.is_alive:
+            raise HTTPException(503, "the engine has ended: start the server again")
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -18,7 +18,7 @@ class _Generating(_Request):
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None  # what torch takes
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool = False
     n: int = 1
