@@ -20,7 +20,10 @@ from lst_scale import LadderModel
 from lst_scale.backbone import as_backbone
 from lst_scale.data.tokenizer import load_tokenizer
 from lst_scale.errors import ArgumentError, LadderError
+from lst_scale.serving.engine import Engine
 from lst_scale.serving.jobs import Ended, TooManyWait
+from lst_scale.serving.rows import Rows
+from lst_scale.serving.sampling import Chosen
 
 LADDER = {"start_as_backbone": True, "merge_last": True}
 
@@ -197,6 +200,59 @@ def test_a_pass_that_fails_ends_its_rows_and_the_next_ones_are_answered(served: 
     tokens = Asked(engine, networks.get("side0"), prompt, 5).tokens()
     engine.stop()
     assert tokens == alone(sides["side0"], model)(prompt, 5)
+
+
+@pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)
+def test_a_join_that_fails_leaves_those_that_run_as_they_were(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    first, second = prompts_of(2, 300)
+    expected = Asked(engine, networks.get("side0"), first, 200, past_the_end=True).tokens()
+    _without_memory_for_those_that_run(engine, monkeypatch)
+    runs = Asked(engine, networks.get("side0"), first, 200, past_the_end=True)
+    begun = [runs.events.get(timeout=60).token for _ in range(2)]  # the second comes once it has joined
+    with monkeypatch.context() as patched:
+        patched.setattr("lst_scale.serving.engine.joined", _out_of_memory)
+        joins = [Asked(engine, networks.get(name), second, 5, past_the_end=True) for name in ("side0", "side1")]
+        for one in joins:
+            assert isinstance(one.events.get(timeout=60), Chosen) and one.events.get(timeout=60).reason == "error"
+    assert [*begun, *runs.tokens()] == expected
+    engine.stop()
+
+
+@pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)
+def test_rows_that_can_not_be_copied_end_and_the_next_ones_are_answered(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    first, second = prompts_of(2, 300)
+    stays, goes = (Asked(engine, networks.get(name), first, 100_000, past_the_end=True) for name in ("side0", "side1"))
+    while engine.num_running < 2:
+        time.sleep(0.001)
+    wait = engine._wait
+
+    def cancelled_between_rounds() -> bool:
+        goes.job.cancelled = True
+        return wait()
+
+    with monkeypatch.context() as patched:
+        _without_memory_for_those_that_run(engine, patched)
+        patched.setattr(engine, "_wait", cancelled_between_rounds)
+        while isinstance(event := stays.events.get(timeout=60), Chosen):
+            pass
+        assert event.reason == "error"
+    tokens = Asked(engine, networks.get("side0"), second, 5).tokens()
+    engine.stop()
+    assert tokens == alone(sides["side0"], model)(second, 5)
+
+
+def _out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError
+
+
+def _without_memory_for_those_that_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is kept of running rows be too large to be copied."""
+    of = Rows.of
+    monkeypatch.setattr(Rows, "of", lambda rows, chosen: _out_of_memory() if rows is engine._held else of(rows, chosen))
 
 
 @pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)

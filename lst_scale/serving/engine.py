@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -130,11 +130,14 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
-            self._drop_cancelled()
-            self._answer_scorings()
-            self._admit()
-            if self._rows:
-                self._guarded(self._round, list(self._rows))
+            try:
+                self._drop_cancelled()
+                self._answer_scorings()
+                self._admit()
+                if self._rows:
+                    self._round()
+            except Exception as error:
+                self._end_all(error)
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; false at the end."""
@@ -144,14 +147,11 @@ class Engine:
                     self.passes.nothing_to_do()
             return bool(self._rows or self._waiting or self._scorings)
 
-    def _guarded(self, work: Callable[[], None], rows: Sequence[_Row]) -> None:
-        """Do something; when it fails, end these rows and go on with others."""
-        try:
-            work()
-        except Exception as error:
-            traceback.print_exc()
-            tell_failure([row.job for row in rows], error)
-            self._leave(set(map(id, rows)))
+    def _end_all(self, error: Exception) -> None:
+        """Tell all rows that they failed, and go on without them; nothing is copied, since memory may be what failed."""
+        traceback.print_exc()
+        rows, self._rows, self._held, self._groups = self._rows, [], None, {}
+        tell_failure([row.job for row in rows], error)
 
     def _drop_cancelled(self) -> None:
         """Let those go that nobody waits for, whether they run or wait."""
@@ -190,21 +190,30 @@ class Engine:
             tell_failure(taken, error)
             return
         for rows in groups:
-            self._guarded(lambda rows=rows: self._join(rows, [prompts[key_of(row.job)] for row in rows]), rows)  # type: ignore[misc]
+            try:
+                self._join(rows, [prompts[key_of(row.job)] for row in rows])
+            except Exception as error:
+                traceback.print_exc()
+                tell_failure([row.job for row in rows], error)
 
     def _join(self, rows: list[_Row], prompts: list[Prompt]) -> None:
-        """Choose the first token of rows that side networks of one shape answer, and let those that go on join."""
+        """Choose the first token of rows that side networks of one shape answer, and let those that go on join.
+
+        Where that fails, those that run are as they were.
+        """
         logits_BV, held = self._answering.begin([row.job.network for row in rows], prompts)
         going_on = self._choose(rows, logits_BV)
         staying = [number for number, row in enumerate(rows) if id(row) in going_on]
         if not staying:
             return
+        shape = rows[0].job.network.shape
+        group = self._groups.get(shape, _Group())
+        own = None if held is None else _with(group.held, held.of(staying))
         self._held = _with(self._held, joined([prompts[number].rows for number in staying]))
+        # From here on nothing can fail.
+        self._groups[shape], group.held = group, own
         self._rows += [rows[number] for number in staying]
-        group = self._groups.setdefault(rows[0].job.network.shape, _Group())
         group.rows += [rows[number] for number in staying]
-        if held is not None:
-            group.held = _with(group.held, held.of(staying))
 
     def _round(self) -> None:
         """Run one more token of every row."""
