@@ -16,7 +16,7 @@ from lst_scale.cli.main import app
 from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.slurm import submission
-from lst_scale.slurm.job import newest_step
+from lst_scale.slurm.job import TrainJob, newest_step
 from lst_scale.slurm.local import Echo
 from lst_scale.slurm.options import ClusterOptions, load_options
 
@@ -137,6 +137,17 @@ def test_checkpoints_by_another_name_are_no_steps(tmp_path: Path) -> None:
     for name in ("step-3", "step-x", "step-", "step-99999999999999999999999"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_step(tmp_path) == 3
+
+
+def test_starts_without_a_checkpoint_are_counted_for_each_job_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = TrainJob([str(tmp_path)], cpu=True, threads=1, max_starts_without_progress=4)
+    for number in range(6):
+        monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(number))
+        job._note_start([tmp_path])
+    for _ in range(3):
+        job._note_start([tmp_path])
+    with pytest.raises(LstScaleError, match="started 5 times without getting past step 0"):
+        job._note_start([tmp_path])
 
 
 @pytest.mark.parametrize("field", ["memory", "time", "partition", "account", "qos", "constraint", "python", "sbatch", "setup"])

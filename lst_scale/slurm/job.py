@@ -71,9 +71,8 @@ class TrainJob:
         Raises:
             LstScaleError: the last starts of this job all began at the same step, of every run.
         """
-        job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + os.environ.get("SLURM_ARRAY_TASK_ID", "") or os.environ.get(
-            "SLURM_JOB_ID", "local"
-        )
+        job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + os.environ.get("SLURM_ARRAY_TASK_ID", "")
+        job = job or os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "local")
         stuck = True
         for run in unfinished:
             step = newest_step(run)
