@@ -19,6 +19,7 @@ from lst_scale.slurm import submission
 from lst_scale.slurm.job import TrainJob, newest_step
 from lst_scale.slurm.local import Echo
 from lst_scale.slurm.options import ClusterOptions, load_options
+from lst_scale.slurm.runs import queue
 
 JOB = {"job": "12", "time": time.time(), "log": "/nowhere", "options": {"gpus_per_node": 0, "tasks_per_node": 1}}
 RESULT = {
@@ -53,6 +54,17 @@ def write(path: Path, contents: Any) -> None:
         path.write_bytes(contents)
     else:
         path.write_text(json.dumps(contents) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def squeue(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is found as squeue, and as sacct: it knows of no job."""
+    program = tmp_path_factory.mktemp("programs") / "squeue"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    program.with_name("sacct").symlink_to(program)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return program
 
 
 @pytest.fixture
@@ -108,6 +120,26 @@ def test_what_is_odd_in_a_run_is_named_and_the_others_are_shown(name: str, conte
     assert status == 0 and out.count("\n") == 2 and "good" in out and (name != "result.json" or str(odd / name) in err)
     status, out, err = lst_scale("slurm", "resubmit", "--output-dir", runs, "--dry-run")
     assert status == 0 and f"{runs / 'lost-kind-seed0'} left out: " in err and "nothing to resubmit" in out
+
+
+def test_where_squeue_does_not_answer_nothing_is_taken_for_lost_and_nothing_is_submitted_or_cancelled(
+    squeue: Path, runs: Path, write_recipe: Callable[..., Path]
+) -> None:
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    told = "squeue does not answer: slurm_load_jobs error: Unable to contact slurm controller; try again later"
+    status, out, err = lst_scale("slurm", "status", "--output-dir", runs)
+    states = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+    assert status == 0 and told in err and states == {"good-kind-seed0": "DONE", "lost-kind-seed0": "UNKNOWN"}
+    status, out, err = lst_scale("slurm", "resubmit", "--output-dir", runs, "--dry-run")
+    assert status == 0 and told in err and "nothing to resubmit" in out
+    assert lst_scale("slurm", "cancel", "--output-dir", runs) == (1, "", f"error: {told}")
+    asked = ("slurm", "submit", "--recipe", write_recipe("new"), "--gpus-per-node", "0", "--tasks-per-node", "1")
+    assert lst_scale(*asked) == (1, "", f"error: {told}")
+
+
+def test_a_machine_without_squeue_has_an_empty_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert queue() == {}
 
 
 def test_a_message_is_shown_as_it_is_never_as_markup(runs: Path) -> None:

@@ -244,7 +244,7 @@ def _again(recorded: dict[str, Any], changes: dict[str, Any], cluster: Path | No
 @app.command("cancel")
 def cancel_command(names: Names = None, output_dir: Output = Path("runs")) -> None:
     """Cancel the jobs of these runs, pending and running. Runs that share a job end together."""
-    queue = runs.queue() or {}
+    queue = runs.queue()
     folders = runs.find_runs(output_dir, names or [])
     jobs = sorted({job["job"] for run in folders if (job := runs.last_job(run)) and job["job"] in queue})
     others = [run for run in runs.find_runs(output_dir, []) if run not in folders and (runs.last_job(run) or {}).get("job") in jobs]

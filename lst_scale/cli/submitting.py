@@ -35,7 +35,8 @@ def submit_or_run(
     from lst_scale.slurm import local as local_jobs
     from lst_scale.slurm import submission
 
-    plan = submission.plan(groups)
+    queue = runs.known_queue([]) if local or dry_run else runs.queue()  # nothing is queued twice where nothing is queued
+    plan = submission.plan(groups, queue or {})
     told = [_told(recipe, "skipped", why=why) for recipe, why in plan.skipped]
     say = functools.partial(typer.echo, err=as_json)
     for recipe, why in plan.skipped:

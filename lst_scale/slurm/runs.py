@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lst_scale.errors import ArgumentError
+from lst_scale.errors import ArgumentError, printable
 from lst_scale.recipe.schema import Recipe
 from lst_scale.runs import folder
 from lst_scale.slurm.records import Fields, count, finite, job_id, mapping, read, text
@@ -17,6 +18,7 @@ JOBS, STARTS = "slurm/jobs.jsonl", "slurm/starts.jsonl"
 JOB: Fields = {"job": job_id, "time": finite, "log": text, "options": mapping}
 START: Fields = {"job": text, "step": count}
 FAILURE: Fields = {"time": finite, "line": text}
+SECONDS_TO_ANSWER = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,34 +64,54 @@ def first_failure(run: Path, since: float = 0.0, odd: list[str] | None = None) -
     return str(min(found, key=lambda record: record["time"])["line"]) if found else None
 
 
-def queue() -> dict[str, QueueEntry] | None:
-    """Return all jobs of this user in squeue by id ("12", "13_4"), or None when Slurm can't be asked."""
-    answer = _ask(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N|%L"])
-    if answer is None:
-        return None
+def queue() -> dict[str, QueueEntry]:
+    """Return all jobs of this user in squeue by id ("12", "13_4"); none where there is no squeue.
+
+    Raises:
+        ArgumentError: squeue does not answer.
+    """
     entries = {}
-    for line in answer.splitlines():
+    for line in _ask(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%N|%L"]).splitlines():
         job, state, reason, nodes, left = (line.strip().split("|") + [""] * 5)[:5]
         entries[job] = QueueEntry(state=state, reason=reason, nodes=nodes, left=left)
     return entries
+
+
+def known_queue(odd: list[str]) -> dict[str, QueueEntry] | None:
+    """Return `queue()`; None where squeue does not answer, which is told in `odd`."""
+    try:
+        return queue()
+    except ArgumentError as error:
+        odd.append(str(error))
+        return None
 
 
 def accounted(jobs: list[str]) -> dict[str, tuple[str, str]]:
     """Return (state, nodes) of ended jobs by id, from sacct; nothing where there is no accounting."""
     if not jobs:
         return {}
-    answer = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList", f"--jobs={','.join(jobs)}"])
-    rows = [line.split("|") for line in (answer or "").splitlines()]
+    answer = ""
+    with contextlib.suppress(ArgumentError):
+        answer = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,NodeList", f"--jobs={','.join(jobs)}"])
+    rows = [line.split("|") for line in answer.splitlines()]
     return {row[0]: (row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]}
 
 
-def _ask(command: list[str]) -> str | None:
+def _ask(command: list[str]) -> str:
+    """Return what a program of Slurm's prints; nothing where there is no such program.
+
+    Raises:
+        ArgumentError: it does not answer.
+    """
     for attempt in range(2):
+        time.sleep(attempt)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False)
+        except FileNotFoundError:
+            return ""
+        except subprocess.TimeoutExpired:
+            raise ArgumentError(f"{command[0]} does not answer: {SECONDS_TO_ANSWER} s have passed; try again later") from None
         if done.returncode == 0:
             return done.stdout
-        time.sleep(attempt)
-    return None
+    told = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    raise ArgumentError(f"{command[0]} does not answer: {printable(told[-1])}; try again later")

@@ -27,7 +27,11 @@ LONGEST_WHY = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """One run. `state` is DONE, NEW (never submitted), MISSING (submitted, and nobody knows of it), DAMAGED, or Slurm's own word."""
+    """One run.
+
+    `state` is DONE, NEW (never submitted), MISSING (submitted, and nobody knows of it), UNKNOWN (submitted, and squeue does not answer),
+    DAMAGED, or Slurm's own word.
+    """
 
     run: Path
     state: str
@@ -48,9 +52,9 @@ class Status:
 def look(folders: list[Path], odd: list[str] | None = None) -> list[Status]:
     """Return the status of every run; what could not be read in their folders is named in `odd` and left out."""
     odd = [] if odd is None else odd
-    queue = runs.queue()
     jobs = {run: runs.last_job(run, odd) for run in folders}
-    ended = [job["job"] for job in jobs.values() if job is not None and job["job"] not in (queue or {})]
+    queue = runs.known_queue(odd) if any(jobs.values()) else {}
+    ended = [] if queue is None else [job["job"] for job in jobs.values() if job is not None and job["job"] not in queue]
     accounted = runs.accounted(ended)
     return [_status(run, jobs[run], queue, accounted, odd) for run in folders]
 
@@ -70,8 +74,10 @@ def _status(
         state, score, step, why = _ended(run, score, step, odd)
     elif job is None:
         why = _last_log_line(run / "log.txt") or ("" if metrics else "never started")
+    elif queue is None:
+        state = "UNKNOWN"
     else:
-        entry = (queue or {}).get(job["job"])
+        entry = queue.get(job["job"])
         if entry is not None:
             state, node, left = entry.state, entry.nodes, _left(train, plan) if entry.state == "RUNNING" else ""
             why = entry.reason if entry.state == "PENDING" and entry.reason != "None" else ""

@@ -38,7 +38,7 @@ class Plan:
     skipped: list[tuple[Recipe, str]]  # with the reason
 
 
-def plan(groups: Sequence[Sequence[Recipe]]) -> Plan:
+def plan(groups: Sequence[Sequence[Recipe]], queue: Mapping[str, Any]) -> Plan:
     """Divide the recipes of some jobs into those to submit and those that are finished or in the queue already.
 
     Raises:
@@ -48,7 +48,6 @@ def plan(groups: Sequence[Sequence[Recipe]]) -> Plan:
     twice = {folder.name for folder in folders if folders.count(folder) > 1}
     if twice:
         raise ArgumentError(f"{len(folders)} members would share the folders {', '.join(sorted(twice))}: sweep name= too")
-    queue = runs.queue() or {}
     new: list[list[Recipe]] = []
     skipped: list[tuple[Recipe, str]] = []
     for group in groups:
