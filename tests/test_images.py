@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from helpers.pictures import CHANNELS, GRID, make_pictures, make_tower, task_of, vision_of
-from lst_scale.data.pictures import open_picture
+from lst_scale.data.pictures import open_picture, picture_of
 from lst_scale.data.tasks import file_rows
 from lst_scale.errors import DataError, LadderError, LstScaleError, StorageError
 from lst_scale.images.features import ImageReader
@@ -164,6 +164,21 @@ def test_pictures_may_be_bytes_in_parquet_as_datasets_stores_them(rows: Path, tm
     parquet.write_table(table, tmp_path / "rows.parquet")
     kept, named = files_of(tmp_path / "rows.parquet")
     assert Path(kept[0]).read_bytes() == content and named[0] == str(rows.parent / "4.png")
+
+
+def test_two_that_keep_one_picture_at_once_both_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    write, found = Path.write_bytes, []
+
+    def while_another_does(path: Path, content: bytes) -> int:
+        monkeypatch.setattr(Path, "write_bytes", write)
+        written = write(path, content)
+        found.append(picture_of(content, "image", "rows", 1))
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", while_another_does)
+    found.append(picture_of(b"a picture", "image", "rows", 1))
+    assert [Path(file).read_bytes() for file in found] == [b"a picture"] * 2
+    assert list(Path(found[0]).parent.iterdir()) == [Path(found[0])]
 
 
 def test_efficientnet_lite0_reads_a_picture_as_a_grid(rows: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _kept(content: bytes) -> Path:
     file = cache_folder("pictures") / hashlib.sha256(content).hexdigest()
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")  # its own: all ranks may write the same picture at once
         partial.write_bytes(content)
         partial.replace(file)
     return file
