@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -152,6 +153,29 @@ def test_a_seed_draws_the_same_and_top_p_leaves_out_what_is_unlikely(served: Any
     assert len({tuple(drawn(temperature=5.0, seed=seed)) for seed in range(8)}) > 1
     assert drawn(temperature=1.0, top_p=1e-9, seed=1) == drawn()
     engine.stop()
+
+
+@pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)
+def test_a_tiny_temperature_takes_the_likeliest(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer)
+    prompt = prompts_of(1, 300)[0]
+    found = [Asked(engine, networks.get("side1"), prompt, 8, temperature=temperature).tokens() for temperature in (1e-40, 0.0)]
+    engine.stop()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("served", ["t5", "llama"], indirect=True)
+def test_a_token_that_can_not_be_chosen_ends_its_row_alone(served: Any) -> None:
+    model, sides, tokenizer = served
+    engine, networks = engine_of(model, sides, tokenizer, most_rows=8)
+    first, second = prompts_of(2, 300)
+    stays = Asked(engine, networks.get("side0"), first, 30)
+    fails = Asked(engine, networks.get("side0"), second, 30, temperature=math.nan)
+    assert fails.events.get(timeout=60).reason == "error"
+    tokens = stays.tokens()
+    engine.stop()
+    assert tokens == alone(sides["side0"], model)(first, 30)
 
 
 def test_a_network_that_is_replaced_or_removed_finishes_its_rows_first(served: Any) -> None:

@@ -238,7 +238,12 @@ class Engine:
         return {id(row) for row, logits_V, best in zip(rows, logits_BV, likeliest, strict=True) if self._goes_on(row, logits_V, best)}
 
     def _goes_on(self, row: _Row, logits_V: Tensor, likeliest: int) -> bool:
-        chosen = row.chooser.choose(logits_V, likeliest)
+        try:
+            chosen = row.chooser.choose(logits_V, likeliest)
+        except Exception as error:  # others of the round are not to blame
+            traceback.print_exc()
+            tell_failure([row.job], error)
+            return False
         row.count, row.last = row.count + 1, chosen.token
         self.counts.tokens += 1
         if (chosen.token in self._ends or chosen.token == row.job.network.end) and not row.job.sampling.past_the_end:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-4  # below it the likeliest token is taken as at 0: logits divided by less may be no finite numbers any more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0: always the likeliest."""
+    """How tokens are chosen. `temperature` below `COLDEST`: always the likeliest."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -42,7 +44,7 @@ class Chooser:
     def choose(self, logits_V: Tensor, likeliest: int) -> Chosen:
         """Return the next token; `likeliest` is that of the highest logit."""
         asked = self._sampling
-        token = likeliest if asked.temperature == 0 else self._drawn(logits_V.float().cpu())
+        token = likeliest if asked.temperature < COLDEST else self._drawn(logits_V.float().cpu())
         if asked.logprobs is None:
             return Chosen(token=token)
         logprobs_V = logits_V.float().log_softmax(-1)
