@@ -17,7 +17,7 @@ from helpers.training import train
 from lst_scale.errors import ArgumentError, NotReady, RecipeError
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.runs.callback import About
-from lst_scale.runs.callbacks import IDS, check_callbacks
+from lst_scale.runs.callbacks import IDS, Callbacks, check_callbacks
 from lst_scale.runs.trackers import TRACKERS
 from lst_scale.training.preflight import check_before_start
 
@@ -103,6 +103,24 @@ def test_all_trackers_are_told_a_run_and_its_resume_as_one(write_recipe: Callabl
         steps, score = READ[name](offline, folder, first[name])
         assert steps == pytest.approx(losses, rel=1e-5), name
         assert score is None or score == pytest.approx(final, rel=1e-5), name
+
+
+def test_one_that_could_not_begin_begins_anew_when_the_run_is_resumed(
+    write_recipe: Callable[..., Path], offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(write_recipe("away", logging__report_to=["mlflow"])), [])
+    with monkeypatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+        patched.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(ArgumentError, match="logging: mlflow could not begin"):
+            Callbacks(print).start(recipe, offline, resume=False)
+    for _ in range(2):
+        Callbacks(print).start(recipe, offline, resume=True)
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    assert [run.info.run_id for run in client.search_runs(experiments)] == [json.loads((offline / IDS).read_text())["mlflow"]]
 
 
 def _tensorboard(place: Path, folder: Path, _: str) -> tuple[dict[int, float], float | None]:

@@ -60,6 +60,8 @@ class Callbacks:
             about = self._about(name, ids, recipe, folder, resume=resume)
             with fence(ArgumentError, f"logging: {name} could not begin"):
                 self._there[name] = make(about)
+            if not about.resumed:
+                about.keep_id(ids[name])  # only now: one that could not begin knows no run that could go on
 
     def _about(self, name: str, ids: dict[str, str], recipe: Recipe, folder: Path, *, resume: bool) -> About:
         def keep(found: str) -> None:
@@ -68,7 +70,7 @@ class Callbacks:
 
         resumed = resume and name in ids
         if not resumed:
-            keep(uuid.uuid4().hex[:12])
+            ids[name] = uuid.uuid4().hex[:12]
         return About(
             name=recipe.run_name,
             project=recipe.logging.project,
