@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from lst_scale.backbone.taps import TapRequest
 from lst_scale.data.batches import Batch
 from lst_scale.errors import BackboneError, LadderError, MembersFailed, NotReady, RecipeError
 from lst_scale.inference.predict import predict_file
+from lst_scale.inference.published import WANTED, fill
+from lst_scale.inference.scored_run import read_scored_run
 from lst_scale.methods import check_method
 from lst_scale.methods.linear import fits
 from lst_scale.methods.lst import taps_of
 from lst_scale.methods.probe import Probe, states_of
 from lst_scale.recipe.method import ProbeRecipe
 from lst_scale.recipe.schema import Recipe, load_recipe
+from lst_scale.runs.folder import holds_training
+from lst_scale.runs.overwrite import remove_run
 from lst_scale.training.preflight import check_before_start
 from lst_scale.training.run import run
 
@@ -139,6 +144,19 @@ def test_a_probe_is_fitted_scored_saved_and_answers_as_it_was_scored(model_type:
         assert sum(shares.values()) == pytest.approx(1) and max(shares, key=shares.get) == answer["prediction"]
     log = (folder / "log.txt").read_text()
     assert all(f"{what}: validation score" in log for what in ("block 1", "block 3", "2 blocks together"))
+
+
+def test_a_probe_is_published_whole_and_a_start_over_loses_it_only_when_asked_to(write: Callable[..., Path], tmp_path: Path) -> None:
+    folder, published, answers = trained(write("whole")), tmp_path / "published", []
+    fill(folder, "me/probe", read_scored_run(folder), published)
+    for place in (folder, published):
+        predict_file([place], EMBEDDED / "wordnet/test.jsonl", tmp_path / "out.jsonl")
+        answers.append((tmp_path / "out.jsonl").read_text())
+    assert answers[0] == answers[1]
+    names = [path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()]
+    assert all(any(fnmatch(name, wanted) for wanted in (*WANTED, "README.md")) for name in names)
+    (folder / "result.json").unlink()
+    assert holds_training(folder) and remove_run(folder).left == ()
 
 
 def test_the_best_of_what_was_tried_on_validation_is_taken(write: Callable[..., Path]) -> None:

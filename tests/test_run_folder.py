@@ -44,6 +44,8 @@ OF_A_RUN = [
     "side_network/README.md",
     ".side_network.replaced/ladder_config.json",
     "trained/adapter_model.safetensors",
+    "probe/probe.safetensors",
+    ".probe.partial/probe.json",
     "tensorboard/events.out.tfevents.1.host.2.0",
     "slurm/jobs.jsonl",
     "slurm/local/12_0_log.out",

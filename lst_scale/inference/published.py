@@ -8,12 +8,13 @@ from pathlib import Path
 from lst_scale.inference.scored_run import ScoredRun
 from lst_scale.methods.full import WholeModelTrainee
 from lst_scale.methods.lst import LadderTrainee
+from lst_scale.methods.probe import Probe
 from lst_scale.recipe.task import name_of
 from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.side import card, files
 
 CARD = "README.md"
-_TRAINED = (LadderTrainee.FOLDER, WholeModelTrainee.FOLDER)
+_TRAINED = (LadderTrainee.FOLDER, WholeModelTrainee.FOLDER, Probe.FOLDER)
 WANTED = (RECIPE, RESULT, *(f"{folder}/*" for folder in _TRAINED), *files.wanted(""))
 
 

@@ -34,7 +34,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def holds_training(folder: Path) -> bool:
     """Return whether a run got so far that starting again would lose something; a start that failed before its first step did not."""
-    saved = ("checkpoints", "best", "side_network", "trained")
+    saved = ("checkpoints", "best", "side_network", "trained", "probe")
     return (folder / RESULT).exists() or any(any((folder / name).glob("*")) for name in saved)
 
 

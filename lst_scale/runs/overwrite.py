@@ -21,7 +21,7 @@ RECIPE = "recipe.yaml"
 
 # What runs of any version write: paths below the folder.
 _STEP = r"(checkpoints|best)/(step-\d+|\.step-\d+\.(partial|replaced))"
-_TRAINED = r"(side_network|trained|\.(side_network|trained)\.(partial|replaced))"
+_TRAINED = r"(side_network|trained|probe|\.(side_network|trained|probe)\.(partial|replaced))"
 _FOLDERS = re.compile(rf"checkpoints|best|{_STEP}|{_TRAINED}|tensorboard|slurm|slurm/local")
 _FILES = re.compile(
     "|".join(
@@ -30,7 +30,7 @@ _FILES = re.compile(
             r"\.(recipe\.yaml|result\.json|start\.json|trackers\.json|metrics\.jsonl)\.[0-9a-f]{8}\.partial",
             rf"{_STEP}/(weights\.safetensors|moments\.safetensors|state\.json)",
             rf"{_TRAINED}/(side_network\.safetensors|ladder_config\.json|config\.json|trained\.safetensors|method\.json|README\.md)",
-            rf"{_TRAINED}/(adapter_model\.safetensors|adapter_config\.json)",
+            rf"{_TRAINED}/(adapter_model\.safetensors|adapter_config\.json|probe\.safetensors|probe\.json)",
             r"tensorboard/events\.out\.tfevents\.[^/]+",
             r"slurm/((jobs|starts)\.jsonl|failure-\d+\.json|local/\d+_[^/]+)",
         )
