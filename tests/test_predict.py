@@ -28,7 +28,7 @@ from lst_scale.data.tasks import load_task
 from lst_scale.errors import ArgumentError, LstScaleError
 from lst_scale.inference import predict
 from lst_scale.inference.json_lines import LinesFile, as_json, lines_file
-from lst_scale.inference.predict import predict_file
+from lst_scale.inference.predict import predict_file, refuse_inputs_as_output
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.training.sessions import Moment, Session
 
@@ -257,6 +257,14 @@ def test_a_place_that_can_not_be_written_is_told_before_the_backbone_is_loaded(
             predict_file([finished["class"]], inputs, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "in.jsonl", "pipe"]
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("source", ["in.jsonl", "*.jsonl", "[in]*.jsonl"])
+def test_no_file_of_the_inputs_is_the_output(source: str, inputs: Path) -> None:
+    with pytest.raises(ArgumentError, match="is the file of inputs"):
+        refuse_inputs_as_output(inputs.parent / source, inputs)
+    refuse_inputs_as_output(inputs.parent / source, inputs.parent / "out.jsonl")
+    refuse_inputs_as_output(Path("hub:somebody/in.jsonl"), inputs)
 
 
 def test_a_failure_keeps_what_stood_there_and_says_where_the_answers_so_far_are(tmp_path: Path) -> None:

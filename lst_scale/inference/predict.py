@@ -46,7 +46,6 @@ from lst_scale.runs.logs import progress_of
 from lst_scale.side import files as side_files
 from lst_scale.side.ensemble import LadderEnsemble
 from lst_scale.system import distributed
-from lst_scale.system.assets import resolve
 from lst_scale.system.distributed import World
 from lst_scale.training.evaluation import each_row, expected, generated, label_scores
 from lst_scale.training.sessions import Moment, Passes, Session, run_alone
@@ -246,14 +245,16 @@ def with_room(record: files.Record, names: Sequence[str], path: str, number: int
 
 
 def refuse_inputs_as_output(source: Path, output: Path) -> None:
-    """Refuse an output that is the file of inputs.
+    """Refuse an output that is the file of inputs, or one of those that a pattern stands for.
 
     Raises:
         ArgumentError: it is, or can't be looked at.
+        DataError: there are no such inputs.
     """
+    if str(source).startswith(files.HUB):
+        return
     with fence(ArgumentError, f"{output} can't be written"):
-        inputs = Path(resolve(str(source)))
-        if output.exists() and inputs.exists() and output.samefile(inputs):
+        if output.exists() and any(output.samefile(path) for path in files.paths_of(str(source), "test", where="inputs")):
             raise ArgumentError(f"--output {output} is the file of inputs: write another name")
 
 
