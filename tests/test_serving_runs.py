@@ -11,14 +11,21 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.llama_runs import checkpoint, tokenizer, trained, write
+from helpers.llama_runs import ENDS, checkpoint, make_tokenizer, tokenizer, trained, write
+from helpers.llamas import make_llama
 from helpers.paths import EMBEDDED
+from helpers.served import save_sides
+from lst_scale.backbone import as_backbone
 from lst_scale.data import files
+from lst_scale.data.context import reading_after
+from lst_scale.data.prompts import PromptTokenizer
 from lst_scale.errors import ArgumentError, DataError
 from lst_scale.inference.json_lines import as_json
 from lst_scale.inference.predict import predict_file
-from lst_scale.recipe.schema import load_recipe
+from lst_scale.inference.scored_run import ScoredRun
+from lst_scale.recipe.schema import load_recipe, parse_recipe
 from lst_scale.serving.batch import answer_file
+from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.start import Options, build
 
 __all__ = ["checkpoint", "tokenizer", "write"]
@@ -85,6 +92,33 @@ def test_a_mean_of_numbers_beside_a_label_is_the_mean_alone(write: Callable[...,
     for one, other in zip(both, alone, strict=True):
         assert one[f"prediction_{means.name}"] == pytest.approx(other["prediction"], abs=1e-4) and one[f"prediction_{labels.name}"]
         assert -1 < other["prediction"] < 2
+
+
+def test_a_run_on_several_tasks_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    model, tokenizer = make_llama("llama"), make_tokenizer(**ENDS)
+    folder = save_sides(model, tmp_path / "run", 1, start_as_backbone=True, merge_last=True)["side0"].rename(tmp_path / "run/side_network")
+    recipe = "{name: two, tasks: [rte, mrpc], backbone: {checkpoint: x}, method: {name: lst}}"
+    (tmp_path / "run/recipe.yaml").write_text(recipe)
+    networks = Networks(as_backbone(model), PromptTokenizer(tokenizer))
+    with pytest.raises(ArgumentError, match=r"was trained on rte, mrpc: serve its folder side_network/ by itself, which answers texts$"):
+        networks.add("two", tmp_path / "run")
+    networks.add("two", folder)
+    assert "two" in networks.names
+    with pytest.raises(ArgumentError, match=r"was trained on rte, mrpc: ask it alone, with lst-scale predict and task=NAME$"):
+        answer_file([tmp_path / "run"], tmp_path / "rows.jsonl", tmp_path / "all.jsonl")
+
+
+def test_rows_of_glue_are_written_as_in_training(tokenizer: Any) -> None:
+    recipe = parse_recipe("{name: t, task: rte, backbone: {checkpoint: x}, method: {name: lst}}", "t.yaml")
+    run = ScoredRun(
+        recipe=recipe, task="rte", kind="classification", labels=None, numbers=None, context=None, conversational=False, longest=None
+    )
+    reading = reading_after(None, PromptTokenizer(tokenizer), beside_backbone=True)
+    network = Network(name="pairs", side=None, reading=reading, run=run)
+    row = {"sentence1": "A cat sleeps.", "sentence2": "An animal rests."}
+    assert network.text_of(row) == "rte sentence1: A cat sleeps. sentence2: An animal rests."
+    with pytest.raises(DataError, match="a row for pairs: row 1 has no field 'sentence2'"):
+        network.text_of({"sentence1": "A cat sleeps."})
 
 
 @pytest.mark.slow

@@ -74,8 +74,11 @@ class ScoredRun:
         return self.recipe.evaluation_of(self.task)
 
 
-def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
+def read_scored_run(run: Path, overrides: Sequence[str] = (), *, of_several: str | None = None) -> ScoredRun:
     """Read how a finished run answers; `overrides` change its recipe, and task=NAME says which of several tasks is asked.
+
+    Args:
+        of_several: what to do with a run on several tasks, where nobody can write task=NAME.
 
     Raises:
         ArgumentError: it is no finished run, its files are damaged, or an override has no effect on answers.
@@ -87,7 +90,7 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
     overrides = [override for override in overrides if not override.startswith("task=")]
     _refuse_without_effect(overrides)
     recipe = load_recipe(str(run / RECIPE), overrides)
-    task = _asked_task(run, recipe, asked)
+    task = _asked_task(run, recipe, asked, of_several)
     result = read_result(run)
     if "ensemble_of" in result:
         raise ArgumentError(f"{run} is an ensemble, which answers by its members: give one of them, and the others by --with")
@@ -104,12 +107,13 @@ def read_scored_run(run: Path, overrides: Sequence[str] = ()) -> ScoredRun:
         )
 
 
-def _asked_task(run: Path, recipe: Recipe, asked: Sequence[str]) -> Task:
+def _asked_task(run: Path, recipe: Recipe, asked: Sequence[str], of_several: str | None) -> Task:
     tasks = {name_of(task): task for task in recipe.each_task}
     if len(tasks) == 1 and not asked:
         return recipe.each_task[0]
     if not asked or asked[-1] not in tasks:
-        raise ArgumentError(f"{run} was trained on {', '.join(tasks)}: say which of them is asked, such as task={next(iter(tasks))}")
+        advice = of_several or f"say which of them is asked, such as task={next(iter(tasks))}"
+        raise ArgumentError(f"{run} was trained on {', '.join(tasks)}: {advice}")
     return tasks[asked[-1]]
 
 

@@ -67,7 +67,7 @@ def _asked(runs: Sequence[Path]) -> dict[str, ScoredRun]:
     """Return how each run answers, by its folder's name."""
     found: dict[str, ScoredRun] = {}
     for path in runs:
-        name, run = path.resolve().name, read_scored_run(path)
+        name, run = path.resolve().name, read_scored_run(path, of_several="ask it alone, with lst-scale predict and task=NAME")
         if name in found:
             raise ArgumentError(f"two runs are called {name}, which would be one column: give each a folder of its own name")
         first = next(iter(found.values()), run).recipe.backbone

@@ -24,7 +24,6 @@ from lst_scale.data.tasks import way_of
 from lst_scale.errors import ArgumentError, LadderError
 from lst_scale.inference.predict import text_of_row
 from lst_scale.inference.scored_run import ScoredRun, read_scored_run, refuse_changed_weights
-from lst_scale.recipe.task import FileTask
 from lst_scale.runs.folder import RECIPE
 from lst_scale.side import files
 from lst_scale.side.network import SideNetwork
@@ -81,12 +80,12 @@ class Network:
         return self.prompt(asked, is_begun=True)
 
     def text_of(self, record: Mapping[str, Any]) -> str:
-        """Return the prompt of a row of fields, by the template of the run.
+        """Return the prompt of a row of fields, as the run wrote it.
 
         Raises:
-            LstScaleError: the run has none, or a field is missing, empty, or can't be meant.
+            LstScaleError: there is no run, or a field is missing, empty, or can't be meant.
         """
-        if self.run is None or not isinstance(self.run.task, FileTask):
+        if self.run is None:
             raise ArgumentError(f"{self.name} was saved without the fields of a task: give a text")
         return text_of_row(self.run, Found(record, f"a row for {self.name}", 1), self.chat)
 
@@ -177,7 +176,8 @@ class Networks:
             self._there.popitem(last=False)
 
     def _read(self, name: str, folder: Path) -> Network:
-        run = read_scored_run(folder) if (folder / RECIPE).is_file() else None
+        alone = f"serve its folder {SIDE}/ by itself, which answers texts"
+        run = read_scored_run(folder, of_several=alone) if (folder / RECIPE).is_file() else None
         if run is not None:
             if run.recipe.method.name != "lst":
                 raise ArgumentError(f"{folder} trained by method {run.recipe.method.name}: what is served beside a backbone is method lst")
