@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from helpers.llama_runs import ENDS, checkpoint, make_tokenizer, tokenizer, trained, write
 from helpers.llamas import make_llama
@@ -27,6 +28,7 @@ from lst_scale.recipe.schema import load_recipe, parse_recipe
 from lst_scale.serving.batch import answer_file
 from lst_scale.serving.networks import Network, Networks
 from lst_scale.serving.start import Options, build
+from lst_scale.serving.watch import Watcher
 
 __all__ = ["checkpoint", "tokenizer", "write"]
 
@@ -106,6 +108,35 @@ def test_a_run_on_several_tasks_is_refused_with_what_can_be_done(tmp_path: Path)
     assert "two" in networks.names
     with pytest.raises(ArgumentError, match=r"was trained on rte, mrpc: ask it alone, with lst-scale predict and task=NAME$"):
         answer_file([tmp_path / "run"], tmp_path / "rows.jsonl", tmp_path / "all.jsonl")
+
+
+def test_a_run_that_is_seen_before_its_result_is_served_once_that_is_there(tmp_path: Path) -> None:
+    model, folder, said = make_llama("llama"), tmp_path / "runs/one", list[str]()
+    save_sides(model, folder, 1, start_as_backbone=True, merge_last=True)["side0"].rename(folder / "side_network")
+    (folder / "recipe.yaml").write_text("{name: one, task: rte, backbone: {checkpoint: x}, method: {name: lst}}")
+    networks = Networks(as_backbone(model), PromptTokenizer(make_tokenizer(**ENDS)))
+    watcher = Watcher(folder.parent, networks, said.append)
+    watcher.look()
+    (folder / "result.json").write_text("{}")
+    for _ in range(2):
+        watcher.look()
+    assert said == [f"one is not served: {folder} is no finished run: it holds no result.json", "one is served"]
+
+
+def test_one_that_there_is_no_memory_for_is_told_and_the_others_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = make_llama("llama"), list[str]()
+    sides = save_sides(model, tmp_path, 2, start_as_backbone=True, merge_last=True)
+    networks = Networks(as_backbone(model), PromptTokenizer(make_tokenizer(**ENDS)))
+    read = networks._read
+
+    def read_but_the_first(name: str, folder: Path) -> Network:
+        if name == "side0":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(name, folder)
+
+    monkeypatch.setattr(networks, "_read", read_but_the_first)
+    Watcher(sides["side0"].parent, networks, said.append).look()
+    assert said == ["side0 is not served: OutOfMemoryError: CUDA out of memory", "side1 is served"]
 
 
 def test_rows_of_glue_are_written_as_in_training(tokenizer: Any) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lst_scale.errors import ArgumentError, LstScaleError
-from lst_scale.runs.folder import RECIPE
+from lst_scale.errors import ArgumentError, LstScaleError, reason_of
+from lst_scale.runs.folder import RECIPE, RESULT
 from lst_scale.serving.networks import SIDE, Networks
 from lst_scale.side import files
 
@@ -44,8 +44,10 @@ class Watcher:
     def _add(self, name: str) -> None:
         try:
             self._networks.add(name, self._folder / name)
-        except (LstScaleError, OSError) as error:
+        except LstScaleError as error:
             self._say(f"{name} is not served: {error}")
+        except Exception as error:  # such as no memory for it; the others are watched on
+            self._say(f"{name} is not served: {type(error).__name__}: {reason_of(error)}")
         else:
             self._ours.add(name)
             self._say(f"{name} is served")
@@ -76,5 +78,6 @@ def _weights_of(path: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    found = [file.stat() for file in _weights_of(path)]
+    there = [*_weights_of(path), path / RESULT]  # a result comes after the weights
+    found = [file.stat() for file in there if file.is_file()]
     return tuple(number for stat in found for number in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
