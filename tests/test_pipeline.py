@@ -24,10 +24,12 @@ from helpers.llamas import make_llama
 from helpers.recipes import recipe_writer
 from lst_scale import LadderConfig, LadderModel
 from lst_scale.backbone import load_backbone
+from lst_scale.data.encode import answer_in
 from lst_scale.data.files import load_records
 from lst_scale.errors import ArgumentError, DataError, LstScaleError
 from lst_scale.inference.pipeline import Pipeline
 from lst_scale.inference.predict import predict_file
+from lst_scale.inference.streaming import answer_of
 from lst_scale.recipe.schema import load_recipe
 from lst_scale.training.run import run
 
@@ -191,6 +193,13 @@ def test_conversations_are_written_by_the_chat_template(side: Path, checkpoint: 
     assert pipe([TALK, longer], max_new_tokens=12)[0] == answer
     pieces = list(pipe.stream(TALK, max_new_tokens=12))
     assert "".join(pieces).strip() == answer
+
+
+@pytest.mark.parametrize("text", ["An", "Answer: yes", "Answer: An", " yes", "Answer: Ann"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_streamed_answer_is_the_whole_one_without_its_prefix(text: str, size: int) -> None:
+    pieces = (text[first : first + size] for first in range(0, len(text), size))
+    assert "".join(answer_of(pieces, "Answer: ")) == answer_in(text, "Answer: ")
 
 
 def test_a_stream_that_is_left_ends_generation(side: Path) -> None:

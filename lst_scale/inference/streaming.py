@@ -62,3 +62,5 @@ def answer_of(texts: Iterator[str], prefix: str) -> Iterator[str]:
         begun, held = bool(rest := held.removeprefix(prefix).lstrip()), ""
         if begun:
             yield rest
+    if held:  # all that came is a beginning of the prefix, and so the answer
+        yield held
