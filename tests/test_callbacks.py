@@ -74,6 +74,18 @@ def test_one_that_fails_is_named_twice_and_the_run_and_the_others_go_on(write_re
     assert f"{OWN}:Fails failed" in (folder / "log.txt").read_text()
 
 
+def test_the_end_is_told_once_and_so_is_who_was_not_told_all(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = load_recipe(str(write_recipe("twice", logging__callbacks=[f"{OWN}:Leaves", f"{OWN}:Writes"])), [])
+    callbacks = Callbacks(said.append)
+    callbacks.start(recipe, tmp_path, resume=False)
+    callbacks.on_evaluate(4, {})
+    for _ in range(2):  # by the run, and by its log when that is closed
+        callbacks.on_end(None, None)
+    assert [sentence.split(" (")[0] for sentence in said[1:]] == [f"{OWN}:Leaves was not told all of this run"]
+    assert [one["what"] for one in told(tmp_path)].count("end") == 1
+
+
 @pytest.mark.slow
 def test_one_that_can_not_begin_ends_the_run_on_all_ranks_before_the_backbone_is_loaded(
     write_recipe: Callable[..., Path], tmp_path: Path

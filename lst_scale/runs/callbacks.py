@@ -91,7 +91,7 @@ class Callbacks:
         """Tell the end, once; those that failed are named again."""
         earlier = dict(self.failed)
         self._tell("the end", lambda each: each.on_end(result, error))
-        self._there = {}
+        self._there, self.failed = {}, {}
         for name, why in earlier.items():
             self._say(f"{name} was not told all of this run ({why})")
 
