@@ -169,7 +169,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(cluster: Cluster, recipe: 
         (["sweep", "--recipe", "t5-base", "sed=1,2"], "sed: there is no such key. Did you mean 'seed'?"),
         (["sweep", "--recipe", "t5-base", "seed=0,1", "--together", "2"], "seeds differ, so batches would: write data.shuffle_seed=0"),
         (["sweep", "--recipe", "t5-base", "--list", "nowhere.txt"], "--list nowhere.txt: there is no such file"),
-        (["status", "--output-dir", "/tmp"], "/tmp holds no runs: give the output_dir of the recipe"),
+        (["status", "--output-dir", "/usr/lib"], "/usr/lib holds no runs: give the output_dir of the recipe"),
     ],
 )
 def test_wrong_options_are_named_with_what_to_write(
