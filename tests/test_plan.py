@@ -25,7 +25,7 @@ from lst_scale.backbone.weights.precision import quantized_linear, sized_quantiz
 from lst_scale.errors import ArgumentError
 from lst_scale.methods import build_trainee
 from lst_scale.plan import depth, fake, memo, picture, report
-from lst_scale.plan.footprint import TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint, packed_otherwise
+from lst_scale.plan.footprint import OPTIMIZER, TAPS, TRAINED, WEIGHTS, Footprint, Setting, footprint, packed_otherwise
 from lst_scale.plan.live import LiveBytes
 from lst_scale.recipe.method import LoraRecipe
 from lst_scale.recipe.schema import Recipe, load_recipe
@@ -143,6 +143,45 @@ def test_members_keep_their_own_weights_and_share_the_taps() -> None:
     alone, together = (next(iter(report.lines(recipe, shape, SMALL))).found for recipe in (one, four))
     assert together.parts[TRAINED] == 4 * alone.parts[TRAINED] and together.trainable == 4 * alone.trainable
     assert together.parts[TAPS] == alone.parts[TAPS]
+
+
+def first_line(recipe: Recipe) -> Footprint:
+    shape = shape_of(recipe.backbone.checkpoint)
+    assert shape is not None
+    return next(iter(report.lines(recipe, shape, SMALL))).found
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_members_that_read_other_layers_hold_the_taps_of_both(storage: str) -> None:
+    own = ["data.shuffle_seed=0", f"method.tap_storage={storage}"]
+    read = [f"method.side_layers={layers}" for layers in ("[3]", "[11]", "[3, 11]")]
+    low, high, whole = (first_line(load_recipe("t5-base", [*own, layers])) for layers in read)
+    both = first_line(load_recipe("t5-base", [*own, "members={method.side_layers: [[3], [11]]}"]))
+    assert low.parts[TAPS] < both.parts[TAPS] == whole.parts[TAPS]
+    assert both.trainable == low.trainable + high.trainable
+    assert both.parts[TRAINED] == low.parts[TRAINED] + high.parts[TRAINED]
+
+
+def test_members_of_other_sizes_keep_each_its_own() -> None:
+    small, large = (first_line(load_recipe("t5-base", [f"method.reduction_factor={factor}"])) for factor in (16, 4))
+    lines = ["method.reduction_factor=16", "method.reduction_factor=4", "method.reduction_factor=16 optimizer.learning_rate=1e-5"]
+    three = first_line(load_recipe("t5-base", [f"members={json.dumps(lines)}"]))
+    assert three.trainable == 2 * small.trainable + large.trainable
+    assert three.peak == large.peak + 2 * sum(small.parts[part] for part in (TRAINED, OPTIMIZER))
+
+
+def test_probes_that_share_a_pass_are_planned(tmp_path: Path) -> None:
+    (tmp_path / "probes.yaml").write_text("""
+        name: probes
+        backbone: {checkpoint: google-t5/t5-base}
+        task: {kind: classification, train: t.jsonl, validation: v.jsonl, source: [text], target: label, labels: [bad, good]}
+        method: {name: probe}
+        evaluation: {method: likelihood}
+        members: [method.position=answer, method.position=source]
+    """)
+    found = first_line(load_recipe(str(tmp_path / "probes.yaml")))
+    assert found.trainable == 2 * 2 * (12 * 768 + 1)
+    assert found.parts[TAPS] > 0
 
 
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lst_scale.errors import ArgumentError
-from lst_scale.plan.depth import planned
 from lst_scale.plan.footprint import (
     BACKWARD,
     FORWARD,
@@ -25,8 +24,9 @@ from lst_scale.plan.footprint import (
     Footprint,
     Setting,
 )
+from lst_scale.plan.members import shared_request, together
 from lst_scale.recipe.backbone import Replicated
-from lst_scale.recipe.members import members_of
+from lst_scale.recipe.members import expand_members
 from lst_scale.recipe.method import FullRecipe, LoraRecipe, LstRecipe, Method, ProbeRecipe
 from lst_scale.recipe.release import ReleaseTask
 from lst_scale.recipe.schema import CacheRecipe, Recipe
@@ -147,26 +147,11 @@ def lines(
     Args:
         begin: told the name of each before it is planned.
     """
-    members = [recipe] if recipe.members is None else members_of(recipe)
+    members = expand_members(recipe)
     for name, ways, where in _ways(members, setting):
         begin(name)
-        distinct, count = _distinct(ways), len(ways)
-        peak = partial(_peak, distinct, count, shape)
+        peak = partial(together, ways, shape)
         yield Line(name=name, found=peak(where), largest=None if memory is None else largest_rows(peak, where, memory, gpu))
-
-
-def _peak(distinct: Sequence[Recipe], count: int, shape: Shape, setting: Setting) -> Footprint:
-    return together([planned(way, shape, setting) for way in distinct], count)
-
-
-def together(found: Sequence[Footprint], count: int) -> Footprint:
-    """Return what members need that train one after the other on the same taps: the largest's step, and everybody's weights and moments."""
-    worst = max(found, key=lambda each: each.peak)
-    if count == 1:
-        return worst
-    # Members of one shape were run once: count each as the largest.
-    parts = worst.parts | {part: worst.parts[part] * count for part in (TRAINED, OPTIMIZER)}
-    return replace(worst, parts=parts, trainable=worst.trainable * count)
 
 
 def largest_rows(peak: Callable[[Setting], Footprint], setting: Setting, memory: int, gpu: Gpu | None) -> int:
@@ -245,11 +230,6 @@ def as_rival(recipe: Recipe, method: Method, precision: str) -> Recipe:
     return recipe.model_copy(update={"backbone": backbone, "method": method, "members": None, "cache": CacheRecipe()})
 
 
-def _distinct(ways: Sequence[Recipe]) -> list[Recipe]:
-    """Return one recipe of each method's shape: learning rates and seeds take no room."""
-    return list({way.method.model_dump_json(): way for way in ways}.values())
-
-
 def cache_bytes(recipe: Recipe, shape: Shape, setting: Setting) -> tuple[int, int, bool]:
     """Return training rows, the bytes of their taps on disk at most (every row at full length), and whether the rows are really known."""
     rows = _train_rows(recipe)
@@ -268,11 +248,9 @@ def where_a_cache_pays(recipe: Recipe, shape: Shape, setting: Setting) -> str:
 def _cache_key(recipe: Recipe, shape: Shape) -> CacheKey:
     """Return what says how many bytes a token takes; it is no cache's own."""
     from lst_scale.backbone.cache.key import CacheKey
-    from lst_scale.backbone.taps import union
-    from lst_scale.methods import request_of
 
-    members = [recipe] if recipe.members is None else members_of(recipe)
-    wanted = union([request for each in members if (request := request_of(each, shape.spec)) is not None])
+    wanted = shared_request(expand_members(recipe), shape)
+    assert wanted is not None, "only what reads taps has a cache of them"
     return CacheKey(
         fingerprint="",
         precision=recipe.backbone.precision,
