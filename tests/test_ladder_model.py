@@ -222,6 +222,11 @@ def test_a_backbone_may_be_named(tiny_t5_dir: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_several_gpus_without_a_launcher_are_refused_in_one_line(model: LadderModel) -> None:
+    with pytest.raises(LadderError, match="one process a GPU"):
+        model._replicate_for_data_parallel()  # what torch.nn.DataParallel calls
+
+
 def test_attentions_are_refused_in_one_line(model: LadderModel) -> None:
     assert model(**batch(), output_attentions=False).loss > 0
     with pytest.raises(LadderError, match=r"^a ladder returns no attentions: leave output_attentions out$"):

@@ -135,6 +135,17 @@ class Ladder(Face, GenerationMixin):  # type: ignore[misc]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _replicate_for_data_parallel(self) -> Ladder:
+        """Stand in for what `torch.nn.DataParallel` calls, which transformers' Trainer takes where it sees several GPUs and no launcher.
+
+        Raises:
+            LadderError: always; a copy would read the taps of the first GPU's backbone.
+        """
+        raise LadderError(
+            "DataParallel copies a side network to every GPU and not the backbone: start one process a GPU "
+            "(torchrun --nproc-per-node 2 train.py), or show one alone (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
