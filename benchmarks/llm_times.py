@@ -28,6 +28,8 @@ TIMED: dict[str, dict[str, Any]] = {
     "tail of nine blocks": {"methods": ["tail9"]},
     "tail of six blocks": {"methods": ["tail6"]},
     "ladder and tail of 15 blocks": {"methods": ["lst", "tail15"], "change": AT_RANDOM},
+    "tail of 15 blocks, every matrix": {"methods": ["tail15-wide"]},
+    "ladder and tail of every matrix": {"methods": ["lst", "tail15-wide"], "change": AT_RANDOM},
     "lora": {"methods": ["lora"]},
     "lora, checkpointed": {"methods": ["lora"], "change": {"gradient_checkpointing": True}},
     "lora-wide": {"methods": ["lora-wide"]},

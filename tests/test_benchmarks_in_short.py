@@ -142,7 +142,7 @@ TABLE = {
         words="benchmarks/llm.py {here}/llm-study --model {llama} --tasks few --contexts none --parts pair ladder tail pretrained probe",
         says=rf"\| few \| ladder and tail, averaged \| [\de.-]+, [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| ladder, no context: chosen \w+, none \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
-        rf"(.*\n)*\| few \| tail: chosen tail\d+ \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
+        rf"(.*\n)*\| few \| tail: chosen tail\d+(-wide)? \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| ladder, trained on plain text first \| [\de.-]+ \| {N} \| {N} \({N} {N} {N}\) \| {N} \| {N} \|\n"
         rf"(.*\n)*\| few \| probe, no context \|  \| {N} \| {N} \({N}\) \|  \| {N} \|",
     ),
