@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lst_scale.backbone.taps import TapRequest, union
 from lst_scale.backbone.weights.assemble import compute_dtype
 from lst_scale.methods import request_of
 from lst_scale.plan.depth import planned
-from lst_scale.plan.footprint import OPTIMIZER, TAPS, TRAINED, Footprint, Setting
+from lst_scale.plan.footprint import OPTIMIZER, TAPS, TRAINED, Footprint, Setting, worst_of
 from lst_scale.recipe.schema import Recipe
 from lst_scale.side.count import Shape
 
@@ -26,7 +25,8 @@ def together(members: Sequence[Recipe], shape: Shape, setting: Setting) -> Footp
     every = [found[member.method.model_dump_json()] for member in members]
     worst = max(every, key=lambda each: each.peak - sum(each.parts.get(part, 0) for part in _EACH_KEEPS))
     kept = {part: sum(each.parts.get(part, 0) for each in every) for part in _EACH_KEEPS if part in worst.parts}
-    return replace(worst, parts=worst.parts | kept, trainable=sum(each.trainable for each in every))
+    moments = {moment: parts | kept for moment, parts in worst.moments.items()}
+    return worst_of(moments, kept=worst.kept, trainable=sum(each.trainable for each in every))
 
 
 def shared_request(members: Sequence[Recipe], shape: Shape) -> TapRequest | None:
@@ -43,13 +43,14 @@ def _beside_others_taps(found: Footprint, own: Recipe, members: Sequence[Recipe]
     # What a member reads in a form of its own is a copy.
     among = _bytes_of(read, own, shape, setting) if shared.storage == read.storage else 0
     more = _bytes_of(shared, own, shape, setting) - among
-    return replace(found, parts=found.parts | {TAPS: found.parts.get(TAPS, 0) + more}, kept=found.kept + more)
+    moments = {moment: parts | {TAPS: parts.get(TAPS, 0) + more} for moment, parts in found.moments.items()}
+    return worst_of(moments, kept=found.kept + more, trainable=found.trainable)
 
 
 def _bytes_of(request: TapRequest, recipe: Recipe, shape: Shape, setting: Setting) -> int:
     """Return the bytes of a micro-batch's taps on a rank; the embeddings of a target are there whatever is asked."""
     width, size = shape.spec.d_model, compute_dtype(recipe.backbone.precision).itemsize
     layer = {"exact": width * size, "bf16": width * 2, "int8": width + 4}[request.storage]
-    source, target = ((setting.rows * tokens) for tokens in (setting.source, setting.target))
+    source, target = setting.rows * setting.source, setting.rows * setting.target
     size_of_source = source * (len(request.layers) * layer + width * size) if request.source else 0
     return size_of_source + target * (len(request.layers) * layer + (width * size if request.target_final else 0))
